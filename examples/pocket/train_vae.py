@@ -1,0 +1,77 @@
+"""Train the pocket AutoencoderKL on random 64-px crops of the drawn scenes: python examples/pocket/train_vae.py"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, scenes, train
+
+CROP = 64  # pixels
+CONFIG = dict(
+    sample_size=128, latent_channels=4, norm_num_groups=8, layers_per_block=1, block_out_channels=(16, 32, 64, 128),
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+)
+
+
+def crops(pictures, count: int, device) -> torch.Tensor:
+    """Random crops, half of them mirrored, float32 (count, 3, CROP, CROP) in [-1, 1]."""
+    index = torch.randint(len(pictures), (count,)).tolist()
+    corners = torch.randint(pictures.shape[1] - CROP + 1, (count, 2)).tolist()
+    batch = torch.stack([torch.from_numpy(pictures[i, y:y + CROP, x:x + CROP].copy())
+                         for i, (y, x) in zip(index, corners, strict=True)])
+    batch = batch.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+    return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, batch.flip(3), batch)
+
+
+def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """L1 between neighbour differences: what keeps edges and textures sharp."""
+    difference = a - b
+    return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+
+
+@torch.no_grad()
+def psnr(vae, pictures, device) -> float:
+    x = torch.from_numpy(pictures[:64].copy()).permute(0, 3, 1, 2).to(device).float() / 255
+    y = (vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+    return (-10 * ((x - y) ** 2).mean(dim=(1, 2, 3)).log10()).mean().item()
+
+
+def main():
+    arguments = parser(__doc__, steps=4400, batch_size=8, lr=5e-3).parse_args()
+    device = torch.device(arguments.device)
+    pictures, _ = scenes(arguments.scenes, TRAINING_SEEDS, arguments.work_dir)
+    held_out, _ = scenes(512, HELD_OUT_SEEDS, arguments.work_dir)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**CONFIG).to(device)
+    vae.to(memory_format=torch.channels_last)
+    average = Average(vae, 0.998)
+    optimizer = Muon(vae.parameters(), arguments.lr)
+
+    def reconstruct(x):
+        posterior = vae.encode(x).latent_dist
+        return vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
+
+    forward = torch.compile(reconstruct) if arguments.compile else reconstruct
+
+    def step_loss(step):
+        x = crops(pictures, arguments.batch_size, device).contiguous(memory_format=torch.channels_last)
+        y, mean, logvar = forward(x)
+        error, edges = F.l1_loss(y, x), gradient_loss(y, x)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return {"loss": error + 0.5 * edges + 0.5 * F.mse_loss(y, x) + 1e-5 * kl, "l1": error, "edges": edges,
+                "kl": kl, "psnr": -10 * torch.log10(F.mse_loss(y, x).detach() / 4)}
+
+    done = train("vae", arguments, {"vae": vae}, optimizer, step_loss, {"vae": average})
+    average.copy_to_module()
+    vae.eval()
+    print(f"held-out reconstruction: {psnr(vae, held_out, device):.2f} dB")
+    if done:
+        latents = torch.cat([vae.encode(
+            torch.from_numpy(pictures[i:i + 64].copy()).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+        ).latent_dist.mean.detach() for i in range(0, 1024, 64)])
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        print(f"scaling factor {vae.config.scaling_factor:.4f}, latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+        vae.save_pretrained(arguments.work_dir / "model" / "vae")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`, whole or absent, one random state a rank."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+__all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "random_state",
+           "save_checkpoint", "set_random_state"]
+
+
+def random_state() -> dict[str, Any]:
+    """States of the global generators of Python, NumPy and torch on this process."""
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; other files and folders are passed over."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and _step(p) >= 0]
+    return sorted(folders, key=_step)
+
+
+def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
+    """The checkpoint called `name` (a folder's name or path), or the newest for "latest", None when there is none yet."""
+    checkpoints = list_checkpoints(output_dir)
+    if name == "latest":
+        return checkpoints[-1] if checkpoints else None
+    for checkpoint in checkpoints:
+        if checkpoint.name == Path(name).name:
+            return checkpoint
+    known = ", ".join(c.name for c in checkpoints) or "none"
+    raise InputError(f"The checkpoint '{name}' is not in '{output_dir}'; there is: {known}.")
+
+
+def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
+    """Remove the oldest checkpoints until at most `keep` are left."""
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in checkpoints[:len(checkpoints) - keep]:
+        # Renamed first: a removal cut short leaves no half checkpoint under a valid name.
+        doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
+        shutil.rmtree(doomed)
+
+
+def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], own: dict[str, Any], *, rank: int = 0,
+                    barrier: Callable[[], None] = lambda: None) -> None:
+    """Write `checkpoint-<step>`: `common` by rank 0, `own` (random state, stream) by every rank; all ranks must call this."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    part = final.with_name(f".{final.name}.part")
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
+        part.mkdir(parents=True)
+        torch.save(common, part / "training_state.pt")
+    barrier()
+    torch.save(own, part / f"rank_{rank}.pt")
+    barrier()
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+    barrier()
+
+
+def load_checkpoint(folder: Path, fingerprint: dict[str, Any], rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read `common` and this rank's `own`; InputError when it is damaged or `common["fingerprint"]` is of another run."""
+    try:
+        common = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        for key, value in fingerprint.items():
+            if common["fingerprint"].get(key) != value:
+                raise InputError(f"The checkpoint '{folder}' does not fit this run: {key} was "
+                                 f"{common['fingerprint'].get(key)!r} and is now {value!r}.")
+        return common, torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, KeyError, EOFError, AttributeError) as error:
+        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); remove it to use an older one.") from None
+    except Exception as error:  # weights_only raises pickle's own UnpicklingError
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); remove it to use an older one.") from None

@@ -1,0 +1,72 @@
+"""What a run leaves behind: options.json, stats.jsonl, and files that are whole or absent, never half-written."""
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_stats", "write_json"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name `path` when the block ends without an error.
+
+    The content reaches the disk before the name does, so that a crash or a full disk leaves the old file as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically, indented, with a newline at the end."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def append_stats(path: str | Path, records: list[dict[str, Any]]) -> None:
+    """Append one JSON object per line."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read_stats(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a stats.jsonl; a last line that a crash cut short is passed over."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def truncate_stats(path: str | Path, last_step: int) -> None:
+    """Drop the records after `last_step`, so that a resumed run does not tell the same steps twice."""
+    if Path(path).exists():
+        kept = [record for record in read_stats(path) if record["step"] <= last_step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the libraries that decide a result, and the commit of this project when it is run from a checkout."""
+    versions = {}
+    for name in ("torch", "diffusers", "transformers", "accelerate", "pillow", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    root = Path(__file__).parent.parent
+    commit = None
+    if (root / ".git").exists():
+        answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = answer.stdout.strip() or None
+    return {"versions": versions, "commit": commit}

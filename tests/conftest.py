@@ -1,0 +1,69 @@
+"""Fixtures: tiny models with random weights for what only needs the shapes, pictures of the pocket world, and a runner
+for the real scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
+torch.set_num_threads(2)
+
+
+def run_script(name: str, *arguments, expect: int | None = 0, **environment) -> subprocess.CompletedProcess:
+    """Run a script of the project in a subprocess; `expect` is the exit code to assert, None for any."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    assert expect is None or done.returncode == expect, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A Stable-Diffusion-shaped folder with random weights: 64-px pictures, 8x8x4 latents, the pocket tokenizer."""
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_velocity_model(tmp_path_factory) -> Path:
+    """The same with v-prediction."""
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "velocity", "v_prediction")
+
+
+def build_tiny_model(folder: Path, prediction_type: str) -> Path:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from szt_utils.pocket.vocabulary import pocket_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = pocket_tokenizer(folder / "vocabulary")
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4, sample_size=64,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+                                cross_attention_dim=32, attention_head_dim=8,
+                                down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+    StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                            safety_checker=None, feature_extractor=None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def concept_folder(tmp_path_factory) -> tuple[Path, Path]:
+    """Five pictures of a novel concept and their masks, 128 px."""
+    from szt_utils.pocket import write_concept
+
+    images, masks = tmp_path_factory.mktemp("star"), tmp_path_factory.mktemp("star-masks")
+    write_concept("teal-striped-star", images, masks)
+    return images, masks

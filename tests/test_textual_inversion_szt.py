@@ -1,0 +1,262 @@
+"""The training script through its real command line: upstream's result, its defects mended, resume, Safe-Zone Training."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+from szt_utils.captions import OBJECT_TEMPLATES
+from szt_utils.checkpoints import list_checkpoints
+from szt_utils.embeddings import load_embedding
+from szt_utils.records import read_stats
+
+SCRIPT = "textual_inversion_szt.py"
+TOKEN = "<star>"
+
+
+def flags(model, images, output_dir, **changes) -> list[str]:
+    """A short run's command line; None drops a flag, True gives it no value."""
+    options = {"pretrained_model_name_or_path": model, "train_data_dir": images, "output_dir": output_dir,
+               "placeholder_token": TOKEN, "initializer_token": "star", "resolution": 64, "train_batch_size": 4,
+               "max_train_steps": 6, "learning_rate": 5e-2, "repeats": 2, "seed": 3, **changes}
+    return [part for name, value in options.items() if value is not None
+            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def embedding(folder: Path, name: str = "learned_embeds.safetensors") -> torch.Tensor:
+    token, rows = load_embedding(folder / name)
+    assert token == TOKEN
+    return rows
+
+
+def upstream(model, images: Path, *, batch_size=4, steps=6, accumulation=1, seed=3, repeats=2, num_vectors=1, lr=5e-2,
+             resolution=64, t_min=0) -> torch.Tensor:
+    """Our own plain re-telling of the upstream loop: the whole embedding matrix in AdamW and put back after each step, the
+    VAE at every step, a DataLoader prepared by accelerate."""
+    import torch.nn.functional as F
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    set_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
+    tokens = [TOKEN] + [f"{TOKEN}_{i}" for i in range(1, num_vectors)]
+    tokenizer.add_tokens(tokens)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    text_encoder.resize_token_embeddings(len(tokenizer))
+    weight = text_encoder.get_input_embeddings().weight
+    weight.data[ids] = weight.data[tokenizer.encode("star", add_special_tokens=False)[0]].clone()
+    text_encoder.requires_grad_(False)
+    weight.requires_grad_(True)
+
+    paths = sorted(images.iterdir())
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths) * repeats
+
+        def __getitem__(self, i):
+            image = Image.open(paths[i % len(paths)]).convert("RGB")
+            text = random.choice(OBJECT_TEMPLATES).format(" ".join(tokens))
+            image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+            if torch.rand(1) < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = (np.array(image).astype(np.uint8) / 127.5 - 1.0).astype(np.float32)
+            return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1),
+                    "ids": tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]}
+
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=1e-2)
+    loader = torch.utils.data.DataLoader(Pictures(), batch_size=batch_size, shuffle=True)
+    text_encoder, optimizer, loader = accelerator.prepare(text_encoder, optimizer, loader)
+    original, step = weight.data.clone(), 0
+    frozen = torch.ones(len(weight), dtype=torch.bool)
+    frozen[ids] = False
+    text_encoder.train()
+    while step < steps:
+        for batch in loader:
+            with accelerator.accumulate(text_encoder):
+                latents = vae.encode(batch["pixels"]).latent_dist.sample() * vae.config.scaling_factor
+                noise = torch.randn_like(latents)
+                timesteps = torch.randint(t_min, scheduler.config.num_train_timesteps, (len(latents),))
+                states = text_encoder(batch["ids"])[0]
+                prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
+                target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(
+                    latents, noise, timesteps)
+                accelerator.backward(F.mse_loss(prediction.float(), target.float()))
+                optimizer.step()
+                optimizer.zero_grad()
+                weight.data[frozen] = original[frozen]
+            step += accelerator.sync_gradients
+            if step >= steps:
+                break
+    return weight.data[ids].clone()
+
+
+@pytest.fixture(scope="module")
+def plain_run(tiny_model, concept_folder, tmp_path_factory):
+    """A run with every new flag off, with checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = run_script(SCRIPT, *flags(tiny_model, concept_folder[0], folder, checkpointing_steps=3, save_steps=2,
+                                     validation_prompt=f"a photo of a {TOKEN}", validation_steps=6,
+                                     num_validation_images=1))
+    return folder, done
+
+
+def test_with_new_flags_off_the_result_is_upstreams(plain_run, tiny_model, concept_folder):
+    expected = upstream(tiny_model, concept_folder[0])
+    assert torch.equal(embedding(plain_run[0]), expected)
+
+
+def test_with_accumulation_vectors_and_odd_batches_the_result_is_upstreams(tiny_velocity_model, concept_folder, tmp_path):
+    run_script(SCRIPT, *flags(tiny_velocity_model, concept_folder[0], tmp_path, train_batch_size=3, num_vectors=2,
+                              gradient_accumulation_steps=2, no_cache_latents=True))
+    expected = upstream(tiny_velocity_model, concept_folder[0], batch_size=3, accumulation=2, num_vectors=2)
+    assert torch.equal(embedding(tmp_path), expected)
+
+
+def test_a_higher_t_min_keeps_captions_and_noise(tiny_model, concept_folder, tmp_path):
+    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path, t_min=500))
+    assert torch.equal(embedding(tmp_path), upstream(tiny_model, concept_folder[0], t_min=500))
+
+
+def test_files_of_a_run(plain_run):
+    folder, _ = plain_run
+    names = {path.name for path in folder.iterdir()}
+    assert {"learned_embeds.safetensors", "star.safetensors", "learned_embeds-steps-2.safetensors", "options.json",
+            "stats.jsonl", "checkpoint-3", "checkpoint-6"} <= names
+    assert not [name for name in names if "part" in name]
+    assert [record["step"] for record in read_stats(folder / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert Image.open(folder / "validation" / "step-00006-0.png").size == (64, 64)
+    assert json.loads((folder / "options.json").read_text())["seed"] == 3
+    # Kilobytes, where upstream's whole matrix and its Adam state would be megabytes on a real model.
+    assert sum(path.stat().st_size for path in (folder / "checkpoint-6").iterdir()) < 60_000
+
+
+def test_the_embedding_loads_into_a_pipeline_and_changes_the_picture(plain_run, tiny_model):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompt):
+        return pipeline(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+    pipeline.load_textual_inversion(plain_run[0], weight_name="learned_embeds.safetensors")
+    row = pipeline.text_encoder.get_input_embeddings().weight[-1]
+    assert torch.equal(row.detach(), embedding(plain_run[0])[0])
+    assert np.abs(draw(f"a photo of a {TOKEN}") - draw("a photo of a star")).max() > 1e-4
+
+
+def test_resume_continues_bit_for_bit(plain_run, tiny_model, concept_folder, tmp_path):
+    run = flags(tiny_model, concept_folder[0], tmp_path, checkpointing_steps=3, max_train_steps=3)
+    run_script(SCRIPT, *run)
+    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path, resume_from_checkpoint="latest"))
+    assert torch.equal(embedding(tmp_path), embedding(plain_run[0]))
+    assert read_stats(tmp_path / "stats.jsonl") == read_stats(plain_run[0] / "stats.jsonl")
+
+
+def test_resuming_a_finished_run_trains_no_further(plain_run, tiny_model, concept_folder):
+    before = embedding(plain_run[0])
+    (plain_run[0] / "checkpoint-abc").mkdir(exist_ok=True)  # upstream crashes on such a name
+    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], plain_run[0], resume_from_checkpoint="latest"))
+    assert torch.equal(embedding(plain_run[0]), before)
+    assert [record["step"] for record in read_stats(plain_run[0] / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model, concept_folder, tmp_path):
+    options = dict(checkpointing_steps=1, max_train_steps=40, checkpoints_total_limit=2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], whole, max_train_steps=40))
+    process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT),
+                                *flags(tiny_model, concept_folder[0], killed, **options)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.time() + 120
+    while not list_checkpoints(killed) and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "learned_embeds.safetensors").exists(), "the run ended before it was killed"
+    done = run_script(SCRIPT, *flags(tiny_model, concept_folder[0], killed, **options, resume_from_checkpoint="latest"))
+    assert "Resuming from" in done.stdout + done.stderr
+    assert torch.equal(embedding(killed), embedding(whole))
+    assert [r["step"] for r in read_stats(killed / "stats.jsonl")] == list(range(1, 41))
+    assert len(list_checkpoints(killed)) == 2
+
+
+def two_ranks(*arguments, expect=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(random.randint(20000, 40000)), str(ROOT / SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def test_two_ranks_draw_different_noise_agree_and_resume_exactly(tiny_model, concept_folder, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    changes = dict(train_batch_size=2, checkpointing_steps=3, max_train_steps=6)
+    two_ranks(*flags(tiny_model, concept_folder[0], whole, **changes))
+    states = [torch.load(whole / "checkpoint-6" / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert not torch.equal(states[0]["random"]["torch"], states[1]["random"]["torch"])
+    assert states[0]["stream"]["seed"] == states[1]["stream"]["seed"], "the ranks must share one order of samples"
+    assert states[0]["stream"]["position"] == states[1]["stream"]["position"]
+    two_ranks(*flags(tiny_model, concept_folder[0], halves, **{**changes, "max_train_steps": 3}))
+    two_ranks(*flags(tiny_model, concept_folder[0], halves, **changes, resume_from_checkpoint="latest"))
+    assert torch.equal(embedding(halves), embedding(whole))
+    # One process would have seen other noise: were both ranks to draw the same, the mean gradient would be one rank's.
+    single = tmp_path / "single"
+    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], single, **changes))
+    assert not torch.allclose(embedding(single), embedding(whole), atol=1e-5)
+    done = run_script(SCRIPT, *flags(tiny_model, concept_folder[0], whole, **changes, resume_from_checkpoint="latest"), expect=1)
+    assert "number of processes was 2 and is now 1" in done.stderr
+
+
+def test_safe_zone_training_in_bf16_records_what_it_did(tiny_model, concept_folder, tmp_path):
+    images, masks = concept_folder
+    done = run_script(SCRIPT, *flags(tiny_model, images, tmp_path, szt=True, loss_mask_dir=masks, mixed_precision="bf16",
+                                     gradient_checkpointing=True, max_train_steps=3))
+    assert "timesteps 500 to 999" in done.stdout and "JPEG quality 25" in done.stdout and "5 masks" in done.stdout
+    options = json.loads((tmp_path / "options.json").read_text())
+    assert (options["jpeg_quality"], options["t_min"], options["mask_dilation"]) == (25, 500, 2)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "learned_embeds.safetensors", "pt") as file:
+        assert file.metadata()["t_min"] == "500" and file.metadata()["step"] == "3"
+        assert list(file.keys()) == [TOKEN] and file.get_tensor(TOKEN).dtype == torch.float32
+    assert all(math.isfinite(record["loss"]) for record in read_stats(tmp_path / "stats.jsonl"))
+
+
+def test_a_loss_mask_hides_everything_outside(tiny_model, concept_folder, tmp_path):
+    """Literal Eq. 7: the learned row is that of the hand-made loss, and a full mask changes nothing."""
+    images, masks = concept_folder
+    white = tmp_path / "white"
+    white.mkdir()
+    for path in sorted(masks.iterdir()):
+        Image.new("L", Image.open(path).size, 255).save(white / path.name)
+    plain, full, masked = tmp_path / "plain", tmp_path / "full", tmp_path / "masked"
+    run_script(SCRIPT, *flags(tiny_model, images, plain))
+    run_script(SCRIPT, *flags(tiny_model, images, full, loss_mask_dir=white))
+    run_script(SCRIPT, *flags(tiny_model, images, masked, loss_mask_dir=masks, mask_dilation=8))
+    assert torch.equal(embedding(plain), embedding(full))
+    assert not torch.allclose(embedding(plain), embedding(masked), atol=1e-4)
+    losses = [[r["loss"] for r in read_stats(folder / "stats.jsonl")] for folder in (plain, masked)]
+    assert losses[1][0] < 0.8 * losses[0][0], "part of the squared error must be gone from the mean"
