@@ -107,9 +107,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.epochs_decide = "num_train_epochs" in given and "max_train_steps" not in given
     for name in ("repeats", "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "save_steps",
                  "gradient_accumulation_steps", "validation_steps", "checkpointing_steps", "num_vectors",
-                 "validation_epochs", "checkpoints_total_limit"):
+                 "validation_epochs", "checkpoints_total_limit", "num_validation_images", "lr_num_cycles"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}")
+    for name, limit in (("learning_rate", math.inf), ("adam_epsilon", math.inf), ("adam_weight_decay", math.inf),
+                        ("adam_beta1", 1), ("adam_beta2", 1)):
+        if not 0 <= getattr(args, name) < limit:
+            parser.error(f"--{name} must be from 0 to below {limit}, but is {getattr(args, name)}")
+    if not 0 <= (args.t_min or 0) < (math.inf if args.t_max is None else args.t_max):
+        parser.error(f"--t_min must be from 0 to below --t_max, but is {args.t_min or 0}, and --t_max is {args.t_max}")
     if args.szt:
         args.jpeg_quality = 25 if args.jpeg_quality is None else args.jpeg_quality
         if args.mask_dilation is None:
@@ -188,10 +194,15 @@ def train(args: argparse.Namespace) -> None:
     paths = list_images(args.train_data_dir)
     pictures, masks = read_training_data(args, paths)  # whatever is wrong with them shows before a model is loaded
 
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)))
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir)))
+    except ValueError as error:
+        raise InputError(f"--mixed_precision {args.mixed_precision} or --report_to {args.report_to} cannot be used here: "
+                         f"{error}") from None
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     rank, device = accelerator.process_index, accelerator.device
     if not accelerator.is_main_process:
         for library in (transformers, diffusers):
@@ -206,7 +217,11 @@ def train(args: argparse.Namespace) -> None:
         args.seed = agree(int.from_bytes(os.urandom(4), "little"))
     set_seed(args.seed, device_specific=True)  # every rank draws its own noise
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"The output folder '{output_dir}' cannot be made ({error.strerror}); choose another "
+                             "--output_dir.") from None
 
     # --- The model, with rows for the new tokens
     source = args.pretrained_model_name_or_path
@@ -223,8 +238,8 @@ def train(args: argparse.Namespace) -> None:
         args.t_distribution, args.t_min, args.t_max, num_timesteps,
         power=args.t_power, center=args.t_center, width=args.t_width)
     text_encoder = load_part(CLIPTextModel, source, "text_encoder", **weights)
-    vae = load_part(AutoencoderKL, source, "vae", **weights)
-    unet = load_part(UNet2DConditionModel, source, "unet", **weights)
+    vae = load_part(AutoencoderKL, source, "vae", torch_dtype=dtype, **weights)
+    unet = load_part(UNet2DConditionModel, source, "unet", torch_dtype=dtype, **weights)
 
     vocabulary = list(tokenizer.get_vocab())
     add_placeholder(tokenizer, text_encoder, args.placeholder_token, args.initializer_token, args.num_vectors)
@@ -261,9 +276,8 @@ def train(args: argparse.Namespace) -> None:
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
                                  num_training_steps=args.max_train_steps, num_cycles=args.lr_num_cycles)
     text_encoder, optimizer = accelerator.prepare(text_encoder, optimizer)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    unet.to(device, dtype)
-    vae.to(device, dtype)
+    unet.to(device)
+    vae.to(device)
 
     # --- Latents and masks
     def picture(i: int) -> torch.Tensor:
@@ -272,7 +286,10 @@ def train(args: argparse.Namespace) -> None:
         return 0.5 + (image - 0.5) * masks[i][0] if masks and args.mask_mode.startswith("image") else image
 
     scaling_factor = vae.config.scaling_factor
-    grid = [args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)] * 2
+    cell = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution < cell:
+        raise InputError(f"--resolution must be at least {cell}, one cell of this model's latent grid, but is {args.resolution}.")
+    grid = [args.resolution // cell] * 2
     latents_of = (LiveLatents(vae, picture) if args.no_cache_latents
                   else LatentCache(vae, picture, len(pictures), args.train_batch_size))
     del vae  # a cache is all the training needs of it
@@ -327,6 +344,9 @@ def train(args: argparse.Namespace) -> None:
         if bad := [r["step"] for r in records if not math.isfinite(r["loss"])]:
             raise InputError(f"The loss is not a number at step {bad[0]}; files written before are kept. Lower "
                              "--learning_rate, or use bf16 instead of fp16.")
+        if not rows.isfinite().all():  # the last step's update has no loss to show it yet, but may be about to be saved
+            raise InputError(f"The embedding is not finite after step {global_step}; files written before are kept. Lower "
+                             "--learning_rate.")
         if records and accelerator.is_main_process:
             append_stats(stats_path, records)
             progress.set_postfix(loss=f"{records[-1]['loss']:.4f}", lr=records[-1]["lr"])

@@ -1,5 +1,6 @@
 """Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`, whole or absent, one random state a rank."""
 
+import io
 import random
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .records import atomic_path
 
 __all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "random_state",
            "save_checkpoint", "set_random_state"]
@@ -64,6 +66,13 @@ def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
+def _save(content: dict[str, Any], path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())  # an OSError when the disk is full, where torch.save raises RuntimeError
+
+
 def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], own: dict[str, Any], *, rank: int = 0,
                     barrier: Callable[[], None] = lambda: None) -> None:
     """Write `checkpoint-<step>`: `common` by rank 0, `own` (random state, stream) by every rank; all ranks must call this."""
@@ -72,9 +81,9 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
         part.mkdir(parents=True)
-        torch.save(common, part / "training_state.pt")
+        _save(common, part / "training_state.pt")
     barrier()
-    torch.save(own, part / f"rank_{rank}.pt")
+    _save(own, part / f"rank_{rank}.pt")
     barrier()
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)

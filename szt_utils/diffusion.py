@@ -6,10 +6,12 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from .errors import InputError
 from .images import to_vae_range
@@ -46,9 +48,10 @@ def load_part(cls, path: str, subfolder: str, **kwargs: Any):
     """`cls.from_pretrained(path, subfolder=...)`, with one clear InputError when the folder or repository has no such part."""
     try:
         return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"The model '{path}' has no usable {subfolder}: {reason}") from None
+        where = "" if Path(path).is_dir() else ", which is no folder here,"
+        raise InputError(f"The model '{path}'{where} has no usable {subfolder or 'files'}: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -85,12 +88,13 @@ class LatentDiffusion:
         model = cls(
             load_part(CLIPTokenizer, path, "tokenizer", revision=revision),
             load_part(CLIPTextModel, path, "text_encoder", **weights),
-            load_part(AutoencoderKL, path, "vae", **weights),
-            load_part(UNet2DConditionModel, path, "unet", **weights),
+            load_part(AutoencoderKL, path, "vae", torch_dtype=dtype, **weights),
+            load_part(UNet2DConditionModel, path, "unet", torch_dtype=dtype, **weights),
             load_part(DDPMScheduler, path, "scheduler", revision=revision),
         )
+        model.text_encoder.to(dtype)  # the other two came in it, as Diffusers wants it
         for module in (model.text_encoder, model.vae, model.unet):
-            module.requires_grad_(False).eval().to(device, dtype)
+            module.requires_grad_(False).eval().to(device)
         return model
 
     @property

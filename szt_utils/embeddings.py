@@ -1,5 +1,6 @@
 """The learned token embeddings: placeholder tokens, training of the new rows only, files that any tool loads."""
 
+import io
 import re
 from pathlib import Path
 
@@ -101,14 +102,17 @@ def safe_file_name(token: str) -> str:
 
 def save_embedding(path: str | Path, token: str, rows: torch.Tensor, metadata: dict[str, str] | None = None) -> None:
     """Write `{token: float32 (n, D)}` atomically, as safetensors or, when the suffix is `.bin`, with torch.save."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     content = {token: rows.detach().float().cpu().clone().contiguous()}
+    if str(path).endswith(".bin"):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        data = buffer.getvalue()
+    else:
+        data = save(content, metadata={"format": "pt", **(metadata or {})})
     with atomic_path(path) as temporary:
-        if str(path).endswith(".bin"):
-            torch.save(content, temporary)
-        else:
-            save_file(content, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.write_bytes(data)  # an OSError when the disk is full, where both libraries raise errors of their own
 
 
 def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:

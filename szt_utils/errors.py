@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an InputError or a full disk as one line and exit with code 1; Ctrl-C exits with 130."""
+    """Print an InputError, or a file that cannot be read or written, as one line and exit with 1; Ctrl-C exits with 130."""
     try:
         yield
     except InputError as error:

@@ -22,7 +22,7 @@ _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 def list_images(folder: str | Path) -> list[Path]:
     """Paths of the pictures directly in a folder, sorted by name; hidden files, other files and sub-folders are passed over.
 
-    Raises InputError when the folder is missing or holds no picture, or two pictures share a stem.
+    Raises InputError when the folder is missing or holds no picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -43,7 +43,7 @@ def read_upright(path: str | Path) -> Image.Image:
             return ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise InputError(f"The picture '{path}' does not exist.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"The picture '{path}' cannot be read ({error}); replace or remove it.") from None
 
 

@@ -25,6 +25,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not say where, and nobody knows the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,8 +40,12 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def append_stats(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Append one JSON object per line."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def read_stats(path: str | Path) -> list[dict[str, Any]]:

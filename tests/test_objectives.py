@@ -131,7 +131,9 @@ def test_the_loss_rises_through_a_real_architecture(model):
     def gradient(pictures):  # the same draws at every call: a random U-Net tells nothing about others
         return image_gradient(ADM, model, text_states, own_generators(images), draws=2, **FULL_RANGE)(pictures)
 
+    state = torch.get_rng_state()
     poisoned = pgd(images, gradient, eps=16, step_size=4, steps=6, ascend=ADM.ascend, generators=own_generators(images))
+    assert torch.equal(torch.get_rng_state(), state)
     before, after = (measure(ADM, model, pictures, text_states, own_generators(images), draws=2, **FULL_RANGE)
                      for pictures in (images, poisoned))
     assert (after > before + 1e-3).all()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from szt_utils.pocket.scenes import SIZE, Attributes, draw_scene, training_attributes
+from szt_utils.pocket.scenes import SIZE, Attributes, Scene, draw_scene, training_attributes
 
 TRAINING_SEEDS = 1_000_000  # scene seeds from here on are for training
 HELD_OUT_SEEDS = 9_000_000  # and from here on for checks
@@ -33,10 +33,9 @@ def parser(description: str, steps: int, batch_size: int, lr: float) -> argparse
     return arguments
 
 
-def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, Attributes]:
-    attributes = training_attributes(np.random.default_rng(seed))
-    scene = draw_scene(seed, attributes)
-    return scene.image, scene.mask, attributes
+def draw(seed: int) -> Scene:
+    """The scene of a seed: its attributes are drawn, never a novel combination."""
+    return draw_scene(seed, training_attributes(np.random.default_rng(seed)))
 
 
 def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, list[Attributes]]:
@@ -47,8 +46,8 @@ def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, lis
     if not path.exists():
         pictures = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
         with ProcessPoolExecutor() as pool:
-            for i, (image, _, _) in enumerate(pool.map(_draw, seeds, chunksize=64)):
-                pictures[i] = image
+            for i, scene in enumerate(pool.map(draw, seeds, chunksize=64)):
+                pictures[i] = scene.image
         pictures.flush()
         path.with_suffix(".part").rename(path)
     return np.load(path, mmap_mode="r"), [training_attributes(np.random.default_rng(seed)) for seed in seeds]

@@ -1,0 +1,145 @@
+"""Print the bundled pocket world's figures on held-out scenes: python examples/pocket/check.py
+
+Parts (`--parts`): vae, classifier, generation, inversion, size. `--model` and `--dino` name other folders than the
+bundled ones. The figures also go to `--output` as JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from recipe import HELD_OUT_SEEDS, draw
+from train_metrics import WORDS, accuracy, labels_of
+
+from szt_utils import pocket
+from szt_utils.diffusion import LatentDiffusion
+from szt_utils.generation import generate, load_pipeline
+from szt_utils.images import read_image
+from szt_utils.metrics import image_features, pairwise_similarity, similarity
+from szt_utils.pocket.scenes import BACKGROUNDS, NOVEL_CONCEPTS, caption
+from szt_utils.records import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def held_out(count: int):
+    return [draw(HELD_OUT_SEEDS + i) for i in range(count)]
+
+
+@torch.no_grad()
+def check_vae(arguments) -> dict:
+    """Reconstruction in dB (>= 28) and the error of the object's mean colour in levels of 255 (<= 8)."""
+    model = LatentDiffusion.load(arguments.model)
+    quality, colour = [], []
+    for scene in held_out(256):
+        x = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
+        y = model.decode(model.encode(x)).clamp(0, 1)
+        quality.append(-10 * ((x - y) ** 2).mean().log10().item())
+        inside = torch.from_numpy(scene.mask)
+        colour.append((x[0, :, inside].mean(1) - y[0, :, inside].mean(1)).abs().mean().item() * 255)
+    return {"psnr_db": np.mean(quality), "object_colour_error_levels": np.mean(colour)}
+
+
+def _reader(arguments):
+    from safetensors.torch import load_file
+    from transformers import Dinov2Model
+
+    state = load_file(Path(arguments.dino) / "attributes.safetensors")
+    heads = torch.nn.Linear(*reversed(state["weight"].shape))
+    heads.load_state_dict(state)
+    return Dinov2Model.from_pretrained(arguments.dino).eval(), heads
+
+
+def check_classifier(arguments) -> dict:
+    """Accuracy of the attribute reader on real held-out scenes (>= 97 %)."""
+    scenes = held_out(512)
+    return accuracy(*_reader(arguments), np.stack([s.image for s in scenes]), labels_of([s.attributes for s in scenes]), "cpu")
+
+
+def check_generation(arguments) -> dict:
+    """Attributes read in generated pictures, 25 steps, guidance 5: shape >= 80 %, colour, background >= 90 %, pattern >= 85 %."""
+    attributes = [scene.attributes for scene in held_out(arguments.pictures)]
+    images = generate(load_pipeline(arguments.model), [caption(a) for a in attributes], seed=1, steps=25,
+                      guidance_scale=5.0, batch_size=16)
+    return accuracy(*_reader(arguments), np.stack([np.asarray(image) for image in images]), labels_of(attributes), "cpu")
+
+
+def check_inversion(arguments) -> dict:
+    """Similarity after clean textual inversion over that among real pictures, per novel concept and on average (>= 0.80)."""
+    ratios = {}
+    prompts = [f"a photo of a <c> on {background}" for background in BACKGROUNDS]
+    with tempfile.TemporaryDirectory() as temporary:
+        for concept in NOVEL_CONCEPTS:
+            folder = Path(temporary) / concept
+            paths = pocket.write_concept(concept, folder / "images")
+            subprocess.run([sys.executable, str(ROOT / "textual_inversion_szt.py"), "--pretrained_model_name_or_path",
+                            arguments.model, "--train_data_dir", str(folder / "images"), "--output_dir",
+                            str(folder / "learned"), "--placeholder_token", "<c>", "--initializer_token", "object",
+                            "--resolution", "128", "--train_batch_size", "4", "--max_train_steps", str(arguments.steps),
+                            "--learning_rate", "5e-3", "--seed", "0"], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            pipeline = load_pipeline(arguments.model, folder / "learned" / "learned_embeds.safetensors")
+            real = image_features([read_image(path) for path in paths], arguments.dino)
+            generated = image_features(generate(pipeline, prompts, seed=100), arguments.dino)
+            ratios[concept] = similarity(generated, real) / pairwise_similarity(real)
+            print(f"  {concept}: {ratios[concept]:.3f}", flush=True)
+    return {"mean": float(np.mean(list(ratios.values()))), **ratios}
+
+
+def check_size(arguments) -> dict:
+    """Size of all bundled weights in megabytes (<= 40)."""
+    folder = Path(pocket.model_path()).parent
+    return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6}
+
+
+def check_jpeg(arguments) -> dict:
+    """Share of an encoder attack's latent shift that JPEG at quality 25 removes: eps 16, 100 steps away from the latent."""
+    from szt_utils.jpeg import jpeg_tensor
+
+    model = LatentDiffusion.load(arguments.model)
+    removed = []
+    for scene in held_out(8):
+        x = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
+        target, delta = model.encode(x), (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 16 / 255
+        for _ in range(100):
+            delta.requires_grad_(True)
+            shift = (model.encode(x + delta) - target).pow(2).sum()
+            (gradient,) = torch.autograd.grad(shift, delta)
+            delta = (delta.detach() + gradient.sign() / 255).clamp(-16 / 255, 16 / 255)
+            delta = (x + delta).clamp(0, 1) - x
+        with torch.no_grad():
+            attacked = (model.encode(x + delta) - target).norm()
+            healed = (model.encode(jpeg_tensor(x + delta, 25)) - model.encode(jpeg_tensor(x, 25))).norm()
+        removed.append(1 - (healed / attacked).item())
+    return {"share_removed": float(np.mean(removed))}
+
+
+CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier, "generation": check_generation,
+          "inversion": check_inversion, "jpeg": check_jpeg}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--dino", default=None)
+    parser.add_argument("--pictures", type=int, default=256, help="number of generated pictures")
+    parser.add_argument("--steps", type=int, default=600, help="steps of textual inversion")
+    parser.add_argument("--output", type=Path, default=Path("pocket_check.json"))
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or pocket.model_path()
+    arguments.dino = arguments.dino or pocket.dino_path()
+    figures = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    for part in arguments.parts:
+        figures[part] = {k: round(float(v), 4) for k, v in CHECKS[part](arguments).items()}
+        print(part, json.dumps(figures[part], indent=2), flush=True)
+        write_json(arguments.output, figures)
+
+
+if __name__ == "__main__":
+    main()

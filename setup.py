@@ -1,0 +1,23 @@
+"""Install the library, the scripts as importable modules, and the pocket model: pip install ."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="szt-utils",
+    version="0.1.0",
+    description="Safe-Zone Training for textual inversion: learn concepts from images that may be poisoned",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["szt_utils", "szt_utils.*"]),
+    py_modules=["textual_inversion_szt", "poison_images"],
+    package_data={"szt_utils.pocket": ["weights/**/*"]},
+    install_requires=(ROOT / "requirements.txt").read_text().split(),
+    extras_require={"test": ["pytest>=8", "ruff>=0.8"]},
+)

@@ -1,0 +1,204 @@
+"""Pictures: every kind of file becomes the upright RGB picture that was meant, and a broken one is named."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from szt_utils.errors import InputError
+from szt_utils.images import (
+    contact_sheet,
+    crop_and_resize,
+    from_pil,
+    list_images,
+    read_image,
+    save_png,
+    to_pil,
+    to_vae_range,
+)
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def written(path, array, mode=None, **options):
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def pixels(path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("orientation, undo", [
+    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
+    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a.transpose(1, 0, 2), 2)),
+    (8, lambda a: np.rot90(a))])
+def test_exif_orientation_is_applied(tmp_path, orientation, undo):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(written(tmp_path / "a.png", RGB, exif=exif)), undo(RGB))
+
+
+def test_grey_palette_and_one_bit_pictures(tmp_path):
+    assert np.array_equal(pixels(written(tmp_path / "g.png", GREY)), np.stack([GREY] * 3, axis=-1))
+    palette = Image.fromarray(RGB).quantize(16)
+    assert np.array_equal(pixels(written(tmp_path / "p.png", palette)), np.asarray(palette.convert("RGB")))
+    bits = GREY >= 128
+    assert np.array_equal(pixels(written(tmp_path / "b.png", bits)), np.stack([bits * np.uint8(255)] * 3, axis=-1))
+
+
+def test_cmyk_is_the_complement_of_its_inks(tmp_path):
+    inks = np.dstack([RGB, np.zeros_like(GREY)])
+    image = Image.frombytes("CMYK", (20, 12), inks.tobytes())
+    assert np.array_equal(pixels(written(tmp_path / "a.tif", image)), 255 - RGB)
+    # Adobe's JPEGs store the inks inverted; a flat colour survives the compression.
+    flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(pixels(written(tmp_path / "a.jpg", flat, quality=95)).astype(int) - [255, 0, 0]).max() <= 3
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
+    deep = GREY.astype(np.uint16) * 257 + np.random.default_rng(1).integers(-100, 100, GREY.shape).clip(
+        -GREY.astype(int) * 257, 65535 - GREY.astype(int) * 257).astype(np.int16).astype(np.uint16)
+    for name in ("a.png", "a.tif"):
+        assert np.array_equal(pixels(written(tmp_path / name, deep)), np.stack([GREY] * 3, axis=-1))
+
+
+def test_transparency_lies_on_white(tmp_path):
+    alpha = np.random.default_rng(2).integers(0, 256, GREY.shape, dtype=np.uint8)
+    share = alpha[..., None] / 255
+    expected = RGB * share + 255 * (1 - share)
+    for suffix in ("png", "webp"):
+        path = written(tmp_path / f"a.{suffix}", np.dstack([RGB, alpha]), **({"lossless": True} if suffix == "webp" else {}))
+        assert np.abs(pixels(path) - expected).max() <= 1
+    grey = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(alpha)])
+    expected = np.stack([GREY * share[..., 0] + 255 * (1 - share[..., 0])] * 3, axis=-1)
+    assert np.abs(pixels(written(tmp_path / "la.png", grey)) - expected).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    assert pixels(written(tmp_path / "p.png", palette, transparency=0)).tolist() == [[[255, 255, 255], [0, 200, 0]]]
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    frames = [Image.new("RGB", (8, 6), colour) for colour in colours]
+    for name, options in (("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})):
+        path = written(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], **options)
+        assert Image.open(path).n_frames == 3
+        assert (pixels(path) == colours[0]).all()
+
+
+def test_only_the_folders_own_pictures_are_listed_by_name(tmp_path):
+    for name in ("b.PNG", "a.jpeg", "c.webp"):
+        written(tmp_path / name, RGB, format="PNG")
+    (tmp_path / "sub.png").mkdir()
+    for name in (".DS_Store", "a.txt", ".hidden.png", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp"]
+
+
+def test_a_folder_that_is_missing_or_has_no_pictures_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for folder, reason in ((tmp_path, "holds no picture"), (tmp_path / "x", "does not exist"),
+                           (tmp_path / "notes.txt", "not a folder")):
+        with pytest.raises(InputError, match=reason) as caught:
+            list_images(folder)
+        assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_damaged_files_raise_nothing_but_an_error_that_names_them(tmp_path, format):
+    if format.lower() not in {name.lstrip(".") for name in Image.registered_extensions()}:
+        pytest.skip(f"Pillow was built without {format}")
+    random, buffer = np.random.default_rng(0), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(buffer, format, **({} if format in ("GIF", "BMP") else {"exif": exif}))
+    data, path, refused = buffer.getvalue(), tmp_path / f"picture.{format.lower()}", 0
+    for attempt in range(60):
+        damaged = bytearray(data)
+        if attempt % 2:
+            damaged = damaged[:random.integers(len(data))]
+        else:
+            for _ in range(3):
+                damaged[random.integers(len(data))] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_image(path)
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 10
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(path)
+
+
+def test_a_missing_or_non_image_file_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("not a picture")
+    for name in ("a.png", "b.png"):
+        with pytest.raises(InputError, match=name):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("height, width", [(12, 20), (20, 12), (13, 20), (12, 12)])
+def test_crop_and_resize_is_upstreams(height, width):
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    crop = min(height, width)
+    square = array[(height - crop) // 2:(height + crop) // 2, (width - crop) // 2:(width + crop) // 2]
+    for center_crop, source in ((True, square), (False, array)):
+        expected = Image.fromarray(source).resize((16, 16), Image.Resampling.BICUBIC)
+        actual = crop_and_resize(Image.fromarray(array), 16, center_crop)
+        assert np.array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def test_tensors_and_pictures_round_trip_at_every_level():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pictures = [Image.fromarray(np.dstack([levels, levels.T, levels[::-1]])) for _ in range(2)]
+    tensor = from_pil(pictures)
+    assert tensor.shape == (2, 3, 16, 16) and tensor.dtype == torch.float32
+    assert torch.equal(tensor[0, 0], torch.from_numpy(levels) / 255)
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, to_pil(tensor), strict=True))
+    assert from_pil(Image.fromarray(levels)).shape == (1, 1, 16, 16)
+
+
+def test_to_pil_rounds_to_the_nearest_level_and_clips():
+    values = torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 100.4 / 255, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert np.asarray(to_pil(values)[0])[0, :, 0].tolist() == [0, 0, 1, 100, 255]
+
+
+def test_vae_range_is_upstreams_bit_for_bit_and_has_slope_two():
+    levels = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy((levels / 127.5 - 1.0).astype(np.float32))
+    images = (torch.from_numpy(levels).float() / 255).requires_grad_()
+    assert torch.equal(to_vae_range(images), expected)
+    to_vae_range(images).sum().backward()
+    assert torch.allclose(images.grad, torch.full((256,), 2.0))
+
+
+def test_save_png_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.png"
+    save_png(Image.fromarray(RGB), path)
+    before = path.read_bytes()
+    assert np.array_equal(np.asarray(Image.open(path)), RGB)
+    with pytest.raises(OSError):
+        save_png(Image.new("CMYK", (4, 4)), path)  # PNG has no such mode
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_contact_sheet_shows_every_picture_in_its_cell():
+    colours = {"one": [(255, 0, 0), (0, 255, 0)], "two": [(0, 0, 255)]}
+    sheet = np.asarray(contact_sheet([(t, [Image.new("RGB", (10, 10), c) for c in row]) for t, row in colours.items()],
+                                     tile=32))
+    for row in colours.values():
+        for colour in row:
+            assert (sheet == colour).all(-1).sum() == 32 * 32
+    rows, columns = ((sheet == (0, 0, 255)).all(-1).any(axis) for axis in (1, 0))
+    assert np.flatnonzero(rows)[0] > np.flatnonzero((sheet == (255, 0, 0)).all(-1).any(1))[-1]
+    assert np.flatnonzero(columns)[0] == np.flatnonzero((sheet == (255, 0, 0)).all(-1).any(0))[0]

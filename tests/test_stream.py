@@ -1,0 +1,124 @@
+"""The order of samples: a real DataLoader prepared by accelerate is the reference; any position can be continued."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from szt_utils.captions import OBJECT_TEMPLATES
+from szt_utils.checkpoints import random_state, set_random_state
+from szt_utils.stream import SampleStream
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Draws as the Diffusers example does: a template, then the mirror."""
+
+    def __init__(self, images, repeats):
+        self.images, self.repeats = images, repeats
+
+    def __len__(self):
+        return self.images * self.repeats
+
+    def __getitem__(self, i):
+        template = random.choice(OBJECT_TEMPLATES)
+        return i % self.images, template, bool(torch.rand(1) < 0.5)
+
+
+@pytest.mark.parametrize("images, repeats, batch_size", [(5, 2, 4), (5, 2, 1), (3, 4, 3), (2, 1, 16), (1, 1, 1)])
+def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_size):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    seed_all(3)
+    loader = Accelerator(cpu=True).prepare(torch.utils.data.DataLoader(
+        Drawing(images, repeats), batch_size=batch_size, shuffle=True, collate_fn=list))
+    expected = []
+    for _ in range(2):
+        batches = []
+        for batch in loader:
+            # The training step draws from the same generators between two batches.
+            batches.append((*map(list, zip(*batch, strict=True)), torch.randn(3).tolist(), random.random()))
+        expected += [(*batch, i + 1 == len(batches)) for i, batch in enumerate(batches)]
+
+    seed_all(3)
+    stream = SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size)
+    actual = []
+    for _ in expected:
+        batch = next(stream)
+        actual.append((batch.indices, batch.templates, batch.flips, torch.randn(3).tolist(), random.random(), batch.last))
+    assert actual == expected and len(actual) == 2 * stream.batches_per_epoch
+
+
+def test_continues_exactly_at_every_position():
+    def new():
+        return SampleStream(5, 2, OBJECT_TEMPLATES, 4)
+
+    def go_on(stream, count):
+        return [(next(stream), torch.rand(2).tolist(), random.random(), np.random.rand()) for _ in range(count)]
+
+    for position in range(8):  # in the middle, at the end and at the start of an epoch of three batches
+        seed_all(1)
+        stream = new()
+        go_on(stream, position)
+        state, generators = stream.state_dict(), random_state()
+        expected = go_on(stream, 7)
+        seed_all(99)
+        continued = new()
+        continued.load_state_dict(state)
+        set_random_state(generators)
+        assert go_on(continued, 7) == expected
+
+
+def test_state_is_plain_numbers_that_later_batches_do_not_change():
+    import json
+
+    seed_all(0)
+    stream = SampleStream(5, 2, OBJECT_TEMPLATES, 4)
+    next(stream)
+    state = stream.state_dict()
+    before = json.dumps(state)
+    for _ in range(5):
+        next(stream)
+    assert json.dumps(state) == before and json.loads(before)["position"] == 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
+    images, repeats, batch_size = 5, 3, 2
+    streams, agreed = [], []
+
+    def agree(seed):
+        agreed.append(seed)
+        return agreed[0]
+
+    for rank in range(num_ranks):
+        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, rank=rank, num_ranks=num_ranks, agree=agree))
+    per_rank = [[next(stream) for _ in range(stream.batches_per_epoch)] for stream in streams]
+    assert len(set(agreed)) == num_ranks, "every rank's generator stands elsewhere, so only agreeing makes one order"
+    assert all([batch.last for batch in batches] == [False] * (len(batches) - 1) + [True] for batches in per_rank)
+    in_order = [batch for together in zip(*per_rank, strict=True) for batch in together]
+    shown = [i for batch in in_order[:streams[0].total_batches] for i in batch.indices]
+    assert sorted(shown) == sorted(repeats * list(range(images)))
+    extra = in_order[streams[0].total_batches:]
+    assert len(in_order) % num_ranks == 0 and len(extra) < num_ranks
+    assert [batch.indices for batch in extra] == [batch.indices for batch in in_order[:len(extra)]]
+
+
+def test_epochs_differ_in_order_and_flips_are_fair():
+    seed_all(0)
+    stream = SampleStream(10, 100, OBJECT_TEMPLATES, 10)
+    epochs = [[next(stream) for _ in range(stream.batches_per_epoch)] for _ in range(2)]
+    orders = [[i for batch in epoch for i in batch.indices] for epoch in epochs]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    flips = [flip for epoch in epochs for batch in epoch for flip in batch.flips]
+    assert len(flips) == 2000 and abs(sum(flips) / 2000 - 0.5) < 5 * 0.5 / 2000**0.5
+    templates = [template for epoch in epochs for batch in epoch for template in batch.templates]
+    assert set(templates) == set(OBJECT_TEMPLATES)
