@@ -60,7 +60,7 @@ def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
 def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
     """Remove the oldest checkpoints until at most `keep` are left."""
     checkpoints = list_checkpoints(output_dir)
-    for checkpoint in checkpoints[:len(checkpoints) - keep]:
+    for checkpoint in checkpoints[:max(0, len(checkpoints) - keep)]:
         # Renamed first: a removal cut short leaves no half checkpoint under a valid name.
         doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
         shutil.rmtree(doomed)

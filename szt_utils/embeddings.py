@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +123,9 @@ def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
 
     try:
         content = torch.load(path, weights_only=True) if str(path).endswith(".bin") else load_file(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError, UnpicklingError) as error:
         raise InputError(f"The embedding '{path}' cannot be read ({error}).") from None
-    if len(content) != 1:
-        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {len(content)}.")
+    if not isinstance(content, dict) or len(content) != 1:
+        held = len(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
     return next(iter(content.items()))

@@ -148,8 +148,11 @@ def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "two.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "text.bin").write_text("hello")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    torch.save([torch.ones(1)], tmp_path / "list.bin")
     for name, message in (("two.safetensors", "exactly one token, but holds 2"), ("text.safetensors", "cannot be read"),
-                          ("text.bin", "cannot be read"), ("none.safetensors", "cannot be read")):
+                          ("text.bin", "cannot be read"), ("empty.bin", "cannot be read"), ("list.bin", "holds a list"),
+                          ("none.safetensors", "cannot be read")):
         with pytest.raises(InputError, match=message) as caught:
             load_embedding(tmp_path / name)
         assert name in str(caught.value)
