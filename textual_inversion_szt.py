@@ -376,51 +376,51 @@ def train(args: argparse.Namespace) -> None:
     prompt = placeholder_prompt(args.placeholder_token, args.num_vectors)
     micro_step = 0
     text_encoder.train()
-    while global_step < args.max_train_steps:
-        batch = next(stream)
-        micro_step += 1
-        accelerator.sync_gradients = batch.last or micro_step % args.gradient_accumulation_steps == 0
-        with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(text_encoder):
-            ids = tokenizer([template.format(prompt) for template in batch.templates], padding="max_length",
-                            truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-            latents = latents_of.sample(batch.indices, batch.flips) * scaling_factor
-            noise = torch.randn_like(latents)
-            timesteps = sample_timesteps(len(latents), args.t_min, args.t_max, t_weights, device=device)
-            mask = None if latent_masks is None else latent_masks[batch.indices, [int(f) for f in batch.flips]]
-            text_states = text_encoder(ids.to(device))[0].to(dtype)
+    with progress:  # closed before any error is told, so that the error has a line of its own
+        while global_step < args.max_train_steps:
+            batch = next(stream)
+            micro_step += 1
+            accelerator.sync_gradients = batch.last or micro_step % args.gradient_accumulation_steps == 0
+            with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(text_encoder):
+                ids = tokenizer([template.format(prompt) for template in batch.templates], padding="max_length",
+                                truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+                latents = latents_of.sample(batch.indices, batch.flips) * scaling_factor
+                noise = torch.randn_like(latents)
+                timesteps = sample_timesteps(len(latents), args.t_min, args.t_max, t_weights, device=device)
+                mask = None if latent_masks is None else latent_masks[batch.indices, [int(f) for f in batch.flips]]
+                text_states = text_encoder(ids.to(device))[0].to(dtype)
 
-            error = denoising_loss(unet, scheduler, latents, noise, timesteps, text_states,
-                                   latent_mask=mask if args.mask_mode == "latent" else None)
-            loss = masked_mean(error, mask if args.mask_mode.endswith("loss") else None, args.mask_normalization)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
+                error = denoising_loss(unet, scheduler, latents, noise, timesteps, text_states,
+                                       latent_mask=mask if args.mask_mode == "latent" else None)
+                loss = masked_mean(error, mask if args.mask_mode.endswith("loss") else None, args.mask_normalization)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
 
-        micro_step = 0
-        if not optimizer.step_was_skipped:
-            lr_scheduler.step()
-        global_step += 1
-        progress.update(1)
-        waiting.append((global_step, loss.detach(), lr_scheduler.get_last_lr()[0]))
-        saving, keeping, validating = (global_step % every == 0 for every in (
-            args.save_steps, args.checkpointing_steps, args.validation_steps))
-        if saving or keeping or len(waiting) == 10 or global_step == args.max_train_steps:
-            flush_stats()
-        if saving and accelerator.is_main_process:
-            save(f"learned_embeds-steps-{global_step}")
-        if keeping:
-            common = {"step": global_step, "rows": rows.detach().cpu(), "optimizer": optimizer.state_dict(),
-                      "lr_scheduler": lr_scheduler.state_dict(), "fingerprint": fingerprint,
-                      "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            save_checkpoint(output_dir, global_step, common, {"stream": stream.state_dict(), "random": random_state()},
-                            rank=rank, barrier=accelerator.wait_for_everyone)
-            if args.checkpoints_total_limit and accelerator.is_main_process:
-                prune_checkpoints(output_dir, args.checkpoints_total_limit)
-        if validating and args.validation_prompt is not None:
-            validate(args, accelerator, tokenizer, text_encoder, unet, global_step)
-    progress.close()
+            micro_step = 0
+            if not optimizer.step_was_skipped:
+                lr_scheduler.step()
+            global_step += 1
+            progress.update(1)
+            waiting.append((global_step, loss.detach(), lr_scheduler.get_last_lr()[0]))
+            saving, keeping, validating = (global_step % every == 0 for every in (
+                args.save_steps, args.checkpointing_steps, args.validation_steps))
+            if saving or keeping or len(waiting) == 10 or global_step == args.max_train_steps:
+                flush_stats()
+            if saving and accelerator.is_main_process:
+                save(f"learned_embeds-steps-{global_step}")
+            if keeping:
+                common = {"step": global_step, "rows": rows.detach().cpu(), "optimizer": optimizer.state_dict(),
+                          "lr_scheduler": lr_scheduler.state_dict(), "fingerprint": fingerprint,
+                          "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+                save_checkpoint(output_dir, global_step, common, {"stream": stream.state_dict(), "random": random_state()},
+                                rank=rank, barrier=accelerator.wait_for_everyone)
+                if args.checkpoints_total_limit and accelerator.is_main_process:
+                    prune_checkpoints(output_dir, args.checkpoints_total_limit)
+            if validating and args.validation_prompt is not None:
+                validate(args, accelerator, tokenizer, text_encoder, unet, global_step)
 
     # --- What remains
     accelerator.wait_for_everyone()

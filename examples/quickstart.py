@@ -1,9 +1,11 @@
-"""See textual inversion fail on poisoned pictures and succeed with Safe-Zone Training, on the bundled pocket model.
+"""See textual inversion fail on poisoned pictures and succeed with Safe-Zone Training,
+on the bundled pocket model.
 
     python examples/quickstart.py
 
-Draws five pictures of a concept that the model has never seen, poisons them imperceptibly (ADM+), trains three embeddings
-through the real scripts, and generates with each. Writes `quickstart/comparison.png` and `quickstart/scores.json`.
+Draws five pictures of a concept that the model has never seen, poisons them imperceptibly (ADM+), trains
+three embeddings through the real scripts, and generates with each. Writes `quickstart/comparison.png` and
+`quickstart/scores.json`.
 """
 
 import argparse
@@ -33,16 +35,19 @@ def run(title: str, script: str, **flags) -> None:
 
 def learn(title: str, image_dir: Path, output_dir: Path, arguments, **defence) -> Path:
     if not (output_dir / "learned_embeds.safetensors").exists():
-        run(title, "textual_inversion_szt.py", pretrained_model_name_or_path=arguments.model, train_data_dir=image_dir,
-            output_dir=output_dir, placeholder_token=TOKEN, initializer_token="object", resolution=128, seed=0,
-            train_batch_size=4, max_train_steps=arguments.steps, learning_rate=5e-3, **defence)
+        run(title, "textual_inversion_szt.py", pretrained_model_name_or_path=arguments.model,
+            train_data_dir=image_dir, output_dir=output_dir, placeholder_token=TOKEN,
+            initializer_token="object", resolution=128, seed=0, train_batch_size=4,
+            max_train_steps=arguments.steps, learning_rate=5e-3, **defence)
     return output_dir / "learned_embeds.safetensors"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart"))
-    parser.add_argument("--concept", default="teal-striped-star", help="see python -m szt_utils.pocket --list")
+    parser.add_argument("--concept", default="teal-striped-star",
+                        help="see python -m szt_utils.pocket --list")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each embedding")
     parser.add_argument("--eps", type=int, default=16, help="the poison's budget, in levels of 255")
     arguments = parser.parse_args()
@@ -55,14 +60,15 @@ def compare(arguments) -> None:
     folder = arguments.output_dir
     clean, masks, poisoned = folder / "clean", folder / "masks", folder / "poisoned"
     pocket.write_concept(arguments.concept, clean, masks)
-    run("Poisoning the pictures (ADM+)", "poison_images.py", pretrained_model_name_or_path=arguments.model, method="adm+",
-        image_dir=clean, output_dir=poisoned, eps=arguments.eps, resolution=128, seed=0)
+    run("Poisoning the pictures (ADM+)", "poison_images.py", pretrained_model_name_or_path=arguments.model,
+        method="adm+", image_dir=clean, output_dir=poisoned, eps=arguments.eps, resolution=128, seed=0)
     embeddings = {
-        "clean_nominal": learn("Textual inversion on the clean pictures", clean, folder / "clean_nominal", arguments),
-        "poisoned_nominal": learn("Textual inversion on the poisoned pictures", poisoned, folder / "poisoned_nominal",
-                                  arguments),
-        "poisoned_szt": learn("Safe-Zone Training on the poisoned pictures", poisoned, folder / "poisoned_szt", arguments,
-                              szt=True, loss_mask_dir=masks),
+        "clean_nominal": learn("Textual inversion on the clean pictures", clean,
+                               folder / "clean_nominal", arguments),
+        "poisoned_nominal": learn("Textual inversion on the poisoned pictures", poisoned,
+                                  folder / "poisoned_nominal", arguments),
+        "poisoned_szt": learn("Safe-Zone Training on the poisoned pictures", poisoned,
+                              folder / "poisoned_szt", arguments, szt=True, loss_mask_dir=masks),
     }
 
     print("\n=== Generating with each embedding", flush=True)
@@ -81,11 +87,13 @@ def compare(arguments) -> None:
         rows.append((f"{name.replace('_', ', ')}: similarity {scores[name]:.2f}", images))
     write_json(folder / "scores.json", {"similarity": scores})
     shown = [read_image(path) for path in list_images(poisoned)]
-    contact_sheet([(f"the clean pictures of '{arguments.concept}': similarity {scores['real_real']:.2f}", real),
+    contact_sheet([(f"the clean pictures of '{arguments.concept}': "
+                    f"similarity {scores['real_real']:.2f}", real),
                    ("the same, poisoned", shown), *rows]).save(folder / "comparison.png")
 
     print("\nSimilarity of the pictures to the clean concept (image-encoder cosine, higher is better)")
-    for name, text in {"real_real": "real pictures among themselves", "clean_nominal": "learned from clean pictures",
+    for name, text in {"real_real": "real pictures among themselves",
+                       "clean_nominal": "learned from clean pictures",
                        "poisoned_nominal": "learned from poisoned pictures",
                        "poisoned_szt": "the same with Safe-Zone Training"}.items():
         print(f"  {text:34s} {scores[name]:.3f}")

@@ -1,6 +1,8 @@
-"""A latent diffusion model as plain functions, and THE denoising loss (paper Eq. 1-3) that every part of the project uses.
+"""A latent diffusion model as plain functions,
+and THE denoising loss (paper Eq. 1-3) that every part of the project uses.
 
-    z0 = scale * E(x),  z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) noise,  loss = (prediction(z_t, t, c) - target)^2
+    z0 = scale * E(x),  z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) noise,
+    loss = (prediction(z_t, t, c) - target)^2
 """
 
 import contextlib
@@ -19,22 +21,27 @@ from .images import to_vae_range
 __all__ = ["LatentDiffusion", "denoising_loss", "denoising_target", "evaluating", "load_part"]
 
 
-def denoising_target(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the U-Net is trained to predict, shape of `latents`: the noise (epsilon) or the velocity (v-prediction)."""
+def denoising_target(scheduler, latents: torch.Tensor, noise: torch.Tensor,
+                     timesteps: torch.Tensor) -> torch.Tensor:
+    """What the U-Net is trained to predict, shape of `latents`:
+    the noise (epsilon) or the velocity (v-prediction)."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
-    raise InputError(f"The model predicts '{prediction_type}'; only 'epsilon' and 'v_prediction' can be trained.")
+    raise InputError(f"The model predicts '{prediction_type}'; "
+                     "only 'epsilon' and 'v_prediction' can be trained.")
 
 
 def denoising_loss(unet, scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
                    text_states: torch.Tensor, *, latent_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared error of the U-Net's prediction per sample and location, float32 (B, C, h, w), paper Eq. 2 and 3.
+    """Squared error of the U-Net's prediction per sample and location,
+    float32 (B, C, h, w), paper Eq. 2 and 3.
 
-    `latents` and `noise` are (B, C, h, w) in the U-Net's dtype, `timesteps` long (B,), `text_states` (B, L, D). A
-    `latent_mask` (B, 1, h, w) multiplies the noised latent (the paper's ablation ZM), not the target.
+    `latents` and `noise` are (B, C, h, w) in the U-Net's dtype, `timesteps` long (B,),
+    `text_states` (B, L, D). A `latent_mask` (B, 1, h, w) multiplies the noised latent (the paper's
+    ablation ZM), not the target.
     """
     noised = scheduler.add_noise(latents, noise, timesteps)
     if latent_mask is not None:
@@ -45,13 +52,15 @@ def denoising_loss(unet, scheduler, latents: torch.Tensor, noise: torch.Tensor, 
 
 
 def load_part(cls, path: str, subfolder: str, **kwargs: Any):
-    """`cls.from_pretrained(path, subfolder=...)`, with one clear InputError when the folder or repository has no such part."""
+    """`cls.from_pretrained(path, subfolder=...)`,
+    with one clear InputError when the folder or repository has no such part."""
     try:
         return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "" if Path(path).is_dir() else ", which is no folder here,"
-        raise InputError(f"The model '{path}'{where} has no usable {subfolder or 'files'}: {reason}") from None
+        raise InputError(f"The model '{path}'{where} has no usable {subfolder or 'files'}: "
+                         f"{reason}") from None
 
 
 @contextlib.contextmanager
@@ -78,9 +87,10 @@ class LatentDiffusion:
     scheduler: Any
 
     @classmethod
-    def load(cls, path: str, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu") -> "LatentDiffusion":
-        """Load a Diffusers folder or repository, frozen and in evaluation mode; InputError when a part is missing."""
+    def load(cls, path: str, *, revision: str | None = None, variant: str | None = None,
+             dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "LatentDiffusion":
+        """Load a Diffusers folder or repository, frozen and in evaluation mode;
+        InputError when a part is missing."""
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -106,7 +116,8 @@ class LatentDiffusion:
         return self.unet.dtype
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Mean latent z0 of (B, 3, H, W) in [0, 1], scaled, (B, C, h, w) in the model's dtype; gradients flow."""
+        """Mean latent z0 of (B, 3, H, W) in [0, 1], scaled,
+        (B, C, h, w) in the model's dtype; gradients flow."""
         posterior = self.vae.encode(to_vae_range(images.to(self.device)).to(self.dtype)).latent_dist
         return posterior.mean * self.vae.config.scaling_factor
 
@@ -117,11 +128,12 @@ class LatentDiffusion:
     @torch.no_grad()
     def embed_text(self, prompts: str | list[str]) -> torch.Tensor:
         """Text encoder states of the prompts, padded to the tokenizer's length, (B, L, D)."""
-        ids = self.tokenizer(prompts if isinstance(prompts, list) else [prompts], padding="max_length", truncation=True,
-                             max_length=self.tokenizer.model_max_length, return_tensors="pt").input_ids
+        ids = self.tokenizer(prompts if isinstance(prompts, list) else [prompts], padding="max_length",
+                             truncation=True, max_length=self.tokenizer.model_max_length,
+                             return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device))[0].to(self.dtype)
 
-    def loss(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor,
-             **kwargs: Any) -> torch.Tensor:
+    def loss(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+             text_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`denoising_loss` of this model."""
         return denoising_loss(self.unet, self.scheduler, latents, noise, timesteps, text_states, **kwargs)

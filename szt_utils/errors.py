@@ -9,12 +9,14 @@ __all__ = ["InputError", "exit_on_input_error"]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one sentence that names it and says what to do."""
+    """Something the user gave cannot be used; the message is one sentence that names it
+    and says what to do."""
 
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an InputError, or a file that cannot be read or written, as one line and exit with 1; Ctrl-C exits with 130."""
+    """Print an InputError, or a file that cannot be read or written, as one line and exit with 1;
+    Ctrl-C exits with 130."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,5 @@
-"""Pictures from a pipeline, with or without a learned embedding: batched, and the same for every batch size."""
+"""Pictures from a pipeline, with or without a learned embedding: batched,
+and the same for every batch size."""
 
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from PIL import Image
 __all__ = ["generate", "load_pipeline"]
 
 
-def load_pipeline(model: str, embedding: str | Path | None = None, device: torch.device | str = "cpu", **kwargs):
+def load_pipeline(model: str, embedding: str | Path | None = None, device: torch.device | str = "cpu",
+                  **kwargs):
     """An ordinary StableDiffusionPipeline, with the embedding's token loaded when one is given."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -27,5 +29,6 @@ def generate(pipeline, prompts: list[str], *, seed: int = 0, steps: int = 25, gu
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start:start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        images += pipeline(chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+        images += pipeline(chunk, num_inference_steps=steps, guidance_scale=guidance_scale,
+                           generator=generators).images
     return images

@@ -1,7 +1,8 @@
 """Pictures in and out: list, read, crop and resize, convert, save. The one image reader of the project.
 
-Library images are float32 (B, 3, H, W) in [0, 1]. A picture read here is upright (EXIF orientation applied), RGB and
-8 bits per channel, whatever its file was; transparent pixels lie on white, animations give their first frame.
+Library images are float32 (B, 3, H, W) in [0, 1]. A picture read here is upright (EXIF orientation
+applied), RGB and 8 bits per channel, whatever its file was; transparent pixels lie on white, animations
+give their first frame.
 """
 
 from pathlib import Path
@@ -13,14 +14,15 @@ from PIL import Image, ImageOps
 from .errors import InputError
 from .records import atomic_path
 
-__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "read_image", "read_upright", "save_png", "to_pil",
-           "to_vae_range"]
+__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "read_image", "read_upright",
+           "save_png", "to_pil", "to_vae_range"]
 
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Paths of the pictures directly in a folder, sorted by name; hidden files, other files and sub-folders are passed over.
+    """Paths of the pictures directly in a folder, sorted by name;
+    hidden files, other files and sub-folders are passed over.
 
     Raises InputError when the folder is missing or holds no picture.
     """
@@ -35,7 +37,8 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """Decode one file and apply its EXIF orientation, in the mode it was stored in; InputError when it cannot be decoded."""
+    """Decode one file and apply its EXIF orientation, in the mode it was stored in;
+    InputError when it cannot be decoded."""
     try:
         with Image.open(path) as file:
             file.seek(0)
@@ -81,14 +84,15 @@ def from_pil(images: Image.Image | list[Image.Image]) -> torch.Tensor:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1], or outside and then clipped, as Pillow pictures, rounded to the nearest of 256 levels."""
+    """(B, 3, H, W) in [0, 1], or outside and then clipped, as Pillow pictures,
+    rounded to the nearest of 256 levels."""
     levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_vae_range(images: torch.Tensor) -> torch.Tensor:
-    """[0, 1] to the [-1, 1] of the VAE, in the order of operations that equals upstream's float64 `level / 127.5 - 1`
-    bit for bit in float32 for all 256 levels."""
+    """[0, 1] to the [-1, 1] of the VAE, in the order of operations that equals upstream's float64
+    `level / 127.5 - 1` bit for bit in float32 for all 256 levels."""
     return (2 * (images * 255) - 255) / 255
 
 
@@ -101,7 +105,8 @@ def save_png(image: Image.Image, path: str | Path) -> None:
 
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) -> Image.Image:
-    """Rows of pictures with a caption above each row, on white; every picture is fitted into `tile` pixels."""
+    """Rows of pictures with a caption above each row, on white;
+    every picture is fitted into `tile` pixels."""
     from PIL import ImageDraw, ImageFont
 
     font, caption_height, gap = ImageFont.load_default(15), 24, 4

@@ -24,16 +24,19 @@ class LiveLatents:
 
     @torch.no_grad()
     def sample(self, indices: list[int], flips: list[bool]) -> torch.Tensor:
-        """Draw one unscaled latent per index, (B, C, h, w), from torch's global generator on the VAE's device."""
-        pictures = [self.picture(i).flip(-1) if flip else self.picture(i) for i, flip in zip(indices, flips, strict=True)]
+        """Draw one unscaled latent per index, (B, C, h, w),
+        from torch's global generator on the VAE's device."""
+        pictures = [self.picture(i).flip(-1) if flip else self.picture(i)
+                    for i, flip in zip(indices, flips, strict=True)]
         return _posterior(self.vae, torch.stack(pictures)).sample()
 
 
 class LatentCache:
-    """Posterior moments of `count` pictures and of their mirror images, (N, 2, 2 C, h, w), sampled anew at every step.
+    """Posterior moments of `count` pictures and of their mirror images, (N, 2, 2 C, h, w),
+    sampled anew at every step.
 
-    Equals LiveLatents bit for bit, at the price of a lookup, and leaves the VAE free to be deleted. Give the training's
-    `batch_size`: convolutions may differ in the last bit between batch sizes.
+    Equals LiveLatents bit for bit, at the price of a lookup, and leaves the VAE free to be deleted. Give the
+    training's `batch_size`: convolutions may differ in the last bit between batch sizes.
     """
 
     @torch.no_grad()
@@ -49,7 +52,8 @@ class LatentCache:
         self.moments = torch.cat(batches)[:2 * count].unflatten(0, (count, 2)).contiguous()
 
     def sample(self, indices: list[int], flips: list[bool]) -> torch.Tensor:
-        """Draw one unscaled latent per index, (B, C, h, w), from torch's global generator on the cache's device."""
+        """Draw one unscaled latent per index, (B, C, h, w),
+        from torch's global generator on the cache's device."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         moments = self.moments[indices, [int(flip) for flip in flips]]

@@ -1,7 +1,7 @@
 """Where to train: concept masks (paper Sec. 4.3, 5.2.3). White = the concept = trained on.
 
-Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the picture's stem and size: `<mask_dir>/<stem>.png`, or
-`<stem>-masklabel.png`.
+Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the picture's stem and size:
+`<mask_dir>/<stem>.png`, or `<stem>-masklabel.png`.
 """
 
 from pathlib import Path
@@ -14,14 +14,16 @@ from PIL import Image
 from .errors import InputError
 from .images import crop_and_resize, from_pil, list_images, read_upright
 
-__all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_masks", "masked_mean", "prepare_mask", "read_mask", "to_latent_grid"]
+__all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_masks", "masked_mean", "prepare_mask", "read_mask",
+           "to_latent_grid"]
 
 MASK_MODES = ("loss", "image", "latent", "image_and_loss")  # LM, IM, ZM and LIM of the paper
 NORMALIZATIONS = ("none", "area")
 
 
 def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
-    """The mask of every picture, in order; InputError names a picture without mask or a mask without picture."""
+    """The mask of every picture, in order;
+    InputError names a picture without mask or a mask without picture."""
     found = {}
     for path in list_images(mask_dir):
         stem = path.stem.removesuffix("-masklabel")
@@ -33,15 +35,18 @@ def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
         if path.stem not in found:
             raise InputError(f"The picture '{path}' has no mask in '{mask_dir}'; expected '{path.stem}.png'.")
         if stems.count(path.stem) > 1:
-            raise InputError(f"Several pictures are called '{path.stem}', so a mask cannot tell which it is for; rename them.")
+            raise InputError(f"Several pictures are called '{path.stem}', "
+                             "so a mask cannot tell which it is for; rename them.")
     for stem, path in found.items():
         if stem not in stems:
-            raise InputError(f"The mask '{path}' has no picture of the same name; remove it or add the picture.")
+            raise InputError(f"The mask '{path}' has no picture of the same name; "
+                             "remove it or add the picture.")
     return [found[stem] for stem in stems]
 
 
 def read_mask(path: str | Path, image_size: tuple[int, int]) -> Image.Image:
-    """Read a mask as a Pillow "L" picture of 0 and 255, upright; InputError when its size is not the picture's or it is black.
+    """Read a mask as a Pillow "L" picture of 0 and 255, upright;
+    InputError when its size is not the picture's or it is black.
 
     A transparent mask counts by its alpha if it has no other content. Grey counts as white from 128.
     """
@@ -59,36 +64,48 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> Image.Image:
         raise InputError(f"The mask '{path}' is {image.size[0]} x {image.size[1]} pixels, but its picture is "
                          f"{image_size[0]} x {image_size[1]}; make them the same.")
     if not (levels >= 128).any():
-        raise InputError(f"The mask '{path}' is all black, so nothing would be trained on; white marks the concept.")
+        raise InputError(f"The mask '{path}' is all black, so nothing would be trained on; "
+                         "white marks the concept.")
     return Image.fromarray(((levels >= 128) * 255).astype(np.uint8))
 
 
 def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """Grow the ones of (B, 1, H, W) by a square of `radius` pixels: the maximum over (2 radius + 1)^2 neighbours."""
+    """Grow the ones of (B, 1, H, W) by a square of `radius` pixels:
+    the maximum over (2 radius + 1)^2 neighbours."""
     if radius < 0:
         raise InputError(f"The mask dilation must not be negative, but is {radius}.")
-    # A square's maximum is the maximum along rows of the maximum along columns: cost grows with the radius, not its square.
+    # A square's maximum is the maximum along rows of the maximum along columns:
+    # cost grows with the radius, not its square.
     kernel = 2 * radius + 1
-    return F.max_pool2d(F.max_pool2d(mask, (kernel, 1), 1, (radius, 0)), (1, kernel), 1, (0, radius)) if radius else mask
+    return F.max_pool2d(F.max_pool2d(mask, (kernel, 1), 1, (radius, 0)),
+                        (1, kernel), 1, (0, radius)) if radius else mask
 
 
 def to_latent_grid(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize(M_x) of Eq. 7: average (B, 1, H, W) over the cells of the latent grid (h, w), then threshold at 0.5."""
+    """Resize(M_x) of Eq. 7: average (B, 1, H, W) over the cells of the latent grid (h, w),
+    then threshold at 0.5."""
     return (F.adaptive_avg_pool2d(mask, size) >= 0.5).to(mask)
 
 
-def prepare_mask(mask: Image.Image, resolution: int, center_crop: bool = False, dilation: int = 0) -> torch.Tensor:
-    """Crop and resize a mask like its picture (nearest), then dilate by `dilation` pixels; float32 (1, 1, R, R) of 0 and 1."""
-    return dilate(from_pil(crop_and_resize(mask, resolution, center_crop, Image.Resampling.NEAREST)), dilation)
+def prepare_mask(mask: Image.Image, resolution: int, center_crop: bool = False,
+                 dilation: int = 0) -> torch.Tensor:
+    """Crop and resize a mask like its picture (nearest), then dilate by `dilation` pixels;
+    float32 (1, 1, R, R) of 0 and 1."""
+    return dilate(from_pil(crop_and_resize(mask, resolution, center_crop, Image.Resampling.NEAREST)),
+                  dilation)
 
 
-def masked_mean(error: torch.Tensor, mask: torch.Tensor | None = None, normalization: str = "none") -> torch.Tensor:
-    """Mean of a per-location error (B, C, h, w) over all elements after masking by (B, 1, h, w): the loss of Eq. 7.
+def masked_mean(error: torch.Tensor, mask: torch.Tensor | None = None,
+                normalization: str = "none") -> torch.Tensor:
+    """Mean of a per-location error (B, C, h, w) over all elements after masking by (B, 1, h, w):
+    the loss of Eq. 7.
 
-    normalization "none" is the literal equation (all elements count in the mean); "area" divides by the mask's own area.
+    normalization "none" is the literal equation (all elements count in the mean);
+    "area" divides by the mask's own area.
     """
     if normalization not in NORMALIZATIONS:
-        raise InputError(f"Unknown mask normalization '{normalization}'; choose from: {', '.join(NORMALIZATIONS)}.")
+        raise InputError(f"Unknown mask normalization '{normalization}'; "
+                         f"choose from: {', '.join(NORMALIZATIONS)}.")
     if mask is None:
         return error.mean()
     if normalization == "area":

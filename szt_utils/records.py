@@ -1,4 +1,5 @@
-"""What a run leaves behind: options.json, stats.jsonl, and files that are whole or absent, never half-written."""
+"""What a run leaves behind: options.json, stats.jsonl,
+and files that are whole or absent, never half-written."""
 
 import contextlib
 import json
@@ -16,7 +17,8 @@ __all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` when the block ends without an error.
 
-    The content reaches the disk before the name does, so that a crash or a full disk leaves the old file as it was.
+    The content reaches the disk before the name does,
+    so that a crash or a full disk leaves the old file as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -39,10 +41,14 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def append_stats(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Append one JSON object per line."""
+    """Append one JSON object per line, on a line of their own even if a crash cut the last one short."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     try:
-        with open(path, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                lines = lines if file.read(1) == b"\n" else "\n" + lines
+            file.write(lines.encode())
     except OSError as error:
         error.filename = str(path)
         raise
@@ -66,7 +72,8 @@ def truncate_stats(path: str | Path, last_step: int) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the libraries that decide a result, and the commit of this project when it is run from a checkout."""
+    """Versions of the libraries that decide a result,
+    and the commit of this project when it is run from a checkout."""
     versions = {}
     for name in ("torch", "diffusers", "transformers", "accelerate", "pillow", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -74,6 +81,8 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).parent.parent
     commit = None
     if (root / ".git").exists():
-        answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = answer.stdout.strip() or None
+        command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
+        with contextlib.suppress(OSError):  # no git on this machine
+            commit = subprocess.run(command, capture_output=True, text=True,
+                                    check=False).stdout.strip() or None
     return {"versions": versions, "commit": commit}

@@ -1,7 +1,7 @@
 """The order of training samples: which picture, mirrored or not, with which caption.
 
-Draws exactly what the Diffusers example draws through its DataLoader, from Python's and torch's global generators, and can
-be stopped and continued at any batch: its whole state is a few numbers.
+Draws exactly what the Diffusers example draws through its DataLoader, from Python's and torch's global
+generators, and can be stopped and continued at any batch: its whole state is a few numbers.
 """
 
 import random
@@ -16,7 +16,8 @@ __all__ = ["Batch", "SampleStream"]
 
 @dataclass
 class Batch:
-    """`indices` of pictures, `flips` (mirror it?) and caption `templates` of one batch; is it the epoch's last?"""
+    """`indices` of pictures, `flips` (mirror it?) and caption `templates` of one batch;
+    is it the epoch's last?"""
 
     indices: list[int]
     flips: list[bool]
@@ -27,12 +28,13 @@ class Batch:
 class SampleStream:
     """Endless batches; every epoch shows each of `num_images` pictures `repeats` times in a new order.
 
-    With several ranks, rank r gets every `num_ranks`-th batch of one common order; `agree` makes the order's seed common (it
-    gets this rank's seed and returns rank 0's). The last batches are filled from the epoch's front, so all ranks see equally many.
+    With several ranks, rank r gets every `num_ranks`-th batch of one common order; `agree` makes the order's
+    seed common (it gets this rank's seed and returns rank 0's). The last batches are filled from the epoch's
+    front, so all ranks see equally many.
     """
 
-    def __init__(self, num_images: int, repeats: int, templates: tuple[str, ...], batch_size: int, *, rank: int = 0,
-                 num_ranks: int = 1, agree: Callable[[int], int] = lambda seed: seed):
+    def __init__(self, num_images: int, repeats: int, templates: tuple[str, ...], batch_size: int, *,
+                 rank: int = 0, num_ranks: int = 1, agree: Callable[[int], int] = lambda seed: seed):
         self.num_images, self.length, self.templates = num_images, num_images * repeats, templates
         self.batch_size, self.rank, self.num_ranks, self.agree = batch_size, rank, num_ranks, agree
         self.total_batches = -(-self.length // batch_size)
@@ -40,7 +42,8 @@ class SampleStream:
         self.seed, self.position, self.pending = 0, 0, None
 
     def _start_epoch(self) -> None:
-        torch.empty((), dtype=torch.int64).random_()  # a DataLoader's base seed for its workers, drawn and not needed
+        # A DataLoader's base seed for its workers, drawn and not needed.
+        torch.empty((), dtype=torch.int64).random_()
         self.seed = self.agree(int(torch.empty((), dtype=torch.int64).random_()))
         self.position = 0
         self._shuffle()
@@ -69,7 +72,8 @@ class SampleStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What continues this stream after the last batch it gave, together with the global random states."""
-        return {"seed": self.seed, "position": self.position, "pending": self.pending and asdict(self.pending)}
+        return {"seed": self.seed, "position": self.position,
+                "pending": self.pending and asdict(self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed, self.position = state["seed"], state["position"]

@@ -1,7 +1,8 @@
-"""When to train: timestep sampling above a threshold (paper Sec. 4.2, Eq. 7) and its soft shapes (Appendix H).
+"""When to train: timestep sampling above a threshold (paper Sec. 4.2, Eq. 7)
+and its soft shapes (Appendix H).
 
-A diffusion timestep t counts noise: t = 0 is almost the clean latent, t = T - 1 almost pure noise. Data poisons act at
-low t. `t_min` is inclusive, `t_max` exclusive.
+A diffusion timestep t counts noise: t = 0 is almost the clean latent, t = T - 1 almost pure noise. Data
+poisons act at low t. `t_min` is inclusive, `t_max` exclusive.
 """
 
 import torch
@@ -16,12 +17,12 @@ DISTRIBUTIONS = ("uniform", "power", "tanh")
 def check_range(t_min: int, t_max: int, num_train_timesteps: int) -> None:
     """Raise InputError unless 0 <= t_min < t_max <= num_train_timesteps."""
     if not 0 <= t_min < t_max <= num_train_timesteps:
-        raise InputError(f"The timestep range needs 0 <= t_min < t_max <= {num_train_timesteps}, but t_min is {t_min} and "
-                         f"t_max is {t_max}.")
+        raise InputError(f"The timestep range needs 0 <= t_min < t_max <= {num_train_timesteps}, "
+                         f"but t_min is {t_min} and t_max is {t_max}.")
 
 
-def timestep_weights(distribution: str, t_min: int, t_max: int, num_train_timesteps: int = 1000, *, power: float = 1.0,
-                     center: float = 500.0, width: float = 100.0) -> torch.Tensor:
+def timestep_weights(distribution: str, t_min: int, t_max: int, num_train_timesteps: int = 1000, *,
+                     power: float = 1.0, center: float = 500.0, width: float = 100.0) -> torch.Tensor:
     """Probability of every timestep of [t_min, t_max), float64 (t_max - t_min,), sum 1.
 
     uniform: constant. power: p(t) ~ (t / T)^power. tanh: p(t) ~ 1 + tanh((t - center) / width). Appendix H.
@@ -37,17 +38,22 @@ def timestep_weights(distribution: str, t_min: int, t_max: int, num_train_timest
             raise InputError(f"The width of the tanh timestep distribution must be above 0, but is {width}.")
         weights = 1 + torch.tanh((t - center) / width)
     else:
-        raise InputError(f"Unknown timestep distribution '{distribution}'; choose from: {', '.join(DISTRIBUTIONS)}.")
+        raise InputError(f"Unknown timestep distribution '{distribution}'; "
+                         f"choose from: {', '.join(DISTRIBUTIONS)}.")
     if not (weights.sum() > 0 and weights.isfinite().all()):
-        raise InputError(f"The {distribution} timestep distribution gives no timestep in [{t_min}, {t_max}) a chance.")
+        raise InputError(f"The {distribution} timestep distribution gives no timestep "
+                         f"in [{t_min}, {t_max}) a chance.")
     return weights / weights.sum()
 
 
-def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000, weights: torch.Tensor | None = None, *,
-                     device: torch.device | str | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw `batch_size` timesteps from [t_min, t_max), long (B,): uniform, or by the `weights` of `timestep_weights`.
+def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000,
+                     weights: torch.Tensor | None = None, *, device: torch.device | str | None = None,
+                     generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw `batch_size` timesteps from [t_min, t_max), long (B,):
+    uniform, or by the `weights` of `timestep_weights`.
 
-    The uniform draw is one `torch.randint`, the call that the Diffusers examples make, so that t_min = 0 changes nothing.
+    The uniform draw is one `torch.randint`, the call that the Diffusers examples make,
+    so that t_min = 0 changes nothing.
     """
     if weights is None:
         return torch.randint(t_min, t_max, (batch_size,), device=device, generator=generator)
@@ -55,6 +61,7 @@ def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000, weights
 
 
 def noise_level(alphas_cumprod: torch.Tensor, t: int) -> tuple[float, float]:
-    """The noise share sqrt(1 - abar_t), in [0, 1], and the log signal-to-noise ratio ln(abar_t / (1 - abar_t)) at t."""
+    """The noise share sqrt(1 - abar_t), in [0, 1],
+    and the log signal-to-noise ratio ln(abar_t / (1 - abar_t)) at t."""
     abar = alphas_cumprod[t].double()
     return (1 - abar).sqrt().item(), (abar.log() - (1 - abar).log()).item()

@@ -22,6 +22,16 @@ def run_script(name: str, *arguments, expect: int | None = 0, **environment) -> 
     return done
 
 
+def run_here(arguments: list) -> None:
+    """Run the training script in this process: the same main() as the command line's, without seconds of imports."""
+    from accelerate.state import AcceleratorState
+
+    import textual_inversion_szt
+
+    AcceleratorState._reset_state(True)  # a process has one; a test has its own
+    textual_inversion_szt.main([*map(str, arguments)])
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Stable-Diffusion-shaped folder with random weights: 64-px pictures, 8x8x4 latents, the pocket tokenizer."""

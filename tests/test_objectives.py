@@ -1,4 +1,5 @@
-"""ADM+: the two-stage gradient is the full one, has the closed form of a linear model, and makes the loss rise."""
+"""ADM+: the two-stage gradient is the full one, has the closed form of a linear model,
+and makes the loss rise."""
 
 from types import SimpleNamespace
 
@@ -43,7 +44,8 @@ def model(tiny_model):
 def test_two_stage_gradient_is_the_full_gradient(request, folder, draws):
     model = LatentDiffusion.load(str(request.getfixturevalue(folder)), dtype=torch.float64)
     images, text_states = pictures().double(), model.embed_text("a photo")
-    gradient, values = image_gradient(ADM, model, text_states, own_generators(images), draws=draws, **FULL_RANGE)(images)
+    gradient, values = image_gradient(ADM, model, text_states, own_generators(images), draws=draws,
+                                      **FULL_RANGE)(images)
 
     leaf, generators = images.clone().requires_grad_(), own_generators(images)
     latents = model.encode(leaf)
@@ -57,7 +59,8 @@ def test_two_stage_gradient_is_the_full_gradient(request, folder, draws):
     loss = torch.stack(losses).mean(0)
     (full,) = torch.autograd.grad(loss.sum(), leaf)
     assert full.abs().max() > 0
-    assert torch.allclose(gradient, full, rtol=1e-5, atol=1e-6 * full.abs().max().item())  # the shared loss is float32
+    # The shared loss is float32.
+    assert torch.allclose(gradient, full, rtol=1e-5, atol=1e-6 * full.abs().max().item())
     assert torch.allclose(values.double(), loss, rtol=1e-5)
 
 
@@ -97,14 +100,16 @@ def linear_model():
 
 def test_closed_form_of_a_linear_model(linear_model):
     vae, unet, x = linear_model.vae, linear_model.unet, pictures(2, 16).double()
-    gradient, values = image_gradient(ADM, linear_model, torch.zeros(1, 1, 1), own_generators(x), **FULL_RANGE)(x)
+    gradient, values = image_gradient(ADM, linear_model, torch.zeros(1, 1, 1), own_generators(x),
+                                      **FULL_RANGE)(x)
 
     # z0 = s B (2x - 1); z_t = a z0 + b n; L = |A z_t - n|^2 / N  =>  dL/dx = 2s B^T (2a/N) A^T (A z_t - n)
     z0 = 3 * vae.map(2 * x - 1)
     noise, t = draw(z0, own_generators(x), **FULL_RANGE)
     abar = linear_model.scheduler.alphas_cumprod[t].double().view(-1, 1, 1, 1)
     residual = unet.map(abar.sqrt() * z0 + (1 - abar).sqrt() * noise) - noise
-    at_latent = 2 * abar.sqrt() / z0[0].numel() * torch.einsum("oi,bohw->bihw", unet.map.weight[:, :, 0, 0], residual)
+    at_latent = (2 * abar.sqrt() / z0[0].numel()
+                 * torch.einsum("oi,bohw->bihw", unet.map.weight[:, :, 0, 0], residual))
     expected = 2 * 3 * nn.functional.conv_transpose2d(at_latent, vae.map.weight, stride=8)
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert torch.allclose(values.double(), residual.square().mean((1, 2, 3)), rtol=1e-5)
@@ -113,7 +118,8 @@ def test_closed_form_of_a_linear_model(linear_model):
 def test_the_loss_rises_on_a_grid_that_the_attack_never_saw(linear_model):
     images, text_states = pictures(3, 16), torch.zeros(1, 1, 1)
     gradient = image_gradient(ADM, linear_model, text_states, own_generators(images), **FULL_RANGE)
-    poisoned = pgd(images, gradient, eps=16, step_size=2, steps=20, ascend=ADM.ascend, generators=own_generators(images))
+    poisoned = pgd(images, gradient, eps=16, step_size=2, steps=20, ascend=ADM.ascend,
+                   generators=own_generators(images))
     noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(11)).double()
     grid = [torch.full((3,), t) for t in range(50, 500, 50)]  # where the picture outweighs the noise
 
@@ -129,10 +135,12 @@ def test_the_loss_rises_through_a_real_architecture(model):
     images, text_states = pictures(2), model.embed_text("a photo")
 
     def gradient(pictures):  # the same draws at every call: a random U-Net tells nothing about others
-        return image_gradient(ADM, model, text_states, own_generators(images), draws=2, **FULL_RANGE)(pictures)
+        return image_gradient(ADM, model, text_states, own_generators(images), draws=2,
+                              **FULL_RANGE)(pictures)
 
     state = torch.get_rng_state()
-    poisoned = pgd(images, gradient, eps=16, step_size=4, steps=6, ascend=ADM.ascend, generators=own_generators(images))
+    poisoned = pgd(images, gradient, eps=16, step_size=4, steps=6, ascend=ADM.ascend,
+                   generators=own_generators(images))
     assert torch.equal(torch.get_rng_state(), state)
     before, after = (measure(ADM, model, pictures, text_states, own_generators(images), draws=2, **FULL_RANGE)
                      for pictures in (images, poisoned))
@@ -142,10 +150,13 @@ def test_the_loss_rises_through_a_real_architecture(model):
 def test_one_unet_pass_per_draw_one_vae_backward_and_never_both_graphs(model, monkeypatch):
     events = []
     encode, forward = model.vae.encode, model.unet.forward
-    monkeypatch.setattr(model.vae, "encode", lambda x: events.append(("vae", torch.is_grad_enabled())) or encode(x))
-    monkeypatch.setattr(model.unet, "forward", lambda *args: events.append(("unet", torch.is_grad_enabled())) or forward(*args))
+    monkeypatch.setattr(model.vae, "encode",
+                        lambda x: events.append(("vae", torch.is_grad_enabled())) or encode(x))
+    monkeypatch.setattr(model.unet, "forward",
+                        lambda *args: events.append(("unet", torch.is_grad_enabled())) or forward(*args))
     images = pictures(1)
-    image_gradient(ADM, model, model.embed_text("a photo"), own_generators(images), draws=3, **FULL_RANGE)(images)
+    image_gradient(ADM, model, model.embed_text("a photo"), own_generators(images), draws=3,
+                   **FULL_RANGE)(images)
     assert events == [("vae", False), *[("unet", True)] * 3, ("vae", True)]
 
 
@@ -164,8 +175,8 @@ def test_the_encoder_carries_any_cotangent_at_its_true_scale(model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_a_float32_gradient_of_the_same_direction(tiny_model, model, dtype):
     half, images = LatentDiffusion.load(str(tiny_model), dtype=dtype), pictures(1)
-    exact, rough = (image_gradient(ADM, m, m.embed_text("a photo"), own_generators(images), t_min=100, t_max=400)(images)[0]
-                    for m in (model, half))
+    exact, rough = (image_gradient(ADM, m, m.embed_text("a photo"), own_generators(images),
+                                   t_min=100, t_max=400)(images)[0] for m in (model, half))
     assert rough.dtype == torch.float32
     assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.9
     assert rough.norm() / exact.norm() == pytest.approx(1, abs=0.2)
@@ -181,7 +192,8 @@ def test_draws_depend_on_the_picture_and_the_seed_and_nothing_else():
 
     nearly = images.clone()
     nearly[0, 0, 0, 0] = 1 - nearly[0, 0, 0, 0]
-    for other in (own_generators(images, seed=1), own_generators(images, purpose="measure"), own_generators(nearly)):
+    for other in (own_generators(images, seed=1), own_generators(images, purpose="measure"),
+                  own_generators(nearly)):
         assert not torch.equal(draw(latents, other, 200, 700)[0][0], noise[0])
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -197,7 +209,8 @@ def test_timesteps_fill_the_half_open_range_and_the_noise_is_normal():
 
 def test_measure_repeats_with_equal_generators(model):
     images, text_states = pictures(1), model.embed_text("a photo")
-    first, second = (measure(ADM, model, images, text_states, own_generators(images), draws=2, **FULL_RANGE) for _ in range(2))
+    first, second = (measure(ADM, model, images, text_states, own_generators(images), draws=2, **FULL_RANGE)
+                     for _ in range(2))
     other = measure(ADM, model, images, text_states, own_generators(images, seed=1), draws=2, **FULL_RANGE)
     assert torch.equal(first, second) and not torch.equal(first, other) and not first.requires_grad
 

@@ -1,4 +1,5 @@
-"""The one PGD loop: optimum of a linear objective, budget on whole levels, masks, zero steps, self-diagnosis."""
+"""The one PGD loop: optimum of a linear objective, budget on whole levels, masks,
+zero steps, self-diagnosis."""
 
 import warnings
 
@@ -39,7 +40,8 @@ def weights():
 @pytest.mark.parametrize("start", [False, True])
 def test_reaches_the_optimum_of_a_linear_objective(weights, ascend, start):
     x = pictures()
-    result = pgd(x, linear(weights), eps=5, step_size=1, steps=12, ascend=ascend, generators=generators() if start else None)
+    result = pgd(x, linear(weights), eps=5, step_size=1, steps=12, ascend=ascend,
+                 generators=generators() if start else None)
     sign = weights.sign() if ascend else -weights.sign()
     assert torch.allclose(result, (x + 5 / 255 * sign).clamp(0, 1), atol=1e-6)
 
@@ -57,12 +59,14 @@ def test_budget_holds_in_whole_levels(eps, step_size, steps):
     assert torch.allclose(result * 255, (result * 255).round(), atol=1e-4) and result.dtype == torch.float32
     assert levels_moved(result, x).abs().max() <= eps and 0 <= result.min() and result.max() <= 1
     assert len(seen) == steps
-    assert all((images - x).abs().max() <= eps / 255 + 1e-6 and images.min() >= 0 and images.max() <= 1 for images in seen)
+    assert all((images - x).abs().max() <= eps / 255 + 1e-6 and images.min() >= 0 and images.max() <= 1
+               for images in seen)
 
 
 def test_one_step_has_the_length_of_the_step(weights):
     x = torch.full((1, 3, 8, 8), 100 / 255)
-    assert (levels_moved(pgd(x, linear(weights), eps=16, step_size=3, steps=1), x) == 3 * weights.sign()).all()
+    assert (levels_moved(pgd(x, linear(weights), eps=16, step_size=3, steps=1), x)
+            == 3 * weights.sign()).all()
 
 
 def test_zero_steps_are_the_identity_even_with_generators():
@@ -89,7 +93,8 @@ def test_the_perturbation_stays_float32_under_a_bfloat16_gradient(weights):
     coarse = linear(weights.bfloat16())
     result = pgd(x, lambda images: coarse(images.bfloat16()), eps=4, step_size=0.25, steps=8)
     assert result.dtype == torch.float32
-    assert (levels_moved(result, x) == 2 * weights.sign()).all()  # eight quarters of a level, none of them lost
+    # Eight quarters of a level, none of them lost.
+    assert (levels_moved(result, x) == 2 * weights.sign()).all()
 
 
 def test_projections_and_rounding():
@@ -99,7 +104,8 @@ def test_projections_and_rounding():
     assert (x + inside).min() >= 0 and (x + inside).max() <= 1
     free = (x + delta > 0) & (x + delta < 1)
     assert torch.equal(inside[free], delta[free]) and free.any() and (~free).any()
-    assert torch.equal(round_to_levels(torch.tensor([1.4, -2.6, 16.0]) / 255), torch.tensor([1.0, -3.0, 16.0]) / 255)
+    assert torch.equal(round_to_levels(torch.tensor([1.4, -2.6, 16.0]) / 255),
+                       torch.tensor([1.0, -3.0, 16.0]) / 255)
 
 
 def test_random_start_is_each_pictures_own_and_leaves_the_global_state():
@@ -115,12 +121,14 @@ def test_random_start_is_each_pictures_own_and_leaves_the_global_state():
 def test_values_are_reported_at_every_step(weights):
     seen = []
     pgd(pictures(), linear(weights), eps=8, step_size=1, steps=4, on_step=seen.append)
-    assert len(seen) == 4 and all((later > earlier).all() for earlier, later in zip(seen, seen[1:], strict=False))
+    assert len(seen) == 4 and all((later > earlier).all()
+                                  for earlier, later in zip(seen, seen[1:], strict=False))
 
 
 def test_it_says_when_it_failed(weights):
     x = pictures()
-    partly = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])  # only the second picture has no gradient
+    # Only the second picture has no gradient.
+    partly = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
     with pytest.warns(UserWarning, match="zero in 3 of 3 steps"):
         pgd(x, lambda images: (partly, torch.zeros(2)), eps=4, step_size=1, steps=3)
     with pytest.raises(InputError, match="not finite at step 1 of 3"):
@@ -139,7 +147,8 @@ def test_it_says_when_it_failed(weights):
 
 @pytest.mark.parametrize("wrong,message", [
     (dict(eps=0.5), "whole number"), (dict(eps=-1), "whole number"), (dict(eps=256), "whole number"),
-    (dict(step_size=0), "step size"), (dict(steps=-1), "steps"), (dict(generators=generators(1)), "own generator"),
+    (dict(step_size=0), "step size"), (dict(steps=-1), "steps"),
+    (dict(generators=generators(1)), "own generator"),
 ])
 def test_impossible_budgets_are_refused(weights, wrong, message):
     with pytest.raises(InputError, match=message):

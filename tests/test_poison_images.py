@@ -1,4 +1,5 @@
-"""The poisoning script: budget on the reloaded PNG, masks, independence of order and resume, records, errors."""
+"""The poisoning script: budget on the reloaded PNG, masks, independence of order and resume,
+records, errors."""
 
 import importlib.util
 import json
@@ -36,8 +37,8 @@ def image_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def options(tiny_model, image_dir):
     """Command line without --output_dir; later flags win."""
-    return ["--pretrained_model_name_or_path", tiny_model, "--image_dir", image_dir, "--method", "adm+", "--eps", EPS,
-            "--steps", STEPS, "--resolution", SIDE]
+    return ["--pretrained_model_name_or_path", tiny_model, "--image_dir", image_dir, "--method", "adm+",
+            "--eps", EPS, "--steps", STEPS, "--resolution", SIDE]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def poisoned(options, tmp_path_factory):
 
 @pytest.fixture
 def run(script, options):
-    return lambda output_dir, *more: script.main([*map(str, options), "--output_dir", str(output_dir), *map(str, more)])
+    return lambda output_dir, *more: script.main([*map(str, options), "--output_dir", str(output_dir),
+                                                  *map(str, more)])
 
 
 def levels(path) -> np.ndarray:
@@ -78,7 +80,8 @@ def test_budget_holds_and_is_reached_on_the_reloaded_png(poisoned, image_dir):
 def test_records_tell_what_ran_and_what_came_out(poisoned, options):
     folder, done = poisoned
     written = json.loads((folder / "options.json").read_text())
-    assert written["arguments"]["eps"] == EPS and written["arguments"]["method"] == "adm+" and written["t_max"] == 1000
+    assert (written["arguments"]["eps"] == EPS and written["arguments"]["method"] == "adm+"
+            and written["t_max"] == 1000)
     assert written["versions"]["torch"]
     records = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     assert [record["file"] for record in records] == NAMES
@@ -104,7 +107,8 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_bytes(poisoned, run
     shutil.copytree(poisoned[0], folder)
     (folder / "b.png").unlink()
     lines = (folder / "stats.jsonl").read_text().splitlines(keepends=True)
-    (folder / "stats.jsonl").write_text("".join(lines[:2]))  # killed after c.png was saved, before it was recorded
+    # Killed after c.png was saved, before it was recorded.
+    (folder / "stats.jsonl").write_text("".join(lines[:2]))
     kept = snapshot(folder)
     run(folder)
     assert "3 pictures" in capsys.readouterr().out
@@ -123,7 +127,8 @@ def test_a_changed_picture_is_done_again(run, image_dir, tmp_path, capsys):
     more = ["--image_dir", source_dir, "--steps", 0]
     run(folder, *more)
     for name, original in zip(NAMES, ["a.png", "b.jpg", "c.png"], strict=True):
-        assert np.array_equal(levels(folder / name), source(source_dir / original))  # 0 steps are the identity
+        # 0 steps are the identity.
+        assert np.array_equal(levels(folder / name), source(source_dir / original))
     Image.open(source_dir / "a.png").rotate(180).save(source_dir / "a.png")
     run(folder, *more)
     assert "1 of them to do" in capsys.readouterr().out
@@ -141,7 +146,8 @@ def test_bfloat16_and_masks(run, image_dir, tmp_path):
         change = np.abs(levels(tmp_path / "out" / name) - source(image_dir / original)).max(2)
         inside = Image.open(tmp_path / "masks" / name)
         left, top = ((inside.size[i] - min(inside.size)) // 2 for i in (0, 1))
-        inside = inside.crop((left, top, left + min(inside.size), top + min(inside.size))).resize((SIDE, SIDE), 0)
+        inside = inside.crop((left, top, left + min(inside.size),
+                              top + min(inside.size))).resize((SIDE, SIDE), 0)
         inside = np.asarray(inside) > 0
         assert not change[~inside].any() and (~inside).any()
         assert change.max() == EPS and (change[inside] > 0).mean() > 0.5
@@ -204,11 +210,13 @@ def test_exit_codes_of_the_command_itself(options, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--eps", "16.5"], ["--eps", "-1"], ["--eps", "256"], ["--step_size", "0"], ["--step_size", "nan"], ["--step_size", "x"],
-    ["--steps", "-1"], ["--draws", "0"], ["--t_min", "-1"], ["--method", "adm"], ["--mixed_precision", "fp8"],
+    ["--eps", "16.5"], ["--eps", "-1"], ["--eps", "256"], ["--step_size", "0"], ["--step_size", "nan"],
+    ["--step_size", "x"], ["--steps", "-1"], ["--draws", "0"], ["--t_min", "-1"], ["--method", "adm"],
+    ["--mixed_precision", "fp8"],
 ])
 def test_usage_errors(script, flags, capsys):
-    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o", "--method", "adm+"]
+    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o",
+                "--method", "adm+"]
     script.parse_args(required)
     with pytest.raises(SystemExit) as failure:
         script.parse_args([*required, *flags])
@@ -218,7 +226,8 @@ def test_usage_errors(script, flags, capsys):
 def test_defaults_are_the_papers(script, capsys):
     required = ["--image_dir", "i", "--output_dir", "o", "--method", "adm+"]
     args = script.parse_args([*required, "--pretrained_model_name_or_path", "m"])
-    assert (args.eps, args.step_size, args.steps, args.draws, args.prompt, args.t_min) == (16, 1, 100, 1, "a photo", 0)
+    assert ((args.eps, args.step_size, args.steps, args.draws, args.prompt, args.t_min)
+            == (16, 1, 100, 1, "a photo", 0))
     with pytest.raises(SystemExit) as failure:
         script.parse_args(required)
     assert failure.value.code == 2 and "--pretrained_model_name_or_path" in capsys.readouterr().err

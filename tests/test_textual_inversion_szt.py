@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here, run_script
 from PIL import Image
 
 from szt_utils.captions import OBJECT_TEMPLATES
@@ -260,3 +260,86 @@ def test_a_loss_mask_hides_everything_outside(tiny_model, concept_folder, tmp_pa
     assert not torch.allclose(embedding(plain), embedding(masked), atol=1e-4)
     losses = [[r["loss"] for r in read_stats(folder / "stats.jsonl")] for folder in (plain, masked)]
     assert losses[1][0] < 0.8 * losses[0][0], "part of the squared error must be gone from the mean"
+
+
+def test_epochs_decide_only_when_they_alone_are_given(tiny_model, concept_folder, tmp_path):
+    """10 samples in batches of 4 are 3 batches, with accumulation 2 they are 2 steps an epoch; the schedule ends with them."""
+    changes = dict(num_train_epochs=2, gradient_accumulation_steps=2, lr_scheduler="linear", lr_warmup_steps=0)
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "epochs", max_train_steps=None, **changes))
+    records = read_stats(tmp_path / "epochs" / "stats.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["lr"] for record in records] == pytest.approx([5e-2 * share for share in (0.75, 0.5, 0.25, 0)])
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "steps", max_train_steps=3, **changes))
+    assert [record["step"] for record in read_stats(tmp_path / "steps" / "stats.jsonl")] == [1, 2, 3]
+
+
+def test_validation_epochs_count_epochs_and_change_nothing(tiny_model, concept_folder, tmp_path):
+    """Upstream takes 10 samples an epoch for 10 steps, and would not validate at all here."""
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "a", validation_epochs=1, num_validation_images=2,
+                   validation_prompt=f"a {TOKEN}"))
+    names = sorted(path.name for path in (tmp_path / "a" / "validation").iterdir())
+    assert names == [f"step-{step:05d}-{i}.png" for step in (3, 6) for i in (0, 1)]
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "b"))
+    assert torch.equal(embedding(tmp_path / "a"), embedding(tmp_path / "b"))
+
+
+def test_a_full_pipeline_keeps_its_precision_and_knows_all_vectors_of_the_token(tiny_model, concept_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, mixed_precision="bf16", num_vectors=2, save_as_full_pipeline=True,
+                   max_train_steps=2))
+    saved, original = (StableDiffusionPipeline.from_pretrained(folder, safety_checker=None) for folder in (tmp_path, tiny_model))
+    for part in ("unet", "vae"):
+        ours, theirs = (getattr(pipeline, part).state_dict() for pipeline in (saved, original))
+        assert ours.keys() == theirs.keys() and all(ours[name].dtype == torch.float32 for name in ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    weight = saved.text_encoder.get_input_embeddings().weight
+    assert torch.equal(weight[-2:].detach(), embedding(tmp_path))
+    assert torch.equal(weight[:-2], original.text_encoder.get_input_embeddings().weight)
+    prompt = saved.maybe_convert_prompt(f"a photo of a {TOKEN}", saved.tokenizer)
+    assert saved.tokenizer.encode(prompt, add_special_tokens=False)[-2:] == [len(weight) - 2, len(weight) - 1]
+    # The embedding file alone gives an untouched pipeline the very same prompt.
+    original.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
+    states = [pipeline.encode_prompt(f"a {TOKEN}", "cpu", 1, False)[0] for pipeline in (saved, original)]
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], original.encode_prompt(f"a {TOKEN}_1", "cpu", 1, False)[0])
+
+
+def test_a_variant_is_asked_for_everywhere(tiny_model, concept_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None).save_pretrained(
+        tmp_path / "model", variant="fp16")
+    assert not list((tmp_path / "model").rglob("model.safetensors"))
+    run_here(flags(tmp_path / "model", concept_folder[0], tmp_path / "out", variant="fp16", save_as_full_pipeline=True,
+                   validation_prompt="a photo", validation_steps=1, num_validation_images=1, max_train_steps=1))
+    assert (tmp_path / "out" / "validation" / "step-00001-0.png").exists()
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_limit_above_the_number_of_checkpoints_removes_none(tiny_model, concept_folder, tmp_path):
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, checkpointing_steps=1, max_train_steps=3,
+                   checkpoints_total_limit=5, no_safe_serialization=True))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert embedding(tmp_path, "learned_embeds.bin").shape == (1, 32)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_mask_modes_differ_and_a_white_mask_changes_nothing(tiny_model, concept_folder, tmp_path):
+    images, masks = concept_folder
+    white = tmp_path / "white"
+    white.mkdir()
+    for path in sorted(masks.iterdir()):
+        Image.new("L", Image.open(path).size, 255).save(white / path.name)
+
+    def losses(**changes):
+        run_here(flags(tiny_model, images, tmp_path / "out", max_train_steps=2, **changes))
+        return [record["loss"] for record in read_stats(tmp_path / "out" / "stats.jsonl")]
+
+    plain, seen = losses(), []
+    for mode in ("loss", "image", "latent", "image_and_loss"):
+        assert losses(loss_mask_dir=white, mask_mode=mode) == pytest.approx(plain, rel=1e-5), mode
+        seen.append(losses(loss_mask_dir=masks, mask_mode=mode))
+    assert len({round(values[0], 6) for values in [plain, *seen]}) == 5
+    area = losses(loss_mask_dir=masks, mask_normalization="area")
+    assert area[0] > 1.5 * seen[0][0], "the concept covers less than two thirds of the pictures"

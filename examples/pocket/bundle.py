@@ -1,7 +1,7 @@
 """Copy trained networks into the package: python examples/pocket/bundle.py --work_dir pocket_training
 
-The U-Net and the VAE are stored in float16, which Diffusers loads back as float32; transformers would keep float16, so
-the text encoder and the metric networks stay float32.
+The U-Net and the VAE are stored in float16, which Diffusers loads back as float32; transformers would keep
+float16, so the text encoder and the metric networks stay float32.
 """
 
 import argparse
@@ -21,7 +21,8 @@ def halve(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("pocket_training"))
     arguments = parser.parse_args()
     for name, source in {"diffusion": "model", "dino": "dino", "clip": "clip"}.items():

@@ -1,7 +1,7 @@
 """Print the bundled pocket world's figures on held-out scenes: python examples/pocket/check.py
 
-Parts (`--parts`): vae, classifier, generation, inversion, size. `--model` and `--dino` name other folders than the
-bundled ones. The figures also go to `--output` as JSON.
+Parts (`--parts`): vae, classifier, generation, inversion, size. `--model` and `--dino` name other folders
+than the bundled ones. The figures also go to `--output` as JSON.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from recipe import HELD_OUT_SEEDS, draw
-from train_metrics import WORDS, accuracy, labels_of
+from train_metrics import accuracy, labels_of
 
 from szt_utils import pocket
 from szt_utils.diffusion import LatentDiffusion
@@ -58,31 +58,37 @@ def _reader(arguments):
 def check_classifier(arguments) -> dict:
     """Accuracy of the attribute reader on real held-out scenes (>= 97 %)."""
     scenes = held_out(512)
-    return accuracy(*_reader(arguments), np.stack([s.image for s in scenes]), labels_of([s.attributes for s in scenes]), "cpu")
+    return accuracy(*_reader(arguments), np.stack([s.image for s in scenes]),
+                    labels_of([s.attributes for s in scenes]), "cpu")
 
 
 def check_generation(arguments) -> dict:
-    """Attributes read in generated pictures, 25 steps, guidance 5: shape >= 80 %, colour, background >= 90 %, pattern >= 85 %."""
+    """Attributes read in generated pictures, 25 steps, guidance 5:
+    shape >= 80 %, colour, background >= 90 %, pattern >= 85 %."""
     attributes = [scene.attributes for scene in held_out(arguments.pictures)]
     images = generate(load_pipeline(arguments.model), [caption(a) for a in attributes], seed=1, steps=25,
                       guidance_scale=5.0, batch_size=16)
-    return accuracy(*_reader(arguments), np.stack([np.asarray(image) for image in images]), labels_of(attributes), "cpu")
+    return accuracy(*_reader(arguments), np.stack([np.asarray(image) for image in images]),
+                    labels_of(attributes), "cpu")
 
 
 def check_inversion(arguments) -> dict:
-    """Similarity after clean textual inversion over that among real pictures, per novel concept and on average (>= 0.80)."""
+    """Similarity after clean textual inversion over that among real pictures,
+    per novel concept and on average (>= 0.80)."""
     ratios = {}
     prompts = [f"a photo of a <c> on {background}" for background in BACKGROUNDS]
     with tempfile.TemporaryDirectory() as temporary:
         for concept in NOVEL_CONCEPTS:
             folder = Path(temporary) / concept
             paths = pocket.write_concept(concept, folder / "images")
-            subprocess.run([sys.executable, str(ROOT / "textual_inversion_szt.py"), "--pretrained_model_name_or_path",
-                            arguments.model, "--train_data_dir", str(folder / "images"), "--output_dir",
-                            str(folder / "learned"), "--placeholder_token", "<c>", "--initializer_token", "object",
-                            "--resolution", "128", "--train_batch_size", "4", "--max_train_steps", str(arguments.steps),
-                            "--learning_rate", "5e-3", "--seed", "0"], check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
+            subprocess.run([sys.executable, str(ROOT / "textual_inversion_szt.py"),
+                            "--pretrained_model_name_or_path", arguments.model,
+                            "--train_data_dir", str(folder / "images"),
+                            "--output_dir", str(folder / "learned"), "--placeholder_token", "<c>",
+                            "--initializer_token", "object", "--resolution", "128",
+                            "--train_batch_size", "4", "--max_train_steps", str(arguments.steps),
+                            "--learning_rate", "5e-3", "--seed", "0"],
+                           check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             pipeline = load_pipeline(arguments.model, folder / "learned" / "learned_embeds.safetensors")
             real = image_features([read_image(path) for path in paths], arguments.dino)
             generated = image_features(generate(pipeline, prompts, seed=100), arguments.dino)
@@ -98,14 +104,16 @@ def check_size(arguments) -> dict:
 
 
 def check_jpeg(arguments) -> dict:
-    """Share of an encoder attack's latent shift that JPEG at quality 25 removes: eps 16, 100 steps away from the latent."""
+    """Share of an encoder attack's latent shift that JPEG at quality 25 removes:
+    eps 16, 100 steps away from the latent."""
     from szt_utils.jpeg import jpeg_tensor
 
     model = LatentDiffusion.load(arguments.model)
     removed = []
     for scene in held_out(8):
         x = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
-        target, delta = model.encode(x), (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 16 / 255
+        target, delta = (model.encode(x),
+                         (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 16 / 255)
         for _ in range(100):
             delta.requires_grad_(True)
             shift = (model.encode(x + delta) - target).pow(2).sum()
@@ -119,12 +127,13 @@ def check_jpeg(arguments) -> dict:
     return {"share_removed": float(np.mean(removed))}
 
 
-CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier, "generation": check_generation,
-          "inversion": check_inversion, "jpeg": check_jpeg}
+CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier,
+          "generation": check_generation, "inversion": check_inversion, "jpeg": check_jpeg}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--model", default=None)
     parser.add_argument("--dino", default=None)

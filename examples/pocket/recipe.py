@@ -1,7 +1,8 @@
-"""What the pocket training scripts share: the drawn training set, a resumable state, a moving average of weights.
+"""What the pocket training scripts share: the drawn training set, a resumable state,
+a moving average of weights.
 
-Every script takes `--work_dir` and `--minutes`: it trains until its planned steps are done or the minutes are over,
-saves, and goes on from there when it is started again, so that long trainings fit into short sessions.
+Every script takes `--work_dir` and `--minutes`: it trains until its planned steps are done or the minutes are
+over, saves, and goes on from there when it is started again, so that long trainings fit into short sessions.
 """
 
 import argparse
@@ -27,7 +28,8 @@ def parser(description: str, steps: int, batch_size: int, lr: float) -> argparse
     arguments.add_argument("--steps", type=int, default=steps)
     arguments.add_argument("--batch_size", type=int, default=batch_size)
     arguments.add_argument("--lr", type=float, default=lr)
-    arguments.add_argument("--minutes", type=float, default=20, help="stop and save after this long; start again to go on")
+    arguments.add_argument("--minutes", type=float, default=20,
+                           help="stop and save after this long; start again to go on")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--compile", action="store_true")
     return arguments
@@ -44,7 +46,8 @@ def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, lis
     path = work_dir / f"scenes-{first_seed}-{count}.npy"
     seeds = range(first_seed, first_seed + count)
     if not path.exists():
-        pictures = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
+        pictures = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8,
+                                             (count, SIZE, SIZE, 3))
         with ProcessPoolExecutor() as pool:
             for i, scene in enumerate(pool.map(draw, seeds, chunksize=64)):
                 pictures[i] = scene.image
@@ -54,20 +57,25 @@ def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, lis
 
 
 def cosine_lr(optimizer, step: int, steps: int, lr: float, warmup: int = 200) -> None:
-    factor = min(1, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps))))
+    factor = (min(1, (step + 1) / warmup)
+              * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised (Jordan et al. 2024); Adam for vectors and for groups with `adam=True`.
+    """Momentum whose matrices are orthogonalised (Jordan et al. 2024);
+    Adam for vectors and for groups with `adam=True`.
 
-    Convolutions count as matrices (out, in * kh * kw). The update is scaled to Adam's usual size, 0.2 per element
-    (Liu et al. 2025, "Muon is scalable for LLM training"), so that one learning rate serves both kinds.
+    Convolutions count as matrices (out, in * kh * kw). The update is scaled to Adam's usual size,
+    0.2 per element (Liu et al. 2025, "Muon is scalable for LLM training"),
+    so that one learning rate serves both kinds.
     """
 
-    def __init__(self, parameters, lr: float, momentum: float = 0.95, betas=(0.9, 0.98), weight_decay: float = 0.01):
-        super().__init__(list(parameters), dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay))
+    def __init__(self, parameters, lr: float, momentum: float = 0.95, betas=(0.9, 0.98),
+                 weight_decay: float = 0.01):
+        super().__init__(list(parameters),
+                         dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay))
 
     @staticmethod
     def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
@@ -127,7 +135,8 @@ class Average:
 def train(name: str, arguments, modules: dict, optimizer, step_loss, averages: dict | None = None) -> bool:
     """Run `step_loss(step) -> dict of losses ('loss' is minimised)`; return whether all steps are done.
 
-    The state (modules, optimizer, averages, step, minutes spent) is in `work_dir/<name>.pt`; the log in `<name>.jsonl`.
+    The state (modules, optimizer, averages, step, minutes spent) is in `work_dir/<name>.pt`;
+    the log in `<name>.jsonl`.
     """
     averages = averages or {}
     path = arguments.work_dir / f"{name}.pt"
@@ -142,9 +151,9 @@ def train(name: str, arguments, modules: dict, optimizer, step_loss, averages: d
             average.shadow = state["averages"][key]
 
     def save():
-        state = {"modules": {k: m.state_dict() for k, m in modules.items()}, "optimizer": optimizer.state_dict(),
-                 "averages": {k: a.shadow for k, a in averages.items()}, "step": step,
-                 "minutes": minutes + (time.time() - start) / 60}
+        state = {"modules": {k: m.state_dict() for k, m in modules.items()},
+                 "optimizer": optimizer.state_dict(), "averages": {k: a.shadow for k, a in averages.items()},
+                 "step": step, "minutes": minutes + (time.time() - start) / 60}
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
@@ -170,5 +179,6 @@ def train(name: str, arguments, modules: dict, optimizer, step_loss, averages: d
             save()
             saved = time.time()
     save()
-    print(f"{name}: {step} of {arguments.steps} steps, {minutes + (time.time() - start) / 60:.1f} minutes in all")
+    print(f"{name}: {step} of {arguments.steps} steps, "
+          f"{minutes + (time.time() - start) / 60:.1f} minutes in all")
     return step >= arguments.steps

@@ -1,13 +1,21 @@
-"""Train the pocket U-Net and text encoder together on the cached latents: python examples/pocket/train_diffusion.py
+"""Train the pocket U-Net and text encoder together on the cached latents:
+python examples/pocket/train_diffusion.py
 
-Needs the VAE of train_vae.py in `work_dir/model/vae`; writes the whole model, in Diffusers format, to `work_dir/model`.
+Needs the VAE of train_vae.py in `work_dir/model/vae`; writes the whole model, in Diffusers format,
+to `work_dir/model`.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from recipe import TRAINING_SEEDS, Average, Muon, parser, scenes, train
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -22,23 +30,27 @@ def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(80, 160),
         norm_num_groups=16, cross_attention_dim=128, attention_head_dim=32,
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
 
 
 def new_text_encoder(tokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 @torch.no_grad()
 def cached_latents(vae, pictures, path: Path, device) -> torch.Tensor:
-    """Scaled posterior means of the pictures, every second one mirrored, float16 (N, 4, 16, 16); encoded once."""
+    """Scaled posterior means of the pictures, every second one mirrored,
+    float16 (N, 4, 16, 16); encoded once."""
     if not path.exists():
         batches = []
         for start in range(0, len(pictures), 100):
-            x = torch.from_numpy(pictures[start:start + 100].copy()).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+            x = (torch.from_numpy(pictures[start:start + 100].copy()).permute(0, 3, 1, 2).to(device).float()
+                 / 127.5 - 1)
             x[1::2] = x[1::2].flip(3)
             batches.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half().cpu())
             print(f"encoded {start + len(x)} of {len(pictures)}", end="\r", flush=True)
@@ -83,8 +95,8 @@ def main():
     for average in averages.values():
         average.copy_to_module()
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None,
-        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False))
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, safety_checker=None,
+        feature_extractor=None, scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False))
     pipeline.save_pretrained(model_dir)
     pocket_tokenizer(model_dir / "tokenizer")  # vocab.json and merges.txt, for readers of older transformers
 

@@ -1,8 +1,9 @@
 """Train the pocket metric networks: python examples/pocket/train_metrics.py --network dino|clip
 
-dino: a vision transformer in Dinov2Model format whose CLS feature tells shape, colour, pattern and background apart
-(trained with those labels, unlike the real DINOv2), with the linear heads that read them. clip: a CLIPModel, trained
-contrastively on captions, starting from the weights of both the dino network and the diffusion model's text encoder.
+dino: a vision transformer in Dinov2Model format whose CLS feature tells shape, colour, pattern and background
+apart (trained with those labels, unlike the real DINOv2), with the linear heads that read them. clip: a
+CLIPModel, trained contrastively on captions, starting from the weights of both the dino network and the
+diffusion model's text encoder.
 """
 
 import numpy as np
@@ -10,19 +11,29 @@ import torch
 import torch.nn.functional as F
 from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, scenes, train
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from szt_utils.pocket.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from szt_utils.pocket.vocabulary import training_caption
 
-WORDS = {"shape": list(SHAPES), "colour": list(COLOURS), "pattern": list(PATTERNS), "background": list(BACKGROUNDS)}
+WORDS = {"shape": list(SHAPES), "colour": list(COLOURS), "pattern": list(PATTERNS),
+         "background": list(BACKGROUNDS)}
 INPUT = 64  # pixels: pictures are halved before they are looked at
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
 
 def labels_of(attributes) -> torch.Tensor:
     """Word indices, long (N, 4), in the order of WORDS."""
-    return torch.tensor([[words.index(getattr(a, name)) for name, words in WORDS.items()] for a in attributes])
+    return torch.tensor([[words.index(getattr(a, name)) for name, words in WORDS.items()]
+                         for a in attributes])
 
 
 def halved(pictures, index, device) -> torch.Tensor:
@@ -31,14 +42,16 @@ def halved(pictures, index, device) -> torch.Tensor:
 
 
 def augment(x: torch.Tensor) -> torch.Tensor:
-    """Mirror, shift and zoom each picture a little, vary its brightness, blur or noise it: what generators do wrong."""
+    """Mirror, shift and zoom each picture a little, vary its brightness, blur or noise it:
+    what generators do wrong."""
     n, device = len(x), x.device
     theta = torch.zeros(n, 2, 3, device=device)
     zoom = torch.empty(n, device=device).uniform_(0.85, 1.1)
     theta[:, 0, 0] = zoom * torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
     theta[:, 1, 1] = zoom
     theta[:, :, 2] = torch.empty(n, 2, device=device).uniform_(-0.12, 0.12)
-    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection",
+                      align_corners=False)
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, blurred, torch.rand(n, 1, 1, 1, device=device) * 0.8)
     x = x * torch.empty(n, 1, 1, 1, device=device).uniform_(0.9, 1.1)
@@ -50,8 +63,9 @@ def normalised(x: torch.Tensor) -> torch.Tensor:
 
 
 def save_processor(folder) -> None:
-    BitImageProcessor(do_resize=True, size={"height": INPUT, "width": INPUT}, resample=4, do_center_crop=False,
-                      do_rescale=True, do_normalize=True, image_mean=MEAN, image_std=STD).save_pretrained(folder)
+    BitImageProcessor(do_resize=True, size={"height": INPUT, "width": INPUT}, resample=4,
+                      do_center_crop=False, do_rescale=True, do_normalize=True,
+                      image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -69,7 +83,8 @@ def train_dino(arguments, device):
     labels = labels_of(attributes).to(device)
     torch.manual_seed(0)
     dino = Dinov2Model(Dinov2Config(
-        image_size=INPUT, patch_size=8, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, mlp_ratio=3)).to(device)
+        image_size=INPUT, patch_size=8, hidden_size=128, num_hidden_layers=5, num_attention_heads=4,
+        mlp_ratio=3)).to(device)
     sizes = [len(words) for words in WORDS.values()]
     heads = torch.nn.Linear(128, sum(sizes)).to(device)
     average = Average(torch.nn.ModuleList([dino, heads]), 0.998)
@@ -89,11 +104,13 @@ def train_dino(arguments, device):
     folder = arguments.work_dir / "dino"
     dino.save_pretrained(folder)
     save_processor(folder)
-    save_file({"weight": heads.weight.detach().cpu(), "bias": heads.bias.detach().cpu()}, folder / "attributes.safetensors")
+    save_file({"weight": heads.weight.detach().cpu(), "bias": heads.bias.detach().cpu()},
+              folder / "attributes.safetensors")
 
 
 def start_from_dino(vision, dino_state: dict[str, torch.Tensor]) -> None:
-    """Copy a Dinov2Model's blocks into a CLIP vision tower: layer scales go into the projections that they follow."""
+    """Copy a Dinov2Model's blocks into a CLIP vision tower:
+    layer scales go into the projections that they follow."""
     names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention.attention.query": "self_attn.q_proj",
              "attention.attention.key": "self_attn.k_proj", "attention.attention.value": "self_attn.v_proj",
              "attention.output.dense": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
@@ -101,7 +118,8 @@ def start_from_dino(vision, dino_state: dict[str, torch.Tensor]) -> None:
     state = {"embeddings.patch_embedding.weight": dino_state["embeddings.patch_embeddings.projection.weight"],
              "embeddings.class_embedding": dino_state["embeddings.cls_token"].flatten(),
              "embeddings.position_embedding.weight": dino_state["embeddings.position_embeddings"][0],
-             "post_layernorm.weight": dino_state["layernorm.weight"], "post_layernorm.bias": dino_state["layernorm.bias"]}
+             "post_layernorm.weight": dino_state["layernorm.weight"],
+             "post_layernorm.bias": dino_state["layernorm.bias"]}
     for layer in range(len(vision.encoder.layers)):
         for old, new in names.items():
             for kind in ("weight", "bias"):
@@ -111,7 +129,8 @@ def start_from_dino(vision, dino_state: dict[str, torch.Tensor]) -> None:
                     value = value * (scale[:, None] if kind == "weight" else scale)
                 state[f"encoder.layers.{layer}.{new}.{kind}"] = value
     missing, unexpected = vision.load_state_dict(state, strict=False)
-    assert not unexpected and all("pre_layrnorm" in name or "position_ids" in name for name in missing), (missing, unexpected)
+    assert not unexpected and all("pre_layrnorm" in name or "position_ids" in name
+                                  for name in missing), (missing, unexpected)
 
 
 def train_clip(arguments, device):
@@ -122,8 +141,9 @@ def train_clip(arguments, device):
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(
         text_config=text_start.config.to_dict(), projection_dim=64,
-        vision_config=dict(image_size=INPUT, patch_size=8, hidden_size=128, num_hidden_layers=5, num_attention_heads=4,
-                           intermediate_size=384, hidden_act="gelu", projection_dim=64))).to(device)
+        vision_config=dict(image_size=INPUT, patch_size=8, hidden_size=128, num_hidden_layers=5,
+                           num_attention_heads=4, intermediate_size=384, hidden_act="gelu",
+                           projection_dim=64))).to(device)
     clip.text_model.load_state_dict(getattr(text_start, "text_model", text_start).state_dict())
     start_from_dino(clip.vision_model, load_file(arguments.work_dir / "dino" / "model.safetensors"))
     average = Average(clip, 0.99)

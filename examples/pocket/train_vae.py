@@ -1,4 +1,5 @@
-"""Train the pocket AutoencoderKL on random 64-px crops of the drawn scenes: python examples/pocket/train_vae.py"""
+"""Train the pocket AutoencoderKL on random 64-px crops of the drawn scenes:
+python examples/pocket/train_vae.py"""
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +8,9 @@ from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, scenes
 
 CROP = 64  # pixels
 CONFIG = dict(
-    sample_size=128, latent_channels=4, norm_num_groups=8, layers_per_block=1, block_out_channels=(16, 32, 64, 128),
-    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    sample_size=128, latent_channels=4, norm_num_groups=8, layers_per_block=1,
+    block_out_channels=(16, 32, 64, 128), down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
 )
 
 
@@ -69,7 +71,8 @@ def main():
             torch.from_numpy(pictures[i:i + 64].copy()).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
         ).latent_dist.mean.detach() for i in range(0, 1024, 64)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
-        print(f"scaling factor {vae.config.scaling_factor:.4f}, latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+        print(f"scaling factor {vae.config.scaling_factor:.4f}, "
+              f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
         vae.save_pretrained(arguments.work_dir / "model" / "vae")
 
 

@@ -16,7 +16,8 @@ _FOLDER = Path(__file__).parent
 def _bundled(name: str) -> str:
     path = _FOLDER / "weights" / name
     if not path.is_dir():
-        raise InputError(f"The bundled {name} is missing from '{path}'; reinstall the package or train it (examples/pocket).")
+        raise InputError(f"The bundled {name} is missing from '{path}'; "
+                         "reinstall the package or train it (examples/pocket).")
     return str(path)
 
 
@@ -37,7 +38,8 @@ def clip_path() -> str:
 
 def write_concept(concept: str, output_dir: str | Path, mask_dir: str | Path | None = None, count: int = 5,
                   seed: int = 0) -> list[Path]:
-    """Write `count` pictures of a novel concept as PNGs, and masks of the same names when `mask_dir` is given."""
+    """Write `count` pictures of a novel concept as PNGs,
+    and masks of the same names when `mask_dir` is given."""
     from PIL import Image
 
     from ..images import save_png

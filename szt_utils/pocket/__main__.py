@@ -1,4 +1,5 @@
-"""python -m szt_utils.pocket: print the bundled model's path, list the novel concepts, or write the pictures of one."""
+"""python -m szt_utils.pocket: print the bundled model's path, list the novel concepts,
+or write the pictures of one."""
 
 import argparse
 
@@ -13,17 +14,20 @@ def main() -> None:
     parser.add_argument("--output_dir", help="folder for the concept's pictures")
     parser.add_argument("--masks", metavar="DIR", help="folder for the concept's masks")
     parser.add_argument("--count", type=int, default=5, help="number of pictures (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures of the same concept")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed gives other pictures of the same concept")
     arguments = parser.parse_args()
     with exit_on_input_error():
         if arguments.list:
             print("\n".join(NOVEL_CONCEPTS))
         elif arguments.concept:
             if arguments.concept not in NOVEL_CONCEPTS:
-                raise InputError(f"'{arguments.concept}' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.")
+                raise InputError(f"'{arguments.concept}' is not a novel concept; "
+                                 f"choose from: {', '.join(NOVEL_CONCEPTS)}.")
             if not arguments.output_dir or arguments.count < 1:
                 parser.error("--concept needs --output_dir and a --count of at least 1")
-            for path in write_concept(arguments.concept, arguments.output_dir, arguments.masks, arguments.count, arguments.seed):
+            for path in write_concept(arguments.concept, arguments.output_dir, arguments.masks,
+                                      arguments.count, arguments.seed):
                 print(path)
         else:
             print(model_path())

@@ -1,7 +1,8 @@
 """The pocket world: scenes drawn by code, each with its caption, attributes and exact concept mask.
 
-A scene is one object (shape x colour x pattern) with shading and a soft shadow on a textured background. Everything
-follows from an integer seed. Ten attribute combinations, the novel concepts, never occur among the training scenes.
+A scene is one object (shape x colour x pattern) with shading and a soft shadow on a textured background.
+Everything follows from an integer seed. Ten attribute combinations, the novel concepts, never occur among
+the training scenes.
 """
 
 from dataclasses import astuple, dataclass
@@ -35,7 +36,8 @@ def _ngon(radii, start=90.0):
 
 def _outline(radius_of_angle):
     angles = np.linspace(0, 2 * np.pi, 96, endpoint=False)
-    return np.stack([radius_of_angle(angles) * np.cos(angles), radius_of_angle(angles) * np.sin(angles)], axis=1)
+    return np.stack([radius_of_angle(angles) * np.cos(angles),
+                     radius_of_angle(angles) * np.sin(angles)], axis=1)
 
 
 def _heart():
@@ -62,15 +64,16 @@ SHAPES = {
     "triangle": (_ngon(np.full(3, 1.05)) - [0, 0.12],),
     "star": (_ngon(np.tile([1.08, 0.46], 5)),),
     "heart": (_heart(),),
-    "cross": (np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1),
-                        (-1, 1), (-1, 3)]) * 0.31,),
+    "cross": (np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1),
+                        (-3, 1), (-1, 1), (-1, 3)]) * 0.31,),
     "ring": (_outline(lambda a: 0.95 + 0 * a), _outline(lambda a: 0.46 + 0 * a)),
     "crescent": (_crescent(),),
     "arrow": (np.array([(1.05, 0), (0.15, 0.85), (0.15, 0.36), (-0.95, 0.36), (-0.95, -0.36), (0.15, -0.36),
                         (0.15, -0.85)]),),
     "flower": (_outline(lambda a: 0.74 + 0.26 * np.cos(6 * a)),),
     "hourglass": (np.array([(-0.8, 0.95), (0.8, 0.95), (0.16, 0), (0.8, -0.95), (-0.8, -0.95), (-0.16, 0)]),),
-    "house": (np.array([(0, 1.05), (1.0, 0.2), (0.68, 0.2), (0.68, -0.8), (-0.68, -0.8), (-0.68, 0.2), (-1.0, 0.2)]),),
+    "house": (np.array([(0, 1.05), (1.0, 0.2), (0.68, 0.2), (0.68, -0.8), (-0.68, -0.8),
+                        (-0.68, 0.2), (-1.0, 0.2)]),),
 }
 
 
@@ -81,7 +84,8 @@ def _noise(rng, cells_y, cells_x):
 
 
 def _blend(low, high, weight):
-    return np.asarray(low, np.float32) + (np.asarray(high, np.float32) - np.asarray(low, np.float32)) * weight[..., None]
+    return (np.asarray(low, np.float32)
+            + (np.asarray(high, np.float32) - np.asarray(low, np.float32)) * weight[..., None])
 
 
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
@@ -228,15 +232,18 @@ def training_attributes(rng: np.random.Generator) -> Attributes:
 
 
 def concept_scenes(concept: str, count: int = 5, seed: int = 0) -> list[Scene]:
-    """Draw `count` scenes of one novel concept, on backgrounds that differ as long as there are enough of them."""
+    """Draw `count` scenes of one novel concept,
+    on backgrounds that differ as long as there are enough of them."""
     if concept not in NOVEL_CONCEPTS:
         raise ValueError(f"'{concept}' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.")
     rng = np.random.default_rng([seed, list(NOVEL_CONCEPTS).index(concept)])
     order = rng.permutation(list(BACKGROUNDS))
-    return [draw_scene(int(rng.integers(2**31)), Attributes(*NOVEL_CONCEPTS[concept], str(order[i % len(order)])))
+    return [draw_scene(int(rng.integers(2**31)),
+                       Attributes(*NOVEL_CONCEPTS[concept], str(order[i % len(order)])))
             for i in range(count)]
 
 
 def caption(attributes: Attributes) -> str:
     """The full caption of a scene, e.g. 'a photo of a teal striped star on sand'."""
-    return f"a photo of a {attributes.colour} {attributes.pattern} {attributes.shape} on {attributes.background}"
+    return (f"a photo of a {attributes.colour} {attributes.pattern} {attributes.shape} "
+            f"on {attributes.background}")

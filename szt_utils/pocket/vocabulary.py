@@ -1,4 +1,5 @@
-"""The pocket model's words: captions of scenes, and a CLIP tokenizer in which every word of the world is one token."""
+"""The pocket model's words: captions of scenes,
+and a CLIP tokenizer in which every word of the world is one token."""
 
 import json
 import string
@@ -19,14 +20,17 @@ _END_OF_WORD = "</w>"
 def words() -> list[str]:
     """Every word of the templates and the world, sorted."""
     text = " ".join(OBJECT_TEMPLATES + STYLE_TEMPLATES).replace("{}", " ").replace("-", " - ")
-    return sorted({*text.split(), *COLOURS, *PATTERNS, *SHAPES, *BACKGROUNDS, OBJECT_WORD, "on", "with", "and", "background"})
+    return sorted({*text.split(), *COLOURS, *PATTERNS, *SHAPES, *BACKGROUNDS, OBJECT_WORD,
+                   "on", "with", "and", "background"})
 
 
 def training_caption(attributes: Attributes, rng: np.random.Generator) -> str:
-    """A caption of a scene for training: any template, each attribute left out now and then, one in ten empty."""
+    """A caption of a scene for training: any template,
+    each attribute left out now and then, one in ten empty."""
     if rng.random() < 0.1:
         return ""
-    parts = [word for word, keep in ((attributes.colour, 0.85), (attributes.pattern, 0.85)) if rng.random() < keep]
+    parts = [word for word, keep in ((attributes.colour, 0.85), (attributes.pattern, 0.85))
+             if rng.random() < keep]
     parts.append(attributes.shape if rng.random() < 0.9 else OBJECT_WORD)
     text = str(rng.choice(OBJECT_TEMPLATES)).format(" ".join(parts))
     return f"{text} on {attributes.background}" if rng.random() < 0.8 else text
@@ -35,8 +39,8 @@ def training_caption(attributes: Attributes, rng: np.random.Generator) -> str:
 def pocket_tokenizer(folder: Path):
     """Build the CLIPTokenizer from the word list; vocab.json and merges.txt are written to `folder`.
 
-    The merges are learned by byte-pair encoding until every word is one token, so that any other word still splits into
-    known pieces.
+    The merges are learned by byte-pair encoding until every word is one token,
+    so that any other word still splits into known pieces.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -49,8 +53,10 @@ def pocket_tokenizer(folder: Path):
         initial_alphabet=list(characters)))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = list(characters) + [c + _END_OF_WORD for c in characters] + [a + b for a, b in merges]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))}
+    vocabulary = {token: i for i, token in enumerate(
+        dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT_LENGTH)
