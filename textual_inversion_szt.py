@@ -189,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
     from szt_utils.stream import SampleStream
     from szt_utils.timesteps import check_range, noise_level, sample_timesteps, timestep_weights
 
-    logger = get_logger("textual_inversion_szt", log_level="INFO")
+    logger = get_logger("textual_inversion_szt")
     output_dir = Path(args.output_dir)
     paths = list_images(args.train_data_dir)
     pictures, masks = read_training_data(args, paths)  # whatever is wrong with them shows before a model is loaded
@@ -209,6 +209,10 @@ def train(args: argparse.Namespace) -> None:
             library.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+    def tell(text: str) -> None:
+        if accelerator.is_main_process:
+            tqdm.write(text)
 
     def agree(value):  # on what rank 0 says
         return broadcast_object_list([value])[0]
@@ -320,9 +324,9 @@ def train(args: argparse.Namespace) -> None:
             accelerator.scaler.load_state_dict(common["scaler"])
         stream.load_state_dict(own["stream"])
         set_random_state(own["random"])
-        logger.info(f"Resuming from {checkpoint}.")
+        tell(f"Resuming from {checkpoint}.")
     elif args.resume_from_checkpoint:
-        logger.info(f"There is no checkpoint in {output_dir} yet: starting anew.")
+        tell(f"There is no checkpoint in {output_dir} yet: starting anew.")
     elif accelerator.is_main_process and (old := list_checkpoints(output_dir)):
         logger.warning(f"{output_dir} holds {len(old)} checkpoints of an earlier run, which this run may replace.")
 
@@ -355,9 +359,9 @@ def train(args: argparse.Namespace) -> None:
 
     if accelerator.is_main_process:
         truncate_stats(stats_path, global_step)
-        write_json(output_dir / "options.json", {**vars(args), **provenance()})
-        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()
-                  if k != "hub_token"}
+        options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # a secret stays one
+        write_json(output_dir / "options.json", {**options, **provenance()})
+        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
         accelerator.init_trackers("textual_inversion", config=config)
         low, high = noise_level(scheduler.alphas_cumprod, args.t_min), noise_level(scheduler.alphas_cumprod, args.t_max - 1)
         tqdm.write(f"{len(pictures)} pictures from {args.train_data_dir}"

@@ -1,5 +1,5 @@
-"""Fixtures: tiny models with random weights for what only needs the shapes, pictures of the pocket world, and a runner
-for the real scripts."""
+"""Fixtures: tiny models with random weights for what only needs the shapes, pictures of the pocket world, and
+runners for the real scripts."""
 
 import os
 import subprocess
@@ -11,19 +11,23 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
-torch.set_num_threads(2)
+# Tiny models gain nothing from threads, and a subprocess must add up in the same order for equal bits.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def run_script(name: str, *arguments, expect: int | None = 0, **environment) -> subprocess.CompletedProcess:
     """Run a script of the project in a subprocess; `expect` is the exit code to assert, None for any."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
-    assert expect is None or done.returncode == expect, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    told = f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert expect is None or done.returncode == expect, told
     return done
 
 
 def run_here(arguments: list) -> None:
-    """Run the training script in this process: the same main() as the command line's, without seconds of imports."""
+    """Run the training script in this process: the command line's main(), without its seconds of imports."""
     from accelerate.state import AcceleratorState
 
     import textual_inversion_szt
@@ -34,7 +38,7 @@ def run_here(arguments: list) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A Stable-Diffusion-shaped folder with random weights: 64-px pictures, 8x8x4 latents, the pocket tokenizer."""
+    """A Stable-Diffusion-shaped folder of random weights: 64-px pictures, 8x8x4 latents, pocket tokenizer."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon", "epsilon")
 
 
@@ -52,19 +56,24 @@ def build_tiny_model(folder: Path, prediction_type: str) -> Path:
 
     torch.manual_seed(0)
     tokenizer = pocket_tokenizer(folder / "vocabulary")
-    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4, sample_size=64,
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
+                        sample_size=64,
                         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8,
+                                layers_per_block=1,
                                 cross_attention_dim=32, attention_head_dim=8,
                                 down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
                                 up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
     text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
-    StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+    StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+                            scheduler=scheduler,
                             safety_checker=None, feature_extractor=None).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Captions: the published lists of Textual Inversion, in upstream's order, because the random draw is an index."""
+"""Captions: the published lists of Textual Inversion, in upstream's order: the random draw is an index."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ def test_lists_have_the_published_lengths_and_one_slot_each():
 
 
 def test_order_is_upstreams():
-    # Digests of the lists as they stand in the Diffusers example: an edit or a swap would change every seeded run.
+    # Digests of the lists in the Diffusers example: an edit or a swap would change every seeded run.
     def digest(templates):
         return hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]
 

@@ -31,7 +31,8 @@ def test_random_state_restores_all_three_generators(tmp_path):
     expected = random.random(), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
     again = load_checkpoint(folder, FINGERPRINT)[1]["random"]
     set_random_state(again)
-    assert (random.random(), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()) == expected
+    assert (random.random(), np.random.rand(3).tolist(), np.random.randn(),
+            torch.rand(3).tolist()) == expected
 
 
 def test_common_and_every_ranks_own_come_back(tmp_path):
@@ -58,7 +59,8 @@ def test_listing_passes_over_what_is_no_checkpoint_and_sorts_by_number(tmp_path)
     for name in ("checkpoint-abc", "checkpoint-", ".checkpoint-11.part", "checkpoint-1-old"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10",
+                                                                  "checkpoint-100"]
     assert list_checkpoints(tmp_path / "none") == []
 
 
@@ -96,7 +98,8 @@ def test_a_save_cut_short_leaves_the_old_checkpoint_and_the_next_save_cleans_up(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("key, value", [("placeholder_token", "<t>"), ("num_vectors", 2), ("pictures", ["a.png"]),
+@pytest.mark.parametrize("key, value",
+                         [("placeholder_token", "<t>"), ("num_vectors", 2), ("pictures", ["a.png"]),
                                         ("batch", 4)])
 def test_another_runs_checkpoint_is_refused_with_both_values(tmp_path, key, value):
     folder = save(tmp_path, 1)

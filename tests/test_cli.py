@@ -1,4 +1,4 @@
-"""Bad input to the training script gets one line that names it, the right exit code, and nothing written is touched."""
+"""Bad input to the training script gets one line that names it, the right exit code, and touches no file."""
 
 import resource
 import shutil
@@ -46,13 +46,14 @@ def contents(folder):
 
 
 def refused(arguments, output_dir=None) -> str:
-    """What main() leaves the interpreter to print before it exits with code 1: the whole message, one line."""
+    """What main() leaves the interpreter to print before it exits with code 1: one line, no more."""
     whole = output_dir and contents(output_dir)
     assert whole != {}
     with pytest.raises(SystemExit) as caught:
         run_here(arguments)
     message = caught.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message and len(message) < 600
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert "\n" not in message and len(message) < 600
     assert output_dir is None or contents(output_dir) == whole
     return message
 
@@ -63,11 +64,13 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:300])
 
 
-@pytest.mark.parametrize("damage", [truncate, lambda p: p.write_text("not a picture"), lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize("damage",
+                         [truncate, lambda p: p.write_text("not a picture"), lambda p: p.write_bytes(b"")])
 def test_a_picture_that_cannot_be_read(tiny_model, images, before, damage):
     damage(images / "teal-striped-star-02.png")
     message = refused(flags(tiny_model, images, before), before)
-    assert "teal-striped-star-02.png" in message and "cannot be read" in message and "replace or remove it" in message
+    assert "teal-striped-star-02.png" in message and "cannot be read" in message
+    assert "replace or remove it" in message
 
 
 def test_folders_without_pictures(tiny_model, before, tmp_path):
@@ -77,17 +80,18 @@ def test_folders_without_pictures(tiny_model, before, tmp_path):
     (empty / "notes.txt").write_text("x")
     (empty / "sub.png").mkdir()
     assert f"'{empty}' holds no picture" in refused(flags(tiny_model, empty, before), before)
-    assert f"'{tmp_path / 'none'}' does not exist" in refused(flags(tiny_model, tmp_path / "none", before), before)
+    none = tmp_path / "none"
+    assert f"'{none}' does not exist" in refused(flags(tiny_model, none, before), before)
     assert not (tmp_path / "fresh").exists() and refused(flags(tiny_model, empty, tmp_path / "fresh"))
     assert not (tmp_path / "fresh").exists(), "a run that cannot start makes no folder"
 
 
 def test_every_kind_of_picture_is_handled(tiny_model, tmp_path, capsys):
-    """Expected pixels are exact: every picture is one flat colour, or two flat halves, at the training resolution."""
+    """Expected pixels are exact: every picture is flat, or has two flat halves, at the training size."""
     side, folder = 64, tmp_path / "pictures"
     (folder / "sub").mkdir(parents=True)
     exif, halves = Image.Exif(), np.zeros((side, side, 3), np.uint8)
-    exif[0x0112], halves[:32] = 6, (200, 40, 10)  # stored with the coloured half above; to be turned to the right
+    exif[0x0112], halves[:32] = 6, (200, 40, 10)  # the coloured half is above, and belongs to the right
     Image.fromarray(halves).save(folder / "a-exif.png", exif=exif)
     Image.new("P", (side, side), 3).save(folder / "b-palette.png")
     palette = Image.new("P", (side, side), 1)
@@ -106,7 +110,8 @@ def test_every_kind_of_picture_is_handled(tiny_model, tmp_path, capsys):
 
     turned = np.zeros((side, side, 3), np.uint8)
     turned[:, 32:] = (200, 40, 10)
-    expected = [turned, (9, 99, 199), (0, 255, 255), (156,) * 3, (77,) * 3, (255,) * 3, (0, 0, 255), (0, 0, 255)]
+    expected = [turned, (9, 99, 199), (0, 255, 255), (156,) * 3, (77,) * 3, (255,) * 3, (0, 0, 255),
+                (0, 0, 255)]
     arguments = flags(tiny_model, folder, tmp_path / "out", max_train_steps=1)
     args = textual_inversion_szt.parse_args(arguments)
     pictures, no_masks = textual_inversion_szt.read_training_data(args, list_images(folder))
@@ -157,7 +162,8 @@ def test_a_mask_below_a_latent_cell_needs_dilation(tiny_model, images, masks, be
     Image.fromarray(speck).save(masks / name)
     message = refused(flags(tiny_model, images, before, loss_mask_dir=masks), before)
     assert str(images / name) in message and "--mask_dilation" in message
-    run_here(flags(tiny_model, images, tmp_path / "fresh", loss_mask_dir=masks, mask_dilation=8, max_train_steps=1))
+    run_here(flags(tiny_model, images, tmp_path / "fresh", loss_mask_dir=masks, mask_dilation=8,
+                   max_train_steps=1))
     assert (tmp_path / "fresh" / "learned_embeds.safetensors").exists()
 
     outside = np.zeros((64, 128), np.uint8)
@@ -174,13 +180,17 @@ def test_a_mask_below_a_latent_cell_needs_dilation(tiny_model, images, masks, be
 # --- Options
 
 @pytest.mark.parametrize("changes, flag", [
-    (dict(t_min=600, t_max=600), "--t_min"), (dict(t_min=600, t_max=500), "--t_min"), (dict(t_min=-1), "--t_min"),
-    (dict(t_max=0), "--t_max"), (dict(jpeg_quality=0), "--jpeg_quality"), (dict(jpeg_quality=101), "--jpeg_quality"),
+    (dict(t_min=600, t_max=600), "--t_min"), (dict(t_min=600, t_max=500), "--t_min"),
+    (dict(t_min=-1), "--t_min"),
+    (dict(t_max=0), "--t_max"), (dict(jpeg_quality=0), "--jpeg_quality"),
+    (dict(jpeg_quality=101), "--jpeg_quality"),
     (dict(jpeg_quality="high"), "--jpeg_quality"), (dict(num_vectors=0), "--num_vectors"),
-    (dict(mask_dilation=4), "--mask_dilation needs --loss_mask_dir"), (dict(mask_mode="latent"), "--mask_mode needs"),
+    (dict(mask_dilation=4), "--mask_dilation needs --loss_mask_dir"),
+    (dict(mask_mode="latent"), "--mask_mode needs"),
     (dict(loss_mask_dir="m", mask_dilation=-1), "--mask_dilation"), (dict(mask_mode="all"), "--mask_mode"),
     (dict(t_distribution="normal"), "--t_distribution"), (dict(learning_rate=-1), "--learning_rate"),
-    (dict(learning_rate="nan"), "--learning_rate"), (dict(adam_beta2=1), "--adam_beta2"), (dict(repeats=0), "--repeats"),
+    (dict(learning_rate="nan"), "--learning_rate"), (dict(adam_beta2=1), "--adam_beta2"),
+    (dict(repeats=0), "--repeats"),
     (dict(train_batch_size=0), "--train_batch_size"), (dict(save_steps=0), "--save_steps"),
     (dict(num_validation_images=0), "--num_validation_images"), (dict(resolution=0), "--resolution"),
     (dict(initializer_token=None), "--initializer_token"), (dict(t_mim=4), "--t_mim")])
@@ -196,7 +206,8 @@ def test_usage_errors_exit_with_2_and_name_the_flag(before, concept_folder, caps
 @pytest.mark.parametrize("changes, message", [
     (dict(t_min=1000), "t_min is 1000 and t_max is 1000"), (dict(t_max=1001), "t_max is 1001"),
     (dict(szt=True, t_max=400), "t_min is 500 and t_max is 400"),
-    (dict(t_distribution="tanh", t_width=0), "width of the tanh"), (dict(resolution=4), "--resolution must be at least 8"),
+    (dict(t_distribution="tanh", t_width=0), "width of the tanh"),
+    (dict(resolution=4), "--resolution must be at least 8"),
     (dict(placeholder_token="star"), "already contains the token 'star'"),
     (dict(placeholder_token="<Star>"), "use '<star>'"), (dict(placeholder_token="my star"), "one word"),
     (dict(initializer_token="striped star"), "'striped star' must be a single token"),
@@ -206,16 +217,19 @@ def test_usage_errors_exit_with_2_and_name_the_flag(before, concept_folder, caps
     (dict(resume_from_checkpoint="latest", placeholder_token="<other>"), "placeholder_token was '<star>'"),
     (dict(resume_from_checkpoint="latest", train_batch_size=2), "train_batch_size was 4 and is now 2"),
     (dict(report_to="tensorbord"), "--report_to tensorbord cannot be used"),
-    (dict(enable_xformers_memory_efficient_attention=True), "--enable_xformers_memory_efficient_attention cannot")])
+    (dict(enable_xformers_memory_efficient_attention=True),
+     "--enable_xformers_memory_efficient_attention cannot")])
 def test_options_that_the_model_or_the_run_refuse(tiny_model, concept_folder, before, changes, message):
     assert message in refused(flags(tiny_model, concept_folder[0], before, **changes), before)
 
 
 def test_models_that_are_missing_or_damaged(tiny_model, concept_folder, before, tmp_path):
     nowhere = tmp_path / "none"
-    assert f"The model '{nowhere}', which is no folder here" in refused(flags(nowhere, concept_folder[0], before), before)
+    message = refused(flags(nowhere, concept_folder[0], before), before)
+    assert f"The model '{nowhere}', which is no folder here" in message
     copy = shutil.copytree(tiny_model, tmp_path / "model")
-    for part, file in (("text_encoder", "model.safetensors"), ("unet", "diffusion_pytorch_model.safetensors")):
+    for part, file in (("text_encoder", "model.safetensors"),
+                       ("unet", "diffusion_pytorch_model.safetensors")):
         whole = (copy / part / file).read_bytes()
         truncate(copy / part / file)
         assert f"no usable {part}" in refused(flags(copy, concept_folder[0], before), before)
@@ -227,8 +241,10 @@ def test_models_that_are_missing_or_damaged(tiny_model, concept_folder, before, 
 def test_a_bare_placeholder_inside_ordinary_words_warns(tiny_model, concept_folder, tmp_path, caplog, capsys):
     for placeholder, warns in (("sks", True), ("<sks>", False), ("zqx", False)):
         caplog.clear()
-        run_here(flags(tiny_model, concept_folder[0], tmp_path / placeholder, placeholder_token=placeholder, max_train_steps=1))
-        assert ("is part of ordinary words" in caplog.text and "'<sks>' would be safe" in caplog.text) == warns
+        run_here(flags(tiny_model, concept_folder[0], tmp_path / placeholder, placeholder_token=placeholder,
+                       max_train_steps=1))
+        assert ("is part of ordinary words" in caplog.text
+                and "'<sks>' would be safe" in caplog.text) == warns
 
 
 # --- Files
@@ -246,11 +262,13 @@ def test_a_damaged_checkpoint(tiny_model, concept_folder, before, tmp_path, file
     path = before / "checkpoint-2" / file
     for content in (path.read_bytes()[:-2000], b""):
         path.write_bytes(content)
-        message = refused(flags(tiny_model, concept_folder[0], before, resume_from_checkpoint="latest"), before)
+        message = refused(flags(tiny_model, concept_folder[0], before, resume_from_checkpoint="latest"),
+                          before)
         assert str(path.parent) in message and "remove it" in message
     # As it says: without it, the run goes on from the older one.
     shutil.rmtree(path.parent)
-    arguments = flags(tiny_model, concept_folder[0], before, resume_from_checkpoint="latest", max_train_steps=2)
+    arguments = flags(tiny_model, concept_folder[0], before, resume_from_checkpoint="latest",
+                      max_train_steps=2)
     run_here(arguments)
     assert [record["step"] for record in read_stats(before / "stats.jsonl")] == [1, 2]
 
@@ -259,7 +277,8 @@ def test_a_loss_that_is_not_a_number_keeps_what_was_written(tiny_model, concept_
     kept = {name: data for name, data in contents(before).items()
             if name.name in ("learned_embeds.safetensors", "star.safetensors")}
     assert len(kept) == 2
-    message = refused(flags(tiny_model, concept_folder[0], before, learning_rate=1e30, save_steps=1, checkpointing_steps=1))
+    message = refused(flags(tiny_model, concept_folder[0], before, learning_rate=1e30, save_steps=1,
+                            checkpointing_steps=1))
     assert "not a number at step 2" in message and "--learning_rate" in message
     assert {name: (before / name).read_bytes() for name in kept} == kept
     assert embedding(before, "learned_embeds-steps-1.safetensors").isfinite().all()
@@ -270,7 +289,7 @@ def test_a_loss_that_is_not_a_number_keeps_what_was_written(tiny_model, concept_
 def test_an_update_that_is_not_finite_is_not_saved(tiny_model, concept_folder, before, monkeypatch):
     whole, step = (before / "learned_embeds.safetensors").read_bytes(), torch.optim.AdamW.step
 
-    def broken(self, *args, **kwargs):  # what a gradient beyond the range of half precision does, with a finite loss
+    def broken(self, *args, **kwargs):  # as by a gradient beyond half precision, after a finite loss
         step(self, *args, **kwargs)
         self.param_groups[0]["params"][0].data[0, 0] = torch.inf
 
@@ -281,20 +300,22 @@ def test_an_update_that_is_not_finite_is_not_saved(tiny_model, concept_folder, b
 
 
 def test_a_full_disk_in_a_real_process(tiny_model, concept_folder, before):
-    """The kernel refuses to write a file past 8 kB: options and embeddings fit, a checkpoint's random state does not."""
-    arguments = flags(tiny_model, concept_folder[0], before, save_steps=1, checkpointing_steps=2, max_train_steps=4)
+    """The kernel refuses to write past 8 kB: options and embeddings fit, a checkpoint's random state not."""
+    arguments = flags(tiny_model, concept_folder[0], before, save_steps=1, checkpointing_steps=2,
+                      max_train_steps=4)
     whole = contents(before)
     done = subprocess.run([sys.executable, ROOT / SCRIPT, *arguments], capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
     assert done.returncode == 1, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: File too large: ")
-    assert "checkpoint-2" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: File too large: ") and "checkpoint-2" in last
+    assert "Traceback" not in done.stderr
     after = contents(before)
     for name, data in whole.items():  # the old checkpoints and embeddings are whole
         if name.parts[0].startswith(("checkpoint-", "learned_embeds.")):
             assert after[name] == data
     assert embedding(before, "learned_embeds-steps-2.safetensors").isfinite().all()
-    assert not [name for name in after if name.name.endswith(".part") and after[name]], "no half-written file is left"
+    assert not [name for name in after if name.name.endswith(".part") and after[name]], "half-written"
 
 
 def test_one_line_and_the_exit_code_in_a_real_process(tiny_model, images, before):
@@ -302,7 +323,8 @@ def test_one_line_and_the_exit_code_in_a_real_process(tiny_model, images, before
     whole = contents(before)
     done = run_script(SCRIPT, *flags(tiny_model, images, before), expect=1)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: The picture '{images / 'teal-striped-star-02.png'}' cannot be read")
+    path = images / "teal-striped-star-02.png"
+    assert done.stderr.startswith(f"error: The picture '{path}' cannot be read")
     done = run_script(SCRIPT, *flags(tiny_model, images, before, jpeg_quality=0), expect=2)
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith("error: --jpeg_quality must be from 1 to 100, but is 0")

@@ -1,4 +1,4 @@
-"""The denoising loss against F.mse_loss and the analytic velocity, and the latent diffusion model as functions."""
+"""The denoising loss against F.mse_loss and the analytic velocity, and the latent diffusion model."""
 
 import shutil
 
@@ -97,7 +97,8 @@ def test_encode_is_the_scaled_mean_and_decode_its_range(model):
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         posterior = model.vae.encode(images * 2 - 1).latent_dist
-        assert torch.allclose(model.encode(images), posterior.mean * model.vae.config.scaling_factor, atol=1e-5)
+        assert torch.allclose(model.encode(images), posterior.mean * model.vae.config.scaling_factor,
+                              atol=1e-5)
         decoded = model.vae.decode(posterior.mean).sample
         assert torch.allclose(model.decode(model.encode(images)), (decoded + 1) / 2, atol=1e-5)
     leaf = images.requires_grad_()
@@ -117,11 +118,13 @@ def test_load_is_frozen_and_in_the_asked_precision(tiny_model):
     for module in (model.text_encoder, model.vae, model.unet):
         parameters = list(module.parameters())
         assert parameters and not module.training
-        assert not any(p.requires_grad for p in parameters) and {p.dtype for p in parameters} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in parameters)
+        assert {p.dtype for p in parameters} == {torch.bfloat16}
     assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
     assert model.embed_text("a star").dtype == model.encode(torch.rand(1, 3, 64, 64)).dtype == torch.bfloat16
     # The cast of the float32 weights, no other rounding.
-    assert torch.equal(next(model.unet.parameters()), next(LatentDiffusion.load(str(tiny_model)).unet.parameters()).bfloat16())
+    assert torch.equal(next(model.unet.parameters()),
+                       next(LatentDiffusion.load(str(tiny_model)).unet.parameters()).bfloat16())
 
 
 def test_a_model_with_a_missing_or_damaged_part_is_named(tiny_model, tmp_path):

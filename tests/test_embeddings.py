@@ -1,4 +1,4 @@
-"""Embeddings: rows alone train as in the whole matrix, tokens work at inference, files load where they should."""
+"""Embeddings: rows alone train as in the whole matrix, tokens work at inference, files load elsewhere."""
 
 import resource
 
@@ -48,7 +48,8 @@ def test_placeholder_rows_copy_the_initializer_and_nothing_else_changes(parts):
     before = text_encoder.get_input_embeddings().weight.detach().clone()
     ids = add_placeholder(tokenizer, text_encoder, "<new>", "star", 3)
     weight = text_encoder.get_input_embeddings().weight
-    assert ids == list(range(len(before), len(before) + 3)) and len(weight) == len(tokenizer) == len(before) + 3
+    assert ids == list(range(len(before), len(before) + 3))
+    assert len(weight) == len(tokenizer) == len(before) + 3
     assert torch.equal(weight[:-3], before)
     assert torch.equal(weight[-3:], before[tokenizer.convert_tokens_to_ids("star</w>")].expand(3, -1))
     prompt = placeholder_prompt("<new>", 3)
@@ -76,7 +77,8 @@ def test_only_the_rows_of_the_text_encoder_train_and_they_go_back(parts):
 
 @pytest.mark.parametrize("placeholder, initializer, message", [
     ("star", "ring", "already contains the token 'star'"), ("<|endoftext|>", "ring", "already contains"),
-    ("<Star>", "star", "capital letters.*use '<star>'"), ("two words", "star", "one word"), ("", "star", "one word"),
+    ("<Star>", "star", "capital letters.*use '<star>'"), ("two words", "star", "one word"),
+    ("", "star", "one word"),
     ("<new>", "", "single token.*0 tokens"), ("<new>", "striped star", "single token.*2 tokens"),
     ("<new>", "qzx", "single token.*3 tokens"), ("<new>", "日", "single token")])
 def test_tokens_that_would_not_work_are_refused(parts, placeholder, initializer, message):
@@ -132,7 +134,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, suffix):
     save_embedding(path, "<new>", torch.ones(1, 4))
     before = path.read_bytes()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the kernel refuses to write past it, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # no file may grow past it, as on a full disk
     try:
         with pytest.raises(OSError) as caught:
             save_embedding(path, "<new>", torch.ones(10, 1000))
@@ -150,8 +152,10 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.bin").write_text("hello")
     (tmp_path / "empty.bin").write_bytes(b"")
     torch.save([torch.ones(1)], tmp_path / "list.bin")
-    for name, message in (("two.safetensors", "exactly one token, but holds 2"), ("text.safetensors", "cannot be read"),
-                          ("text.bin", "cannot be read"), ("empty.bin", "cannot be read"), ("list.bin", "holds a list"),
+    for name, message in (("two.safetensors", "exactly one token, but holds 2"),
+                          ("text.safetensors", "cannot be read"),
+                          ("text.bin", "cannot be read"), ("empty.bin", "cannot be read"),
+                          ("list.bin", "holds a list"),
                           ("none.safetensors", "cannot be read")):
         with pytest.raises(InputError, match=message) as caught:
             load_embedding(tmp_path / name)
@@ -159,5 +163,6 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_file_names_are_safe_everywhere():
-    names = {"<my-cat>": "my-cat", "sks": "sks", "<a/../b>": "a..b", "../../x": "x", "<*>": "concept", "<ä_1.2>": "ä_1.2"}
+    names = {"<my-cat>": "my-cat", "sks": "sks", "<a/../b>": "a..b", "../../x": "x", "<*>": "concept",
+             "<ä_1.2>": "ä_1.2"}
     assert {token: safe_file_name(token) for token in names} == names

@@ -28,7 +28,9 @@ def test_a_full_disk_and_an_unreadable_file_are_the_users():
     assert leaves_with(denied).code == "error: Permission denied: /a/b.json."
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), OSError("ours"), OSError(errno.EPIPE, "ours")])
+@pytest.mark.parametrize("error",
+                         [ValueError("ours"), KeyError("ours"), OSError("ours"),
+                          OSError(errno.EPIPE, "ours")])
 def test_our_own_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         with exit_on_input_error():

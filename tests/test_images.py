@@ -37,7 +37,8 @@ def pixels(path) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation, undo", [
     (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
-    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a.transpose(1, 0, 2), 2)),
+    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: np.rot90(a.transpose(1, 0, 2), 2)),
     (8, lambda a: np.rot90(a))])
 def test_exif_orientation_is_applied(tmp_path, orientation, undo):
     exif = Image.Exif()
@@ -50,7 +51,8 @@ def test_grey_palette_and_one_bit_pictures(tmp_path):
     palette = Image.fromarray(RGB).quantize(16)
     assert np.array_equal(pixels(written(tmp_path / "p.png", palette)), np.asarray(palette.convert("RGB")))
     bits = GREY >= 128
-    assert np.array_equal(pixels(written(tmp_path / "b.png", bits)), np.stack([bits * np.uint8(255)] * 3, axis=-1))
+    assert np.array_equal(pixels(written(tmp_path / "b.png", bits)),
+                          np.stack([bits * np.uint8(255)] * 3, axis=-1))
 
 
 def test_cmyk_is_the_complement_of_its_inks(tmp_path):
@@ -74,7 +76,8 @@ def test_transparency_lies_on_white(tmp_path):
     share = alpha[..., None] / 255
     expected = RGB * share + 255 * (1 - share)
     for suffix in ("png", "webp"):
-        path = written(tmp_path / f"a.{suffix}", np.dstack([RGB, alpha]), **({"lossless": True} if suffix == "webp" else {}))
+        path = written(tmp_path / f"a.{suffix}", np.dstack([RGB, alpha]),
+                       **({"lossless": True} if suffix == "webp" else {}))
         assert np.abs(pixels(path) - expected).max() <= 1
     grey = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(alpha)])
     expected = np.stack([GREY * share[..., 0] + 255 * (1 - share[..., 0])] * 3, axis=-1)
@@ -82,7 +85,8 @@ def test_transparency_lies_on_white(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 200, 0])
     palette.putpixel((1, 0), 1)
-    assert pixels(written(tmp_path / "p.png", palette, transparency=0)).tolist() == [[[255, 255, 255], [0, 200, 0]]]
+    path = written(tmp_path / "p.png", palette, transparency=0)
+    assert pixels(path).tolist() == [[[255, 255, 255], [0, 200, 0]]]
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -194,8 +198,8 @@ def test_save_png_is_whole_or_not_at_all(tmp_path):
 
 def test_contact_sheet_shows_every_picture_in_its_cell():
     colours = {"one": [(255, 0, 0), (0, 255, 0)], "two": [(0, 0, 255)]}
-    sheet = np.asarray(contact_sheet([(t, [Image.new("RGB", (10, 10), c) for c in row]) for t, row in colours.items()],
-                                     tile=32))
+    rows = [(text, [Image.new("RGB", (10, 10), colour) for colour in row]) for text, row in colours.items()]
+    sheet = np.asarray(contact_sheet(rows, tile=32))
     for row in colours.values():
         for colour in row:
             assert (sheet == colour).all(-1).sum() == 32 * 32

@@ -41,7 +41,8 @@ def test_grey_blocks_come_back_as_whole_multiples_of_the_quantization_steps():
 
 def test_lower_quality_loses_more():
     smooth = Image.fromarray(RGB).resize((256, 192), Image.Resampling.BICUBIC)
-    error = [np.square(np.asarray(jpeg(smooth, q)).astype(float) - np.asarray(smooth)).mean() for q in (100, 75, 25, 5)]
+    error = [np.square(np.asarray(jpeg(smooth, q)).astype(float) - np.asarray(smooth)).mean()
+             for q in (100, 75, 25, 5)]
     assert error == sorted(error) and error[-1] > 10 * error[0]
 
 

@@ -1,4 +1,4 @@
-"""Masks: brute-force dilation, closed forms of the masked loss, and files that fit their pictures or are refused."""
+"""Masks: brute-force dilation, closed forms of the masked loss, files that fit or are refused."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,15 @@ from PIL import Image
 
 from szt_utils.errors import InputError
 from szt_utils.images import crop_and_resize
-from szt_utils.masks import MASK_MODES, dilate, find_masks, masked_mean, prepare_mask, read_mask, to_latent_grid
+from szt_utils.masks import (
+    MASK_MODES,
+    dilate,
+    find_masks,
+    masked_mean,
+    prepare_mask,
+    read_mask,
+    to_latent_grid,
+)
 
 MASK = np.random.default_rng(0).random((12, 20)) < 0.3
 
@@ -65,7 +73,7 @@ def test_no_gradient_comes_from_outside_the_mask():
 
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_a_mask_is_cropped_and_resized_like_its_picture(center_crop):
-    """A picture that IS its mask agrees with it afterwards, but for the edges that the picture's filter blurs."""
+    """A picture that IS its mask agrees with it afterwards: they were cut and scaled alike."""
     shape = np.zeros((40, 60), np.uint8)
     shape[10:30, 22:50] = 255
     picture = crop_and_resize(Image.fromarray(shape).convert("RGB"), 32, center_crop)
@@ -120,7 +128,8 @@ def test_masks_are_found_by_stem_in_the_pictures_order(tmp_path):
         saved(folder / name, MASK * np.uint8(255))
     (folder / ".DS_Store").write_bytes(b"x")
     assert [path.name for path in find_masks(folder, pictures)] == ["b.png", "a-masklabel.png"]
-    for paths, message in ((pictures + [tmp_path / "c.png"], "c.png' has no mask"), (pictures[:1], "a-masklabel.png"),
+    for paths, message in ((pictures + [tmp_path / "c.png"], "c.png' has no mask"),
+                           (pictures[:1], "a-masklabel.png"),
                            (pictures + [tmp_path / "a.jpg"], "Several pictures are called 'a'")):
         with pytest.raises(InputError, match=message):
             find_masks(folder, paths)

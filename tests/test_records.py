@@ -1,4 +1,4 @@
-"""Records: files that are whole or absent, statistics that survive a crash, options that tell the versions."""
+"""Records: files that are whole or absent, statistics that survive a crash, the versions behind a result."""
 
 import json
 import math
@@ -38,7 +38,8 @@ def test_a_failed_write_names_the_file_that_was_meant(tmp_path):
 def test_write_json(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1, "path": tmp_path, "list": [1.5, None, True]})
     text = (tmp_path / "a.json").read_text()
-    assert text.endswith("}\n") and json.loads(text) == {"a": 1, "path": str(tmp_path), "list": [1.5, None, True]}
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"a": 1, "path": str(tmp_path), "list": [1.5, None, True]}
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {(1, 2): 3})
     assert (tmp_path / "a.json").read_text() == text

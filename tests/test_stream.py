@@ -1,4 +1,4 @@
-"""The order of samples: a real DataLoader prepared by accelerate is the reference; any position can be continued."""
+"""The order of samples: that of a real DataLoader prepared by accelerate; any position can be continued."""
 
 import random
 
@@ -31,7 +31,8 @@ class Drawing(torch.utils.data.Dataset):
         return i % self.images, template, bool(torch.rand(1) < 0.5)
 
 
-@pytest.mark.parametrize("images, repeats, batch_size", [(5, 2, 4), (5, 2, 1), (3, 4, 3), (2, 1, 16), (1, 1, 1)])
+@pytest.mark.parametrize("images, repeats, batch_size",
+                         [(5, 2, 4), (5, 2, 1), (3, 4, 3), (2, 1, 16), (1, 1, 1)])
 def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_size):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -53,7 +54,8 @@ def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_siz
     actual = []
     for _ in expected:
         batch = next(stream)
-        actual.append((batch.indices, batch.templates, batch.flips, torch.randn(3).tolist(), random.random(), batch.last))
+        actual.append((batch.indices, batch.templates, batch.flips, torch.randn(3).tolist(), random.random(),
+                       batch.last))
     assert actual == expected and len(actual) == 2 * stream.batches_per_epoch
 
 
@@ -62,7 +64,8 @@ def test_continues_exactly_at_every_position():
         return SampleStream(5, 2, OBJECT_TEMPLATES, 4)
 
     def go_on(stream, count):
-        return [(next(stream), torch.rand(2).tolist(), random.random(), np.random.rand()) for _ in range(count)]
+        return [(next(stream), torch.rand(2).tolist(), random.random(), np.random.rand())
+                for _ in range(count)]
 
     for position in range(8):  # in the middle, at the end and at the start of an epoch of three batches
         seed_all(1)
@@ -100,10 +103,12 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
         return agreed[0]
 
     for rank in range(num_ranks):
-        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, rank=rank, num_ranks=num_ranks, agree=agree))
+        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, rank=rank,
+                                    num_ranks=num_ranks, agree=agree))
     per_rank = [[next(stream) for _ in range(stream.batches_per_epoch)] for stream in streams]
-    assert len(set(agreed)) == num_ranks, "every rank's generator stands elsewhere, so only agreeing makes one order"
-    assert all([batch.last for batch in batches] == [False] * (len(batches) - 1) + [True] for batches in per_rank)
+    assert len(set(agreed)) == num_ranks, "the ranks' own seeds differ, so only agreeing makes one order"
+    assert all([batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
+               for batches in per_rank)
     in_order = [batch for together in zip(*per_rank, strict=True) for batch in together]
     shown = [i for batch in in_order[:streams[0].total_batches] for i in batch.indices]
     assert sorted(shown) == sorted(repeats * list(range(images)))

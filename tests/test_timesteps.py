@@ -1,4 +1,4 @@
-"""Timesteps: closed forms of the distributions, upstream's very draw when nothing is asked for, honest histograms."""
+"""Timesteps: closed forms of the distributions, upstream's draw when nothing is asked, fair histograms."""
 
 import math
 
@@ -40,7 +40,8 @@ def test_limits_of_the_shapes():
     assert torch.allclose(timestep_weights("power", 0, 1000, power=0), uniform)
     assert torch.allclose(timestep_weights("tanh", 0, 1000, width=1e9), uniform)
     step = timestep_weights("tanh", 0, 1000, center=499.5, width=1e-3)  # a narrow tanh is a threshold
-    assert torch.allclose(step[500:], torch.full((500,), 1 / 500, dtype=torch.float64)) and step[:500].sum() < 1e-12
+    assert torch.allclose(step[500:], torch.full((500,), 1 / 500, dtype=torch.float64))
+    assert step[:500].sum() < 1e-12
     mean = (timestep_weights("power", 0, 1000, power=1) * torch.arange(1000)).sum().item()
     assert mean == pytest.approx((2 * 999 + 1) / 3)  # sum t^2 / sum t
 
@@ -50,7 +51,8 @@ def test_limits_of_the_shapes():
 def test_histograms_follow_the_weights(distribution, t_min, t_max):
     weights = timestep_weights(distribution, t_min, t_max, power=2, center=500, width=100)
     count, generator = 200_000, torch.Generator().manual_seed(0)
-    drawn = sample_timesteps(count, t_min, t_max, None if distribution == "uniform" else weights, generator=generator)
+    drawn = sample_timesteps(count, t_min, t_max, None if distribution == "uniform" else weights,
+                             generator=generator)
     assert drawn.dtype == torch.long and t_min <= drawn.min() and drawn.max() < t_max
     bins = min(20, t_max - t_min)
     seen = torch.bincount((drawn - t_min) * bins // (t_max - t_min), minlength=bins).double()
@@ -84,7 +86,7 @@ def test_shapes_that_mean_nothing_are_refused():
 
 
 def test_noise_level_matches_the_published_figures_of_stable_diffusion():
-    """Stable Diffusion 1.5's schedule from its definition; the noise shares are those every paper on it quotes."""
+    """Stable Diffusion 1.5's schedule from its definition, and the noise shares known of it."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)
     for t, share in ((100, 0.325), (500, 0.851), (900, 0.993)):

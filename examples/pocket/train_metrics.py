@@ -166,7 +166,7 @@ def train_clip(arguments, device):
 
 
 def main():
-    arguments = parser(__doc__, steps=2500, batch_size=64, lr=2e-3)
+    arguments = parser(__doc__, steps=2000, batch_size=64, lr=2e-3)
     arguments.add_argument("--network", choices=["dino", "clip"], required=True)
     arguments = arguments.parse_args()
     {"dino": train_dino, "clip": train_clip}[arguments.network](arguments, torch.device(arguments.device))

@@ -38,7 +38,7 @@ def psnr(vae, pictures, device) -> float:
 
 
 def main():
-    arguments = parser(__doc__, steps=4400, batch_size=8, lr=5e-3).parse_args()
+    arguments = parser(__doc__, steps=2900, batch_size=8, lr=5e-3).parse_args()
     device = torch.device(arguments.device)
     pictures, _ = scenes(arguments.scenes, TRAINING_SEEDS, arguments.work_dir)
     held_out, _ = scenes(512, HELD_OUT_SEEDS, arguments.work_dir)
