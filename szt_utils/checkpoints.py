@@ -1,4 +1,5 @@
-"""Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`, whole or absent, one random state a rank."""
+"""Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`,
+whole or absent, one random state a rank."""
 
 import io
 import random
@@ -20,7 +21,8 @@ __all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_chec
 def random_state() -> dict[str, Any]:
     """States of the global generators of Python, NumPy and torch on this process."""
     kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
@@ -46,7 +48,8 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
-    """The checkpoint called `name` (a folder's name or path), or the newest for "latest", None when there is none yet."""
+    """The checkpoint called `name` (a folder's name or path), or the newest for "latest",
+    None when there is none yet."""
     checkpoints = list_checkpoints(output_dir)
     if name == "latest":
         return checkpoints[-1] if checkpoints else None
@@ -70,12 +73,14 @@ def _save(content: dict[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())  # an OSError when the disk is full, where torch.save raises RuntimeError
+        # An OSError when the disk is full, where torch.save raises RuntimeError.
+        temporary.write_bytes(buffer.getvalue())
 
 
-def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], own: dict[str, Any], *, rank: int = 0,
-                    barrier: Callable[[], None] = lambda: None) -> None:
-    """Write `checkpoint-<step>`: `common` by rank 0, `own` (random state, stream) by every rank; all ranks must call this."""
+def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], own: dict[str, Any], *,
+                    rank: int = 0, barrier: Callable[[], None] = lambda: None) -> None:
+    """Write `checkpoint-<step>`: `common` by rank 0, `own` (random state, stream) by every rank;
+    all ranks must call this."""
     final = Path(output_dir) / f"checkpoint-{step}"
     part = final.with_name(f".{final.name}.part")
     if rank == 0:
@@ -91,8 +96,10 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
     barrier()
 
 
-def load_checkpoint(folder: Path, fingerprint: dict[str, Any], rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read `common` and this rank's `own`; InputError when it is damaged or `common["fingerprint"]` is of another run."""
+def load_checkpoint(folder: Path, fingerprint: dict[str, Any],
+                    rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read `common` and this rank's `own`;
+    InputError when it is damaged or `common["fingerprint"]` is of another run."""
     try:
         common = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
         for key, value in fingerprint.items():
@@ -101,8 +108,10 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any], rank: int = 0) ->
                                  f"{common['fingerprint'].get(key)!r} and is now {value!r}.")
         return common, torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, KeyError, EOFError, AttributeError) as error:
-        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); remove it to use an older one.") from None
+        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
+                         "remove it to use an older one.") from None
     except Exception as error:  # weights_only raises pickle's own UnpicklingError
         if isinstance(error, InputError):
             raise
-        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); remove it to use an older one.") from None
+        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
+                         "remove it to use an older one.") from None

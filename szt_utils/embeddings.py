@@ -1,4 +1,5 @@
-"""The learned token embeddings: placeholder tokens, training of the new rows only, files that any tool loads."""
+"""The learned token embeddings: placeholder tokens, training of the new rows only,
+files that any tool loads."""
 
 import io
 import re
@@ -11,36 +12,46 @@ import torch.nn.functional as F
 from .errors import InputError
 from .records import atomic_path
 
-__all__ = ["NewRows", "add_placeholder", "load_embedding", "placeholder_prompt", "safe_file_name", "save_embedding",
-           "train_rows", "write_rows_back"]
+__all__ = ["NewRows", "add_placeholder", "load_embedding", "placeholder_prompt", "safe_file_name",
+           "save_embedding", "train_rows", "write_rows_back"]
 
-# Words of ordinary prompts; a bare placeholder that occurs inside one of them would be replaced there as well.
-_ORDINARY_WORDS = "a photo picture painting rendering rendition cropped close-up style bright dark nice good weird clean dirty " \
-                  "small large cool risks asks desks masks tasks thanks children background beach mountain flower person".split()
+# Words of ordinary prompts; a bare placeholder that occurs inside one of them
+# would be replaced there as well.
+_ORDINARY_WORDS = ("a photo picture painting rendering rendition cropped close-up style bright dark nice "
+                   "good weird clean dirty small large cool risks asks desks masks tasks thanks children "
+                   "background beach mountain flower person").split()
 
 
-def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str, num_vectors: int = 1) -> list[int]:
-    """Add `placeholder` (and `placeholder_1`, ... up to `num_vectors`) to the tokenizer, with rows that copy the initializer's.
+def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
+                    num_vectors: int = 1) -> list[int]:
+    """Add `placeholder` (and `placeholder_1`, ... up to `num_vectors`) to the tokenizer,
+    with rows that copy the initializer's.
 
-    Returns the ids of the new rows, which are the last of the text encoder's embedding. Draws from torch's global generator
-    as `resize_token_embeddings` does. Raises InputError for tokens that would not work at inference: see the messages.
+    Returns the ids of the new rows, which are the last of the text encoder's embedding. Draws from torch's
+    global generator as `resize_token_embeddings` does. Raises InputError for tokens that would not work at
+    inference: see the messages.
     """
     if num_vectors < 1:
         raise InputError(f"--num_vectors must be at least 1, but is {num_vectors}.")
     if not placeholder.strip() or re.search(r"\s", placeholder):
-        raise InputError(f"The placeholder token '{placeholder}' must be one word without spaces, such as '<my-concept>'.")
+        raise InputError(f"The placeholder token '{placeholder}' must be one word without spaces, "
+                         "such as '<my-concept>'.")
     if placeholder != placeholder.lower():
-        raise InputError(f"The placeholder token '{placeholder}' has capital letters, but CLIP tokenizers lower-case prompts, so "
-                         f"it would not be found in them; use '{placeholder.lower()}'.")
+        raise InputError(f"The placeholder token '{placeholder}' has capital letters, but CLIP tokenizers "
+                         "lower-case prompts, so it would not be found in them; "
+                         f"use '{placeholder.lower()}'.")
     initializer_ids = tokenizer.encode(initializer, add_special_tokens=False)
-    if len(initializer_ids) != 1 or initializer_ids[0] == tokenizer.unk_token_id != tokenizer.convert_tokens_to_ids(initializer):
+    if (len(initializer_ids) != 1
+            or initializer_ids[0] == tokenizer.unk_token_id != tokenizer.convert_tokens_to_ids(initializer)):
         known = f"{len(initializer_ids)} tokens" if len(initializer_ids) != 1 else "unknown"
-        raise InputError(f"The initializer token '{initializer}' must be a single token of the model's vocabulary, but is {known}; "
-                         "choose a simpler word for the concept.")
+        raise InputError(f"The initializer token '{initializer}' must be a single token of the model's "
+                         f"vocabulary, but is {known}; choose a simpler word for the concept.")
     tokens = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
-    taken = [token for token in tokens if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]
+    taken = [token for token in tokens
+             if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]
     if taken or tokenizer.add_tokens(tokens) != num_vectors:
-        raise InputError(f"The tokenizer already contains the token '{(taken or tokens)[0]}'; choose another --placeholder_token.")
+        raise InputError(f"The tokenizer already contains the token '{(taken or tokens)[0]}'; "
+                         "choose another --placeholder_token.")
     text_encoder.resize_token_embeddings(len(tokenizer))
     ids = tokenizer.convert_tokens_to_ids(tokens)
     with torch.no_grad():
@@ -50,7 +61,8 @@ def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
 
 
 def ordinary_words_with(placeholder: str, vocabulary: list[str]) -> list[str]:
-    """Ordinary words that contain the placeholder, in which a tokenizer would find it too; empty for `<bracketed>` ones."""
+    """Ordinary words that contain the placeholder, in which a tokenizer would find it too;
+    empty for `<bracketed>` ones."""
     words = {word.removesuffix("</w>") for word in vocabulary} | set(_ORDINARY_WORDS)
     return sorted(word for word in words if placeholder in word and word != placeholder)
 
@@ -83,7 +95,8 @@ class NewRows(torch.nn.Module):
 
 
 def train_rows(text_encoder, num_rows: int) -> NewRows:
-    """Freeze the text encoder and make the last `num_rows` of its token embedding trainable; returns the new embedding."""
+    """Freeze the text encoder and make the last `num_rows` of its token embedding trainable;
+    returns the new embedding."""
     text_encoder.requires_grad_(False)
     embedding = NewRows(text_encoder.get_input_embeddings().weight, num_rows)
     text_encoder.set_input_embeddings(embedding)
@@ -97,12 +110,15 @@ def write_rows_back(text_encoder) -> None:
 
 
 def safe_file_name(token: str) -> str:
-    """The token without what file systems dislike: A1111 and ComfyUI use the file's name as the trigger word."""
+    """The token without what file systems dislike:
+    A1111 and ComfyUI use the file's name as the trigger word."""
     return re.sub(r"[^\w.-]+", "", token).strip(".") or "concept"
 
 
-def save_embedding(path: str | Path, token: str, rows: torch.Tensor, metadata: dict[str, str] | None = None) -> None:
-    """Write `{token: float32 (n, D)}` atomically, as safetensors or, when the suffix is `.bin`, with torch.save."""
+def save_embedding(path: str | Path, token: str, rows: torch.Tensor,
+                   metadata: dict[str, str] | None = None) -> None:
+    """Write `{token: float32 (n, D)}` atomically, as safetensors or,
+    when the suffix is `.bin`, with torch.save."""
     from safetensors.torch import save
 
     content = {token: rows.detach().float().cpu().clone().contiguous()}
@@ -113,17 +129,20 @@ def save_embedding(path: str | Path, token: str, rows: torch.Tensor, metadata: d
     else:
         data = save(content, metadata={"format": "pt", **(metadata or {})})
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data)  # an OSError when the disk is full, where both libraries raise errors of their own
+        # An OSError when the disk is full, where both libraries raise errors of their own.
+        temporary.write_bytes(data)
 
 
 def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
-    """Read a file of `save_embedding`: the token and its rows (n, D); InputError when it is something else."""
+    """Read a file of `save_embedding`: the token and its rows (n, D);
+    InputError when it is something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         content = torch.load(path, weights_only=True) if str(path).endswith(".bin") else load_file(path)
-    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError, UnpicklingError) as error:
+    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError,
+            UnpicklingError) as error:
         raise InputError(f"The embedding '{path}' cannot be read ({error}).") from None
     if not isinstance(content, dict) or len(content) != 1:
         held = len(content) if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -1,4 +1,5 @@
-"""Similarity against closed forms, and the pocket image encoder's features on scenes whose identity is known."""
+"""Similarity against closed forms, and the pocket image encoder's features
+on scenes whose identity is known."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The whole story through the real scripts on the bundled model: the poison hurts, Safe-Zone Training recovers."""
+"""The whole story through the real scripts on the bundled model:
+the poison hurts, Safe-Zone Training recovers."""
 
 import json
 

@@ -60,7 +60,8 @@ def cached_latents(vae, pictures, path: Path, device) -> torch.Tensor:
 
 def main():
     arguments = parser(__doc__, steps=1250, batch_size=32, lr=3e-3)
-    arguments.add_argument("--start_from", help="start at this model's U-Net and text encoder, not anew; use its VAE")
+    arguments.add_argument("--start_from",
+                           help="start at this model's U-Net and text encoder, not anew; use its VAE")
     arguments = arguments.parse_args()
     device = torch.device(arguments.device)
     pictures, attributes = scenes(arguments.scenes, TRAINING_SEEDS, arguments.work_dir)
@@ -76,7 +77,8 @@ def main():
     modules = {"unet": unet, "text_encoder": text_encoder}
     if arguments.start_from:
         for name, module in modules.items():
-            module.load_state_dict(type(module).from_pretrained(arguments.start_from, subfolder=name).state_dict())
+            module.load_state_dict(
+                type(module).from_pretrained(arguments.start_from, subfolder=name).state_dict())
     tables = [p for name, p in text_encoder.named_parameters() if "embedding" in name]
     others = [p for m in modules.values() for p in m.parameters() if not any(p is table for table in tables)]
     optimizer = Muon([{"params": others}, {"params": tables, "adam": True}], arguments.lr)

@@ -63,7 +63,7 @@ def normalised(x: torch.Tensor) -> torch.Tensor:
 
 
 def save_processor(folder) -> None:
-    BitImageProcessor(do_resize=True, size={"height": INPUT, "width": INPUT}, resample=4,
+    BitImageProcessor(do_resize=True, size={"height": INPUT, "width": INPUT}, resample=2,
                       do_center_crop=False, do_rescale=True, do_normalize=True,
                       image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
