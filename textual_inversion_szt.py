@@ -456,7 +456,8 @@ def train(args: argparse.Namespace) -> None:
                 common = {"step": global_step, "rows": rows.detach().cpu(),
                           "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
                           "fingerprint": fingerprint,
-                          "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+                          "scaler": (accelerator.scaler.state_dict()
+                                     if accelerator.scaler is not None else None)}
                 save_checkpoint(output_dir, global_step, common,
                                 {"stream": stream.state_dict(), "random": random_state()},
                                 rank=rank, barrier=accelerator.wait_for_everyone)
