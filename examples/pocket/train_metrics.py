@@ -6,6 +6,8 @@ CLIPModel, trained contrastively on captions, starting from the weights of both 
 diffusion model's text encoder.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,9 @@ def train_dino(arguments, device):
         mlp_ratio=3)).to(device)
     sizes = [len(words) for words in WORDS.values()]
     heads = torch.nn.Linear(128, sum(sizes)).to(device)
+    if arguments.start_from:
+        dino.load_state_dict(Dinov2Model.from_pretrained(arguments.start_from).state_dict())
+        heads.load_state_dict(load_file(Path(arguments.start_from) / "attributes.safetensors"))
     average = Average(torch.nn.ModuleList([dino, heads]), 0.998)
     optimizer = Muon([*dino.parameters(), *heads.parameters()], arguments.lr)
 
@@ -168,6 +173,7 @@ def train_clip(arguments, device):
 def main():
     arguments = parser(__doc__, steps=2000, batch_size=64, lr=2e-3)
     arguments.add_argument("--network", choices=["dino", "clip"], required=True)
+    arguments.add_argument("--start_from", help="dino: start at this folder's weights, not anew")
     arguments = arguments.parse_args()
     {"dino": train_dino, "clip": train_clip}[arguments.network](arguments, torch.device(arguments.device))
 
