@@ -293,8 +293,9 @@ def train(args: argparse.Namespace) -> None:
                                * accelerator.num_processes)
     optimizer = torch.optim.AdamW([rows], lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-    stream = SampleStream(len(pictures), args.repeats, templates_for(args.learnable_property),
-                          args.train_batch_size, rank=rank, num_ranks=accelerator.num_processes, agree=agree)
+    templates = templates_for(args.learnable_property)
+    stream = SampleStream(len(pictures), args.repeats, templates, args.train_batch_size, rank=rank,
+                          num_ranks=accelerator.num_processes, agree=agree)
     steps_per_epoch = math.ceil(stream.batches_per_epoch / args.gradient_accumulation_steps)
     if args.epochs_decide:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
@@ -411,6 +412,10 @@ def train(args: argparse.Namespace) -> None:
     progress = tqdm(total=args.max_train_steps, initial=min(global_step, args.max_train_steps), desc="Steps",
                     disable=not accelerator.is_local_main_process)
     prompt = placeholder_prompt(args.placeholder_token, args.num_vectors)
+    caption_ids = {template: tokenizer(template.format(prompt), padding="max_length", truncation=True,
+                                       max_length=tokenizer.model_max_length,
+                                       return_tensors="pt").input_ids[0].to(device)
+                   for template in templates}
     micro_step = 0
     text_encoder.train()
     with progress:  # closed before any error is told, so that the error has a line of its own
@@ -420,15 +425,13 @@ def train(args: argparse.Namespace) -> None:
             accelerator.sync_gradients = batch.last or micro_step % args.gradient_accumulation_steps == 0
             with (contextlib.nullcontext() if accelerator.sync_gradients
                   else accelerator.no_sync(text_encoder)):
-                ids = tokenizer([template.format(prompt) for template in batch.templates],
-                                padding="max_length", truncation=True,
-                                max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
                 latents = latents_of.sample(batch.indices, batch.flips) * scaling_factor
                 noise = torch.randn_like(latents)
                 timesteps = sample_timesteps(len(latents), args.t_min, args.t_max, t_weights, device=device)
                 mask = (None if latent_masks is None
                         else latent_masks[batch.indices, [int(f) for f in batch.flips]])
-                text_states = text_encoder(ids.to(device))[0].to(dtype)
+                ids = torch.stack([caption_ids[template] for template in batch.templates])
+                text_states = text_encoder(ids)[0].to(dtype)
 
                 error = denoising_loss(unet, scheduler, latents, noise, timesteps, text_states,
                                        latent_mask=mask if args.mask_mode == "latent" else None)

@@ -16,11 +16,11 @@ from pathlib import Path
 from szt_utils import pocket
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import contact_sheet, list_images, read_image
+from szt_utils.pocket.scenes import BACKGROUNDS
 from szt_utils.records import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "<concept>"
-BACKGROUNDS = ["grass", "sand", "water", "brick", "wood", "sky", "stone", "night"]
 
 
 def run(title: str, script: str, **flags) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`,
 whole or absent, one random state a rank."""
 
-import io
 import random
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .records import atomic_path
+from .records import write_torch
 
 __all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "random_state",
            "save_checkpoint", "set_random_state"]
@@ -69,14 +68,6 @@ def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with atomic_path(path) as temporary:
-        # An OSError when the disk is full, where torch.save raises RuntimeError.
-        temporary.write_bytes(buffer.getvalue())
-
-
 def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], own: dict[str, Any], *,
                     rank: int = 0, barrier: Callable[[], None] = lambda: None) -> None:
     """Write `checkpoint-<step>`: `common` by rank 0, `own` (random state, stream) by every rank;
@@ -86,9 +77,9 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed here
         part.mkdir(parents=True)
-        _save(common, part / "training_state.pt")
+        write_torch(part / "training_state.pt", common)
     barrier()
-    _save(own, part / f"rank_{rank}.pt")
+    write_torch(part / f"rank_{rank}.pt", own)
     barrier()
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -107,11 +98,8 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any],
                 raise InputError(f"The checkpoint '{folder}' does not fit this run: {key} was "
                                  f"{common['fingerprint'].get(key)!r} and is now {value!r}.")
         return common, torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, KeyError, EOFError, AttributeError) as error:
-        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
-                         "remove it to use an older one.") from None
-    except Exception as error:  # weights_only raises pickle's own UnpicklingError
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
                          "remove it to use an older one.") from None

@@ -1,7 +1,6 @@
 """The learned token embeddings: placeholder tokens, training of the new rows only,
 files that any tool loads."""
 
-import io
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,16 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
-from .records import atomic_path
+from .records import write_bytes, write_torch
 
-__all__ = ["NewRows", "add_placeholder", "load_embedding", "placeholder_prompt", "safe_file_name",
-           "save_embedding", "train_rows", "write_rows_back"]
+__all__ = ["NewRows", "add_placeholder", "load_embedding", "ordinary_words_with", "placeholder_prompt",
+           "safe_file_name", "save_embedding", "train_rows", "write_rows_back"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
 _ORDINARY_WORDS = ("a photo picture painting rendering rendition cropped close-up style bright dark nice "
                    "good weird clean dirty small large cool risks asks desks masks tasks thanks children "
                    "background beach mountain flower person").split()
+
+
+def _tokens(placeholder: str, num_vectors: int) -> list[str]:
+    return [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
 
 
 def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
@@ -46,7 +49,7 @@ def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
         known = f"{len(initializer_ids)} tokens" if len(initializer_ids) != 1 else "unknown"
         raise InputError(f"The initializer token '{initializer}' must be a single token of the model's "
                          f"vocabulary, but is {known}; choose a simpler word for the concept.")
-    tokens = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
+    tokens = _tokens(placeholder, num_vectors)
     taken = [token for token in tokens
              if token in tokenizer.get_vocab() or f"{token}</w>" in tokenizer.get_vocab()]
     if taken or tokenizer.add_tokens(tokens) != num_vectors:
@@ -69,7 +72,7 @@ def ordinary_words_with(placeholder: str, vocabulary: list[str]) -> list[str]:
 
 def placeholder_prompt(placeholder: str, num_vectors: int = 1) -> str:
     """What stands for the concept in a training prompt: all its tokens with spaces between."""
-    return " ".join([placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)])
+    return " ".join(_tokens(placeholder, num_vectors))
 
 
 class NewRows(torch.nn.Module):
@@ -123,14 +126,9 @@ def save_embedding(path: str | Path, token: str, rows: torch.Tensor,
 
     content = {token: rows.detach().float().cpu().clone().contiguous()}
     if str(path).endswith(".bin"):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        data = buffer.getvalue()
+        write_torch(path, content)
     else:
-        data = save(content, metadata={"format": "pt", **(metadata or {})})
-    with atomic_path(path) as temporary:
-        # An OSError when the disk is full, where both libraries raise errors of their own.
-        temporary.write_bytes(data)
+        write_bytes(path, save(content, metadata={"format": "pt", **(metadata or {})}))
 
 
 def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:

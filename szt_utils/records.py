@@ -2,6 +2,7 @@
 and files that are whole or absent, never half-written."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_stats", "write_json"]
+__all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_stats", "write_bytes",
+           "write_json", "write_torch"]
 
 
 @contextlib.contextmanager
@@ -32,6 +34,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically; a full disk is an OSError that names it."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_torch(path: str | Path, content: Any) -> None:
+    """Write with torch.save's format, atomically."""
+    import torch
+
+    buffer = io.BytesIO()  # torch.save itself raises RuntimeError when the disk is full
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: str | Path, content: Any) -> None:

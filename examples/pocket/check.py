@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from recipe import HELD_OUT_SEEDS, draw
 from train_metrics import accuracy, labels_of
 
 from szt_utils import pocket
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.generation import generate, load_pipeline
-from szt_utils.images import read_image
+from szt_utils.images import from_pil, read_image
 from szt_utils.metrics import image_features, pairwise_similarity, similarity
 from szt_utils.pocket.scenes import BACKGROUNDS, NOVEL_CONCEPTS, caption
 from szt_utils.records import write_json
@@ -31,13 +32,18 @@ def held_out(count: int):
     return [draw(HELD_OUT_SEEDS + i) for i in range(count)]
 
 
+def picture(scene) -> torch.Tensor:
+    """A scene's picture, float32 (1, 3, 128, 128) in [0, 1]."""
+    return from_pil(Image.fromarray(scene.image))
+
+
 @torch.no_grad()
 def check_vae(arguments) -> dict:
     """Reconstruction in dB (>= 28) and the error of the object's mean colour in levels of 255 (<= 8)."""
     model = LatentDiffusion.load(arguments.model)
     quality, colour = [], []
     for scene in held_out(256):
-        x = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
+        x = picture(scene)
         y = model.decode(model.encode(x)).clamp(0, 1)
         quality.append(-10 * ((x - y) ** 2).mean().log10().item())
         inside = torch.from_numpy(scene.mask)
@@ -107,23 +113,25 @@ def check_jpeg(arguments) -> dict:
     """Share of an encoder attack's latent shift that JPEG at quality 25 removes:
     eps 16, 100 steps away from the latent."""
     from szt_utils.jpeg import jpeg_tensor
+    from szt_utils.objectives import through_encoder
+    from szt_utils.pgd import pgd
 
     model = LatentDiffusion.load(arguments.model)
+
+    def shift(images, origin):
+        with torch.no_grad():
+            return model.encode(images) - model.encode(origin)
+
     removed = []
     for scene in held_out(8):
-        x = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255
-        target, delta = (model.encode(x),
-                         (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 16 / 255)
-        for _ in range(100):
-            delta.requires_grad_(True)
-            shift = (model.encode(x + delta) - target).pow(2).sum()
-            (gradient,) = torch.autograd.grad(shift, delta)
-            delta = (delta.detach() + gradient.sign() / 255).clamp(-16 / 255, 16 / 255)
-            delta = (x + delta).clamp(0, 1) - x
+        x = picture(scene)
         with torch.no_grad():
-            attacked = (model.encode(x + delta) - target).norm()
-            healed = (model.encode(jpeg_tensor(x + delta, 25)) - model.encode(jpeg_tensor(x, 25))).norm()
-        removed.append(1 - (healed / attacked).item())
+            origin = model.encode(x)
+        attacked = pgd(x, lambda images, z0=origin: through_encoder(
+            model, images, lambda z: (z - z0, (z - z0).pow(2).flatten(1).sum(1))),
+            eps=16, step_size=1, steps=100, generators=[torch.Generator().manual_seed(0)])
+        healed = shift(jpeg_tensor(attacked, 25), jpeg_tensor(x, 25))
+        removed.append(1 - (healed.norm() / shift(attacked, x).norm()).item())
     return {"share_removed": float(np.mean(removed))}
 
 

@@ -56,6 +56,11 @@ def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, lis
     return np.load(path, mmap_mode="r"), [training_attributes(np.random.default_rng(seed)) for seed in seeds]
 
 
+def pixels(pictures: np.ndarray | list[np.ndarray], device) -> torch.Tensor:
+    """Drawn pictures, uint8 (N, H, W, 3), as float32 (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).to(device).float() / 255
+
+
 def cosine_lr(optimizer, step: int, steps: int, lr: float, warmup: int = 200) -> None:
     factor = (min(1, (step + 1) / warmup)
               * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))

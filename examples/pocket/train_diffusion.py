@@ -16,10 +16,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from recipe import TRAINING_SEEDS, Average, Muon, parser, scenes, train
+from recipe import TRAINING_SEEDS, Average, Muon, parser, pixels, scenes, train
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from szt_utils.diffusion import denoising_loss
+from szt_utils.images import to_vae_range
 from szt_utils.pocket.vocabulary import pocket_tokenizer, training_caption
 
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -49,8 +50,7 @@ def cached_latents(vae, pictures, path: Path, device) -> torch.Tensor:
     if not path.exists():
         batches = []
         for start in range(0, len(pictures), 100):
-            x = (torch.from_numpy(pictures[start:start + 100].copy()).permute(0, 3, 1, 2).to(device).float()
-                 / 127.5 - 1)
+            x = to_vae_range(pixels(pictures[start:start + 100], device))
             x[1::2] = x[1::2].flip(3)
             batches.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).half().cpu())
             print(f"encoded {start + len(x)} of {len(pictures)}", end="\r", flush=True)

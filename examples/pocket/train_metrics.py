@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, scenes, train
+from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, pixels, scenes, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessor,
@@ -39,8 +39,7 @@ def labels_of(attributes) -> torch.Tensor:
 
 
 def halved(pictures, index, device) -> torch.Tensor:
-    x = torch.from_numpy(np.stack([pictures[i] for i in index])).permute(0, 3, 1, 2).to(device).float() / 255
-    return F.avg_pool2d(x, 2)
+    return F.avg_pool2d(pixels([pictures[i] for i in index], device), 2)
 
 
 def augment(x: torch.Tensor) -> torch.Tensor:

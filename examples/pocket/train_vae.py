@@ -4,7 +4,9 @@ python examples/pocket/train_vae.py"""
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, scenes, train
+from recipe import HELD_OUT_SEEDS, TRAINING_SEEDS, Average, Muon, parser, pixels, scenes, train
+
+from szt_utils.images import to_vae_range
 
 CROP = 64  # pixels
 CONFIG = dict(
@@ -18,9 +20,8 @@ def crops(pictures, count: int, device) -> torch.Tensor:
     """Random crops, half of them mirrored, float32 (count, 3, CROP, CROP) in [-1, 1]."""
     index = torch.randint(len(pictures), (count,)).tolist()
     corners = torch.randint(pictures.shape[1] - CROP + 1, (count, 2)).tolist()
-    batch = torch.stack([torch.from_numpy(pictures[i, y:y + CROP, x:x + CROP].copy())
-                         for i, (y, x) in zip(index, corners, strict=True)])
-    batch = batch.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+    batch = to_vae_range(pixels([pictures[i, y:y + CROP, x:x + CROP]
+                                 for i, (y, x) in zip(index, corners, strict=True)], device))
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, batch.flip(3), batch)
 
 
@@ -32,8 +33,8 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def psnr(vae, pictures, device) -> float:
-    x = torch.from_numpy(pictures[:64].copy()).permute(0, 3, 1, 2).to(device).float() / 255
-    y = (vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+    x = pixels(pictures[:64], device)
+    y = (vae.decode(vae.encode(to_vae_range(x)).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
     return (-10 * ((x - y) ** 2).mean(dim=(1, 2, 3)).log10()).mean().item()
 
 
@@ -67,9 +68,9 @@ def main():
     vae.eval()
     print(f"held-out reconstruction: {psnr(vae, held_out, device):.2f} dB")
     if done:
-        latents = torch.cat([vae.encode(
-            torch.from_numpy(pictures[i:i + 64].copy()).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-        ).latent_dist.mean.detach() for i in range(0, 1024, 64)])
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(to_vae_range(pixels(pictures[i:i + 64], device))).latent_dist.mean
+                                 for i in range(0, min(1024, len(pictures)), 64)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
         print(f"scaling factor {vae.config.scaling_factor:.4f}, "
               f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
