@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                  "lr_num_cycles"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}")
-    for name, limit in (("learning_rate", math.inf), ("adam_epsilon", math.inf),
+    for name, limit in (("learning_rate", 1e36), ("adam_epsilon", math.inf),  # float32 ends a little higher
                         ("adam_weight_decay", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
         if not 0 <= getattr(args, name) < limit:
             parser.error(f"--{name} must be from 0 to below {limit}, but is {getattr(args, name)}")

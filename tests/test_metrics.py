@@ -2,7 +2,9 @@
 on scenes whose identity is known."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,16 @@ from PIL import Image
 from szt_utils import pocket
 from szt_utils.errors import InputError
 from szt_utils.metrics import image_features, pairwise_similarity, similarity
-from szt_utils.pocket.scenes import concept_scenes
+from szt_utils.pocket.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    SHAPES,
+    caption,
+    concept_scenes,
+    draw_scene,
+    training_attributes,
+)
 
 
 def test_similarities_of_known_vectors():
@@ -37,3 +48,25 @@ def test_features_tell_concepts_apart_and_do_not_depend_on_the_batch():
     among = [pairwise_similarity(f) for f in features]
     between = [similarity(features[i], features[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert min(among) > max(between) + 0.2, (among, between)
+
+
+@torch.no_grad()
+def test_the_pocket_clip_prefers_the_true_caption_to_one_with_another_word():
+    from transformers import AutoProcessor, CLIPModel, CLIPTokenizer
+
+    rng = np.random.default_rng(3)
+    scenes = [draw_scene(int(rng.integers(2**31)), training_attributes(rng)) for _ in range(24)]
+    clip = CLIPModel.from_pretrained(pocket.clip_path()).eval()
+    tokenizer, processor = (kind.from_pretrained(pocket.clip_path())
+                            for kind in (CLIPTokenizer, AutoProcessor))
+    pixel_values = processor(images=[scene.image for scene in scenes], return_tensors="pt").pixel_values
+    right = {}
+    for field, words in (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS),
+                         ("background", BACKGROUNDS)):
+        wrong = [replace(scene.attributes, **{field: str(rng.choice(
+            [word for word in words if word != getattr(scene.attributes, field)]))}) for scene in scenes]
+        captions = [caption(attributes) for attributes in [scene.attributes for scene in scenes] + wrong]
+        ids = tokenizer(captions, padding=True, return_tensors="pt")
+        scores = clip(**ids, pixel_values=pixel_values).logits_per_image
+        right[field] = (scores[:, :24].diagonal() > scores[:, 24:].diagonal()).float().mean().item()
+    assert min(right.values()) >= 0.9, right

@@ -84,13 +84,19 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-        """Five Newton-Schulz iterations towards U V^T of the singular value decomposition."""
+        """Five Newton-Schulz iterations towards U V^T of the singular value decomposition.
+
+        Every iterate is a polynomial of the Gram matrix times the start,
+        so the long side is multiplied only twice.
+        """
         x = matrix / (matrix.norm() + 1e-7)
         if tall := x.shape[0] > x.shape[1]:
             x = x.T
+        gram, product = x @ x.T, torch.eye(len(x), device=x.device)
         for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            factor = 3.4445 * torch.eye(len(x), device=x.device) - 4.7750 * gram + 2.0315 * gram @ gram
+            gram, product = factor @ gram @ factor, factor @ product
+        x = product @ x
         return x.T if tall else x
 
     @torch.no_grad()

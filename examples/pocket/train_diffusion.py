@@ -30,7 +30,8 @@ SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, be
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(80, 160),
-        norm_num_groups=16, cross_attention_dim=128, attention_head_dim=32,
+        norm_num_groups=16, cross_attention_dim=128,
+        attention_head_dim=5,  # Diffusers takes this for the number of heads
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
 
@@ -59,7 +60,7 @@ def cached_latents(vae, pictures, path: Path, device) -> torch.Tensor:
 
 
 def main():
-    arguments = parser(__doc__, steps=1250, batch_size=32, lr=3e-3)
+    arguments = parser(__doc__, steps=3000, batch_size=32, lr=3e-3)
     arguments.add_argument("--start_from",
                            help="start at this model's U-Net and text encoder, not anew; use its VAE")
     arguments = arguments.parse_args()
@@ -96,7 +97,11 @@ def main():
         u = (torch.arange(len(z0), device=device) + torch.rand(len(z0), device=device)) / len(z0)
         timesteps = (u**0.75 * 1000).long().clamp(max=999)
         error = denoising_loss(unet, scheduler, z0, torch.randn_like(z0), timesteps, text_encoder(ids)[0])
-        return {"loss": error.mean(), "high_t": error[timesteps >= 500].mean().detach()}
+        # Half way between the losses of noise (weight 1) and velocity (1 / alpha_bar):
+        # for outlines, not only texture.
+        weight = scheduler.alphas_cumprod.to(device)[timesteps].rsqrt().view(-1, 1, 1, 1)
+        return {"loss": (weight * error).mean(), "unweighted": error.mean().detach(),
+                "high_t": error[timesteps >= 500].mean().detach()}
 
     train("diffusion", arguments, modules, optimizer, step_loss, averages)
     for average in averages.values():
