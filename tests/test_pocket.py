@@ -2,15 +2,18 @@
 
 import hashlib
 import itertools
+import json
 import runpy
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from szt_utils import pocket
 from szt_utils.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from szt_utils.pocket import write_concept
 from szt_utils.pocket.scenes import (
@@ -170,6 +173,18 @@ def test_training_captions_drop_attributes_and_name_no_wrong_one():
     for word, share in (("red", 0.85), ("plain", 0.85), ("arrow", 0.9), ("sand", 0.8)):
         assert abs(sum(word in text for text in full) / len(full) - share) < 0.03
     assert all(("arrow" in text) != ("object" in text) for text in full)
+
+
+@pytest.mark.parametrize("folder", [f"{pocket.model_path()}/tokenizer", pocket.clip_path()])
+def test_the_bundled_tokenizers_are_what_the_word_list_gives(folder, tmp_path):
+    from transformers import CLIPTokenizer
+
+    vocabulary = pocket_tokenizer(tmp_path).get_vocab()
+    assert CLIPTokenizer.from_pretrained(folder).get_vocab() == vocabulary
+    # What older transformers read, and what newer ones do.
+    assert json.loads((Path(folder) / "vocab.json").read_text()) == vocabulary
+    assert json.loads((Path(folder) / "tokenizer.json").read_text())["model"]["vocab"] == vocabulary
+    assert (Path(folder) / "merges.txt").read_text() == (tmp_path / "merges.txt").read_text()
 
 
 def command(*arguments):

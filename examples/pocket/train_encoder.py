@@ -32,15 +32,9 @@ def soft_noise(x: torch.Tensor, cells: int) -> torch.Tensor:
     return F.interpolate(grid, x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
 
-def altered(x: torch.Tensor) -> torch.Tensor:
-    """Of every four pictures two as they are, one compressed, one softly shaded:
-    what the latents must follow as before."""
-    x = x.clone()
-    qualities = torch.randint(15, 96, (len(x[2::4]),)).tolist()
-    x[2::4] = torch.cat([jpeg_tensor(picture[None], quality)
-                         for picture, quality in zip(x[2::4].cpu(), qualities, strict=True)]).to(x)
-    x[3::4] += soft_noise(x[3::4], int(torch.randint(2, 17, ()))) * 16 / 255
-    return x.clamp(0, 1)
+def compressed(x: torch.Tensor, qualities: list[int]) -> torch.Tensor:
+    return torch.cat([jpeg_tensor(picture[None], quality)
+                      for picture, quality in zip(x.cpu(), qualities, strict=True)]).to(x)
 
 
 def main():
@@ -50,6 +44,8 @@ def main():
     arguments.add_argument("--name", default="encoder", help="of the state and the model folder, in work_dir")
     arguments.add_argument("--attacked", action="store_true",
                            help="the noise follows the encoder's gradient, not a coin")
+    arguments.add_argument("--heal", action="store_true",
+                           help="attacked pictures are to give their clean latents once they are compressed")
     arguments.add_argument("--layers_per_block", type=int, help="train another architecture from scratch")
     arguments.add_argument("--channels", type=int, nargs=4)
     arguments = arguments.parse_args()
@@ -74,26 +70,39 @@ def main():
     def mean(parameters):
         return parameters.chunk(2, dim=1)[0] * scale
 
-    def noise_for(x, size):
-        noise = high_pass(torch.randint(0, 2, x.shape, device=device).float() * 2 - 1)
-        if arguments.attacked:
-            leaf = (x + size * noise).requires_grad_()
-            moved = (mean(moments(vae, leaf)) - mean(moments(vae, x)).detach()).square().sum()
-            noise = high_pass(torch.autograd.grad(moved, leaf)[0].sign())
-        return size * noise.clamp(-1, 1)
+    def attack(x, size):
+        """Noise of `size` that moves the latents of `x` far: one step up from random noise."""
+        start = torch.randint(0, 2, x.shape, device=device).float() * 2 - 1
+        leaf = (x + size * start).requires_grad_()
+        moved = (mean(moments(vae, leaf)) - mean(moments(vae, x)).detach()).square().sum()
+        return size * torch.autograd.grad(moved, leaf)[0].sign()
 
     def step_loss(step):
         index = torch.randint(len(pictures), (arguments.batch_size,)).tolist()
-        x = altered(pixels([pictures[i] for i in index], device))
+        clean = pixels([pictures[i] for i in index], device)
+        size = torch.empty(len(clean), 1, 1, 1, device=device).uniform_(4, 16) / 255
+        qualities = torch.randint(15, 96, (len(clean[1::2]),)).tolist()
+        # Of every four pictures one stays as it is, one is softly shaded, two are compressed; one of these,
+        # attacked before, is to give the latents that it gives when it is not.
+        meant = clean.clone()
+        meant[2::4] += soft_noise(clean[2::4], int(torch.randint(2, 17, ()))) * 16 / 255
+        meant[1::2] = compressed(clean[1::2], qualities)
+        seen = meant.clone()
+        if arguments.heal:
+            attacked = clean[3::4] + attack(clean[3::4], size[3::4])
+            seen[3::4] = compressed(attacked.clamp(0, 1), qualities[1::2])
         with torch.no_grad():
-            target = moments(teacher, x)
-        answer = moments(vae, x)
+            target = moments(teacher, meant.clamp(0, 1))
+        answer = moments(vae, seen.clamp(0, 1))
         same = F.mse_loss(mean(answer), mean(target))
         loss = same + 0.01 * F.mse_loss(answer, target)
         record = {"same": same.detach().sqrt()}
         if arguments.gain:
-            size = torch.empty(len(x), 1, 1, 1, device=device).uniform_(4, 16) / 255
-            away = mean(moments(vae, x + noise_for(x, size))) - mean(answer)
+            if arguments.attacked:
+                noise = high_pass(attack(seen, size))
+            else:
+                noise = size * high_pass(torch.randint(0, 2, seen.shape, device=device).float() * 2 - 1)
+            away = mean(moments(vae, seen + noise)) - mean(answer)
             distance = away.square().mean((1, 2, 3)).sqrt() / (size.flatten() * 255 / 16)
             loss = loss + F.relu(1 - distance / arguments.gain).square().mean()
             record["distance"] = distance.detach().mean()

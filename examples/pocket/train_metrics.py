@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from szt_utils.pocket.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
-from szt_utils.pocket.vocabulary import training_caption
+from szt_utils.pocket.vocabulary import pocket_tokenizer, training_caption
 
 WORDS = {"shape": list(SHAPES), "colour": list(COLOURS), "pattern": list(PATTERNS),
          "background": list(BACKGROUNDS)}
@@ -166,6 +166,7 @@ def train_clip(arguments, device):
     folder = arguments.work_dir / "clip"
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    pocket_tokenizer(folder)  # vocab.json and merges.txt, for readers of older transformers
     save_processor(folder)
 
 

@@ -46,13 +46,15 @@ def pocket_tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
     characters = string.ascii_lowercase + string.digits + string.punctuation
+    single = [*characters, *(c + _END_OF_WORD for c in characters)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # The trainer breaks ties by number: number the ends of words too, or it does so in the order of a hash.
     bpe.train_from_iterator(words(), trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix=_END_OF_WORD,
-        initial_alphabet=list(characters)))
+        special_tokens=single))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = list(characters) + [c + _END_OF_WORD for c in characters] + [a + b for a, b in merges]
+    tokens = single + [a + b for a, b in merges]
     vocabulary = {token: i for i, token in enumerate(
         dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))}
     folder.mkdir(parents=True, exist_ok=True)
