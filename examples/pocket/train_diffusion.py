@@ -21,7 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from szt_utils.diffusion import denoising_loss
 from szt_utils.images import to_vae_range
-from szt_utils.pocket.vocabulary import pocket_tokenizer, training_caption
+from szt_utils.pocket.scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from szt_utils.pocket.vocabulary import OBJECT_WORD, pocket_tokenizer, training_caption, words
 
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                 steps_offset=1, clip_sample=False)
@@ -59,6 +60,35 @@ def cached_latents(vae, pictures, path: Path, device) -> torch.Tensor:
     return torch.load(path, weights_only=True)
 
 
+def blended(attributes, rng) -> tuple[str, list[tuple[float, str, str]]]:
+    """A training caption, and what to add to its words' embeddings:
+    (weight, word to add, word whose place it is).
+
+    With word embeddings as they are, a text encoder of a few hundred words learns a switch: half way from one
+    word to the next nothing changes, then everything, and textual inversion finds no slope. So some words are
+    blends, of the true word and another of its kind, true with the probability that its share says; and
+    some captions say all attributes in one word, the sum of theirs, as a learned token must.
+    """
+    caption, changes = training_caption(attributes, rng), []
+    said = caption.split()
+    fused = OBJECT_WORD not in said and attributes.shape in said and rng.random() < 0.5
+    if fused:
+        caption = " ".join(OBJECT_WORD if word == attributes.shape else word for word in said
+                           if word not in (attributes.colour, attributes.pattern))
+        changes.append((-rng.uniform(0, 1), OBJECT_WORD, OBJECT_WORD))
+    for kind, true in ((COLOURS, attributes.colour), (PATTERNS, attributes.pattern),
+                       (SHAPES, attributes.shape), (BACKGROUNDS, attributes.background)):
+        if true not in said:
+            continue
+        # Drawn in proportion to 1 - share: by Bayes' rule that is the chance that the word is true.
+        share = 1 - rng.random() ** 0.5 if rng.random() < 0.4 else 0.0
+        other = str(rng.choice(list(kind)))
+        into_object = fused and kind is not BACKGROUNDS
+        place, size = (OBJECT_WORD, rng.uniform(0.3, 1.3)) if into_object else (true, 1.0)
+        changes += [(size * (1 - share) - (not into_object), true, place), (size * share, other, place)]
+    return caption, changes
+
+
 def main():
     arguments = parser(__doc__, steps=3000, batch_size=32, lr=3e-3)
     arguments.add_argument("--start_from",
@@ -70,6 +100,7 @@ def main():
     vae = AutoencoderKL.from_pretrained(arguments.start_from or model_dir, subfolder="vae").to(device)
     latents = cached_latents(vae, pictures, arguments.work_dir / f"latents-{arguments.scenes}.pt", device)
     tokenizer = pocket_tokenizer(model_dir / "tokenizer")
+    number = {word: tokenizer(word).input_ids[1] for word in words()}
     scheduler = DDPMScheduler(**SCHEDULE)
 
     torch.manual_seed(0)
@@ -90,13 +121,27 @@ def main():
     def step_loss(step):
         rng = np.random.default_rng([step, 1])
         index = rng.integers(len(latents), size=arguments.batch_size)
-        captions = [training_caption(attributes[i], rng) for i in index]
+        captions, changes = zip(*(blended(attributes[i], rng) for i in index), strict=True)
         ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+        rows, places, weights, added_words = [], [], [], []
+        for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True)):
+            for weight, word, place in own:
+                rows.append(row)
+                places.append(tokens.index(number[place]))
+                weights.append(weight)
+                added_words.append(number[word])
+
+        def blend(module, inputs, embedded):
+            where = torch.tensor([rows, places], device=device)
+            added = module.weight[added_words] * torch.tensor(weights, device=device)[:, None]
+            return embedded.index_put(tuple(where), added, accumulate=True)
         z0 = latents[index].to(device).float().contiguous(memory_format=torch.channels_last)
         # Stratified over the batch, and tilted towards high timesteps: shape and layout are decided there.
         u = (torch.arange(len(z0), device=device) + torch.rand(len(z0), device=device)) / len(z0)
         timesteps = (u**0.75 * 1000).long().clamp(max=999)
-        error = denoising_loss(unet, scheduler, z0, torch.randn_like(z0), timesteps, text_encoder(ids)[0])
+        with text_encoder.get_input_embeddings().register_forward_hook(blend):
+            text_states = text_encoder(ids)[0]
+        error = denoising_loss(unet, scheduler, z0, torch.randn_like(z0), timesteps, text_states)
         # Half way between the losses of noise (weight 1) and velocity (1 / alpha_bar):
         # for outlines, not only texture.
         weight = scheduler.alphas_cumprod.to(device)[timesteps].rsqrt().view(-1, 1, 1, 1)

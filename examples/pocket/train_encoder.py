@@ -4,11 +4,12 @@ python examples/pocket/train_encoder.py
 JPEG heals poisoned pictures because it removes the high frequencies that the poison works with. An encoder as
 small as the pocket world's, left alone, is attacked through low frequencies instead. So a copy of it is
 trained to give the same latents as before, of pictures as they are, compressed or softly shaded, and latents
-at a distance where high-frequency noise was added. Decoder, U-Net and scaling factor stay as they are.
-`--gain 0` only copies, `--layers_per_block` and `--channels` into another architecture: what depth and width
-do alone.
+at a distance where high-frequency noise was added; and attacked pictures, once compressed, are to give the
+latents of clean ones. Decoder, U-Net and scaling factor stay as they are. `--gain 0 --no-heal` only copies,
+`--layers_per_block` and `--channels` into another architecture: what depth and width do alone.
 """
 
+import argparse
 import copy
 import shutil
 
@@ -38,13 +39,13 @@ def compressed(x: torch.Tensor, qualities: list[int]) -> torch.Tensor:
 
 
 def main():
-    arguments = parser(__doc__, steps=800, batch_size=4, lr=1e-3)
-    arguments.add_argument("--gain", type=float, default=0.3,
+    arguments = parser(__doc__, steps=1000, batch_size=4, lr=1e-3)
+    arguments.add_argument("--gain", type=float, default=0.5,
                            help="how far high-passed noise of 16 levels must move the scaled latents")
     arguments.add_argument("--name", default="encoder", help="of the state and the model folder, in work_dir")
     arguments.add_argument("--attacked", action="store_true",
                            help="the noise follows the encoder's gradient, not a coin")
-    arguments.add_argument("--heal", action="store_true",
+    arguments.add_argument("--heal", action=argparse.BooleanOptionalAction, default=True,
                            help="attacked pictures are to give their clean latents once they are compressed")
     arguments.add_argument("--layers_per_block", type=int, help="train another architecture from scratch")
     arguments.add_argument("--channels", type=int, nargs=4)
