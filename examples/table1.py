@@ -60,7 +60,8 @@ def run_cell(arguments, data: str, defence: str, concept: str, seed: int) -> dic
             flags |= {"loss_mask_dir": masks, "mask_dilation": 4}
         script("poison_images.py", pretrained_model_name_or_path=model, image_dir=clean, output_dir=images,
                resolution=128, **flags)
-    learned, steps = arguments.output_dir / "learned" / cell_name(data, defence, concept, seed), arguments.steps
+    steps, name = arguments.steps, cell_name(data, defence, concept, seed)
+    learned = arguments.output_dir / "learned" / name
     defence_flags = {name: masks if name == "loss_mask_dir" else value
                      for name, value in DEFENCES[defence].items()}
     if "loss_mask_dir" in defence_flags:
