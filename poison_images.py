@@ -138,6 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.preset and args.method not in PRESETS[args.preset]:
         parser.error(f"argument --preset: {args.preset} has no {args.method}, "
                      f"only {', '.join(PRESETS[args.preset])}")
+    if args.method == "da" and args.target_image == "zero":
+        parser.error("argument --target_image: zero is a latent, and da needs a picture")
     if args.jpeg_quality and len(args.jpeg_quality) > 2:
         parser.error("argument --jpeg_quality: one quality or the lowest and the highest")
     if args.adaptive:

@@ -190,7 +190,7 @@ def test_bad_data_is_one_sentence_before_any_work(run, image_dir, tmp_path):
     (tmp_path / "foreign" / "options.json").write_text("[not json")
     refused("not of this script", output_dir=tmp_path / "foreign")
     assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["holiday.jpg", "options.json"]
-    refused("is not a folder", output_dir=image_dir / "a.png")
+    refused("is not a folder", output_dir=twins / "a.png")
     refused("has no mask", "--mask_dir", folder("masks", a=("a.png", "png")))
     edge, mask = folder("edge"), Image.new("L", (300, 100))
     mask.save(edge / "a.png")
@@ -260,6 +260,9 @@ def test_presets_are_defaults_that_flags_override(script, capsys):
     with pytest.raises(SystemExit):
         script.parse_args([*required, "--method", "da", "--preset", "diff-protect"])
     assert "diff-protect has no da, only adm+" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.parse_args([*required, "--method", "da", "--target_image", "zero"])
+    assert "zero is a latent" in capsys.readouterr().err
 
 
 def test_adaptive_szt_is_its_three_parts(script):
@@ -284,7 +287,7 @@ def test_every_method_keeps_its_budget_and_repeats_itself(run, tmp_path, image_d
     for name, original in zip(NAMES, ["a.png", "b.jpg", "c.png"], strict=True):
         change = levels(tmp_path / "first" / name) - source(image_dir / original)
         reached = np.abs(change).max() if norm == "linf" else np.sqrt((change**2).mean())
-        assert 0.6 * EPS < reached <= EPS
+        assert 0.4 * EPS < reached <= EPS
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
