@@ -19,5 +19,5 @@ setup(
     py_modules=["textual_inversion_szt", "poison_images"],
     package_data={"szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
-    extras_require={"test": ["pytest>=8", "ruff>=0.8"]},
+    extras_require={"test": ["pytest>=8", "ruff>=0.8", "scikit-image"]},
 )

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from .errors import InputError
 from .images import to_vae_range
 
-__all__ = ["LatentDiffusion", "denoising_loss", "denoising_target", "evaluating", "load_part"]
+__all__ = ["LatentDiffusion", "denoising_loss", "denoising_residual", "denoising_target", "evaluating",
+           "load_part"]
 
 
 def denoising_target(scheduler, latents: torch.Tensor, noise: torch.Tensor,
@@ -34,10 +34,9 @@ def denoising_target(scheduler, latents: torch.Tensor, noise: torch.Tensor,
                      "only 'epsilon' and 'v_prediction' can be trained.")
 
 
-def denoising_loss(unet, scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
-                   text_states: torch.Tensor, *, latent_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared error of the U-Net's prediction per sample and location,
-    float32 (B, C, h, w), paper Eq. 2 and 3.
+def denoising_residual(unet, scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+                       text_states: torch.Tensor, *, latent_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What the U-Net's prediction is off by, prediction - target, float32 (B, C, h, w).
 
     `latents` and `noise` are (B, C, h, w) in the U-Net's dtype, `timesteps` long (B,),
     `text_states` (B, L, D). A `latent_mask` (B, 1, h, w) multiplies the noised latent (the paper's
@@ -47,8 +46,13 @@ def denoising_loss(unet, scheduler, latents: torch.Tensor, noise: torch.Tensor, 
     if latent_mask is not None:
         noised = noised * latent_mask.to(noised)
     prediction = unet(noised, timesteps, text_states).sample
-    target = denoising_target(scheduler, latents, noise, timesteps)
-    return F.mse_loss(prediction.float(), target.float(), reduction="none")
+    return prediction.float() - denoising_target(scheduler, latents, noise, timesteps).float()
+
+
+def denoising_loss(*args, **kwargs) -> torch.Tensor:
+    """Squared error of the U-Net's prediction per sample and location, float32 (B, C, h, w),
+    paper Eq. 2 and 3; arguments of `denoising_residual`."""
+    return denoising_residual(*args, **kwargs).square()
 
 
 def load_part(cls, path: str, subfolder: str, **kwargs: Any):
@@ -133,7 +137,11 @@ class LatentDiffusion:
                              return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device))[0].to(self.dtype)
 
-    def loss(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
-             text_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def residual(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+                 text_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`denoising_residual` of this model."""
+        return denoising_residual(self.unet, self.scheduler, latents, noise, timesteps, text_states, **kwargs)
+
+    def loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`denoising_loss` of this model."""
-        return denoising_loss(self.unet, self.scheduler, latents, noise, timesteps, text_states, **kwargs)
+        return self.residual(*args, **kwargs).square()

@@ -20,17 +20,18 @@ __all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "read_
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Paths of the pictures directly in a folder, sorted by name;
-    hidden files, other files and sub-folders are passed over.
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """Paths of the pictures in a folder, and in its sub-folders if `recursive`, sorted;
+    hidden files and folders and other files are passed over.
 
     Raises InputError when the folder is missing or holds no picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"The image folder '{folder}' does not exist or is not a folder.")
-    paths = sorted(p for p in folder.iterdir()
-                   if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file())
+    paths = sorted(p for p in (folder.rglob("*") if recursive else folder.iterdir())
+                   if p.suffix.lower() in _SUFFIXES and p.is_file()
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not paths:
         raise InputError(f"The image folder '{folder}' holds no picture ({', '.join(sorted(_SUFFIXES))}).")
     return paths

@@ -1,11 +1,14 @@
 """The one projected-gradient loop:
-move pictures uphill or downhill within an L-inf budget (paper Eq. 4 and 5).
+move pictures uphill or downhill within a budget (paper Eq. 4 and 5).
 
-    delta <- Project(delta +- step_size * sign(gradient(x + delta))),
-    |delta| <= eps,  0 <= x + delta <= 1,  0 off the mask
+    delta <- Project(delta +- step_size * direction(gradient(x + delta))),  0 <= x + delta <= 1,
+                                                                            0 off the mask
 
-Budgets count levels: 1 level = 1/255, one step of an 8-bit picture.
-What is attacked is the `gradient` callable's business.
+    linf:  direction = sign(g)        |delta| <= eps everywhere
+    l2:    direction = g / rms(g)     rms(delta) <= eps, the root mean square over the picture's elements
+
+Budgets count levels: 1 level = 1/255, one step of an 8-bit picture. Both norms hold in whole levels, as an
+8-bit file will have them. What is attacked is the `gradient` callable's business.
 """
 
 import warnings
@@ -15,12 +18,21 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["Gradient", "pgd", "project_box", "project_linf", "random_start", "round_to_levels",
-           "warn_if_unmoved"]
+__all__ = ["NORMS", "SCHEDULES", "Gradient", "pgd", "project_box", "project_l2", "project_linf",
+           "random_start", "rms", "round_to_levels", "warn_if_unmoved"]
+
+NORMS = ("linf", "l2")
+SCHEDULES = ("constant", "linear")
 
 # Pictures (B, 3, H, W) -> the objective's gradient with respect to them, same shape,
 # and its value per picture, (B,).
 Gradient = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each sample, (B, 1, 1, 1);
+    in float64, so that a budget is not missed by rounding."""
+    return x.double().square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
 def project_linf(delta: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,14 +41,32 @@ def project_linf(delta: torch.Tensor, eps: float) -> torch.Tensor:
     return delta.clamp(-eps / 255, eps / 255)
 
 
+def project_l2(delta: torch.Tensor, eps: float) -> torch.Tensor:
+    """The nearest perturbation with a root mean square of at most eps levels, per picture."""
+    return delta * (eps / 255 / rms(delta).clamp(min=1e-12)).clamp(max=1).to(delta)
+
+
 def project_box(delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """The nearest perturbation for which images + delta stays in [0, 1]."""
     return delta.clamp(-images, 1 - images)
 
 
-def round_to_levels(delta: torch.Tensor) -> torch.Tensor:
-    """The nearest perturbation of whole levels, so that an 8-bit file holds it exactly."""
-    return (delta * 255).round() / 255
+def round_to_levels(delta: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    """The nearest perturbation of whole levels, so that an 8-bit file holds it exactly.
+
+    With `eps`, each picture's perturbation is first scaled down as little as its root mean square needs to be
+    at most eps levels after rounding too.
+    """
+    rounded = (delta * 255).round() / 255
+    if eps is None:
+        return rounded
+    low, high = torch.zeros_like(rms(delta)), torch.ones_like(rms(delta))
+    for _ in range(30):  # |round(s x)| never falls as s grows: bisect s
+        middle = (low + high) / 2
+        fits = rms((delta * middle.to(delta) * 255).round()) <= eps
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    scaled = (delta * low.to(delta) * 255).round() / 255
+    return torch.where(rms((delta * 255).round()) <= eps, rounded, scaled)
 
 
 def random_start(images: torch.Tensor, eps: float, generators: list[torch.Generator]) -> torch.Tensor:
@@ -57,49 +87,56 @@ def warn_if_unmoved(before: torch.Tensor, after: torch.Tensor, ascend: bool = Tr
 
 @torch.no_grad()
 def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float, steps: int,
-        ascend: bool = True, mask: torch.Tensor | None = None,
-        generators: list[torch.Generator] | None = None,
+        ascend: bool = True, norm: str = "linf", schedule: str = "constant",
+        mask: torch.Tensor | None = None, generators: list[torch.Generator] | None = None,
         on_step: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
-    """Perturb pictures by sign-gradient steps; float32 (B, 3, H, W) in [0, 1],
+    """Perturb pictures by projected gradient steps; float32 (B, 3, H, W) in [0, 1],
     whole levels away from `images`.
 
     `images` is float32 (B, 3, H, W), whole levels of 1/255, `mask` (B, 1, H, W) of 0 and 1, where 1 may
-    change; pixels of 0 come back bit-identical. `eps` and `step_size` are in levels. One CPU generator per
-    picture gives a uniform random start, none gives a start at zero; with 0 steps the pictures come back
-    bit-identical. `on_step` sees the values of each step, (B,).
-    Raises InputError for an impossible budget or a gradient that is not finite;
-    warns about a gradient of zero.
+    change; pixels of 0 come back bit-identical. `eps` and `step_size` are in levels; the "linear" schedule
+    lets the step fall from `step_size` to a hundredth of it. One CPU generator per picture gives a uniform
+    random start, none gives a start at zero; with 0 steps the pictures come back bit-identical. `on_step`
+    sees the values of each step, (B,). Raises InputError for an impossible budget or a gradient that is not
+    finite; warns about a gradient of zero.
     """
-    _check(images, eps, step_size, steps, generators)
+    _check(images, eps, step_size, steps, norm, schedule, generators)
     if steps == 0:
         return images.clone()
+    project_ball = {"linf": project_linf, "l2": project_l2}[norm]
+    where = 1 if mask is None else mask
 
     def project(delta):
-        delta = project_box(project_linf(delta, eps), images)
-        return delta if mask is None else delta * mask
+        return project_box(project_ball(delta * where, eps), images)
 
     # The perturbation stays float32 whatever the model's dtype: near 1, bfloat16 is spaced by a whole level.
     delta = project(torch.zeros_like(images) if generators is None else random_start(images, eps, generators))
     stride = step_size / 255 if ascend else -step_size / 255
     zero_steps = 0
     for step in range(1, steps + 1):
-        direction, values = gradient(images + delta)
-        if not direction.isfinite().all():
+        slope, values = gradient(images + delta)
+        if not slope.isfinite().all():
             raise InputError(f"The gradient is not finite at step {step} of {steps}; "
                              "use float32 or bfloat16 for the model.")
-        direction = direction.sign() if mask is None else direction.sign() * mask
-        zero_steps += int((direction == 0).flatten(1).all(1).any())
-        delta = project(delta + stride * direction.float())
+        slope = slope * where
+        zero_steps += int((slope == 0).flatten(1).all(1).any())
+        direction = slope.sign() if norm == "linf" else slope / rms(slope).clamp(min=1e-300)
+        decay = 1 - 0.99 * (step - 1) / steps if schedule == "linear" else 1
+        delta = project(delta + decay * stride * direction.float())
         if on_step is not None:
             on_step(values)
     if zero_steps:
         warnings.warn(f"The gradient of a picture was zero in {zero_steps} of {steps} steps.", stacklevel=2)
     # |k / 255| <= eps / 255 for whole k and eps, and a whole level + k stays in 0..255:
     # both bounds outlive the rounding.
-    return (images + round_to_levels(delta)).clamp(0, 1)
+    return (images + round_to_levels(delta, eps if norm == "l2" else None)).clamp(0, 1)
 
 
-def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, generators: list | None) -> None:
+def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, norm: str, schedule: str,
+           generators: list | None) -> None:
+    for name, value, choices in (("norm", norm, NORMS), ("step schedule", schedule, SCHEDULES)):
+        if value not in choices:
+            raise InputError(f"Unknown {name} '{value}'; choose from: {', '.join(choices)}.")
     if images.dtype != torch.float32:
         raise InputError(f"The pictures must be float32, but are {images.dtype}.")
     if int(eps) != eps or not 0 <= eps <= 255:

@@ -1,29 +1,33 @@
-"""ADM+: the two-stage gradient is the full one, has the closed form of a linear model,
-and makes the loss rise."""
+"""The poisons: their two-stage gradients are the full ones, have the closed forms of a linear model, and move
+the objective the right way; adaptive attacks see what the defence lets through."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline
 from torch import nn
 
+from szt_utils import objectives
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.errors import InputError
+from szt_utils.jpeg import jpeg_tensor
 from szt_utils.objectives import (
     POISONS,
-    denoising_objective,
+    Attack,
     draw,
     find_poison,
     image_generator,
     image_gradient,
+    image_to_image,
     measure,
+    target_pattern,
     through_encoder,
 )
 from szt_utils.pgd import pgd
 
-FULL_RANGE = dict(t_min=0, t_max=1000)
-ADM = POISONS["adm+"]
+ADM, SDS, EA, DA = (POISONS[name] for name in ("adm+", "sds+", "ea", "da"))
 
 
 def pictures(count: int = 2, side: int = 64) -> torch.Tensor:
@@ -39,22 +43,30 @@ def model(tiny_model):
     return LatentDiffusion.load(str(tiny_model))
 
 
+def attack_on(model, **options) -> Attack:
+    return Attack(model, model.embed_text("a photo"), empty_states=model.embed_text(""), **options)
+
+
+@pytest.fixture(scope="module")
+def attack(model):
+    return attack_on(model, target=target_pattern(64, 64))
+
+
 @pytest.mark.parametrize("folder", ["tiny_model", "tiny_velocity_model"])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_two_stage_gradient_is_the_full_gradient(request, folder, draws):
     model = LatentDiffusion.load(str(request.getfixturevalue(folder)), dtype=torch.float64)
-    images, text_states = pictures().double(), model.embed_text("a photo")
-    gradient, values = image_gradient(ADM, model, text_states, own_generators(images), draws=draws,
-                                      **FULL_RANGE)(images)
+    images, attack = pictures().double(), attack_on(model, draws=draws)
+    gradient, values = image_gradient(ADM, attack, own_generators(images))(images)
 
     leaf, generators = images.clone().requires_grad_(), own_generators(images)
     latents = model.encode(leaf)
     losses = []
     for _ in range(draws):
-        noise, timesteps = draw(latents, generators, **FULL_RANGE)
+        noise, timesteps = draw(latents, generators, 0, 1000)
         noised = model.scheduler.add_noise(latents, noise, timesteps)
         target = noise if folder == "tiny_model" else model.scheduler.get_velocity(latents, noise, timesteps)
-        prediction = model.unet(noised, timesteps, text_states.expand(2, -1, -1)).sample
+        prediction = model.unet(noised, timesteps, attack.text_states.expand(2, -1, -1)).sample
         losses.append((prediction - target).square().mean((1, 2, 3)))
     loss = torch.stack(losses).mean(0)
     (full,) = torch.autograd.grad(loss.sum(), leaf)
@@ -91,92 +103,228 @@ class LinearUNet(nn.Module):
 
 
 @pytest.fixture
-def linear_model():
+def linear_attack():
     torch.manual_seed(0)
     vae, unet = LinearEncoder().double().requires_grad_(False), LinearUNet().double().requires_grad_(False)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    return LatentDiffusion(None, None, vae, unet, scheduler)
+    return Attack(LatentDiffusion(None, None, vae, unet, scheduler), torch.zeros(1, 1, 1))
 
 
-def test_closed_form_of_a_linear_model(linear_model):
-    vae, unet, x = linear_model.vae, linear_model.unet, pictures(2, 16).double()
-    gradient, values = image_gradient(ADM, linear_model, torch.zeros(1, 1, 1), own_generators(x),
-                                      **FULL_RANGE)(x)
+def linear_parts(attack, x):
+    """z0 = s B (2x - 1), r = A z_t - n for the attack's first draw, and sqrt(abar)."""
+    z0 = 3 * attack.model.vae.map(2 * x - 1)
+    noise, t = draw(z0, own_generators(x), attack.t_min, attack.t_max)
+    abar = attack.model.scheduler.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+    return z0, attack.model.unet.map(abar.sqrt() * z0 + (1 - abar).sqrt() * noise) - noise, abar.sqrt()
 
-    # z0 = s B (2x - 1); z_t = a z0 + b n; L = |A z_t - n|^2 / N  =>  dL/dx = 2s B^T (2a/N) A^T (A z_t - n)
-    z0 = 3 * vae.map(2 * x - 1)
-    noise, t = draw(z0, own_generators(x), **FULL_RANGE)
-    abar = linear_model.scheduler.alphas_cumprod[t].double().view(-1, 1, 1, 1)
-    residual = unet.map(abar.sqrt() * z0 + (1 - abar).sqrt() * noise) - noise
-    at_latent = (2 * abar.sqrt() / z0[0].numel()
-                 * torch.einsum("oi,bohw->bihw", unet.map.weight[:, :, 0, 0], residual))
-    expected = 2 * 3 * nn.functional.conv_transpose2d(at_latent, vae.map.weight, stride=8)
-    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+def to_pixels(attack, at_latent):
+    """dz0/dx^T = 2 s B^T."""
+    return 2 * 3 * nn.functional.conv_transpose2d(at_latent, attack.model.vae.map.weight, stride=8)
+
+
+def close(a, b):
+    return torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_closed_form_of_adm(linear_attack):
+    x = pictures(2, 16).double()
+    gradient, values = image_gradient(ADM, linear_attack, own_generators(x))(x)
+    # L = |A z_t - n|^2 / N  =>  dL/dz0 = (2a / N) A^T (A z_t - n)
+    z0, residual, a = linear_parts(linear_attack, x)
+    A = linear_attack.model.unet.map.weight[:, :, 0, 0]
+    assert close(gradient, to_pixels(linear_attack, 2 * a / z0[0].numel()
+                                     * torch.einsum("oi,bohw->bihw", A, residual)))
     assert torch.allclose(values.double(), residual.square().mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_the_loss_rises_on_a_grid_that_the_attack_never_saw(linear_model):
-    images, text_states = pictures(3, 16), torch.zeros(1, 1, 1)
-    gradient = image_gradient(ADM, linear_model, text_states, own_generators(images), **FULL_RANGE)
-    poisoned = pgd(images, gradient, eps=16, step_size=2, steps=20, ascend=ADM.ascend,
-                   generators=own_generators(images))
-    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(11)).double()
-    grid = [torch.full((3,), t) for t in range(50, 500, 50)]  # where the picture outweighs the noise
-
-    def losses(pictures):
-        z0 = linear_model.encode(pictures)
-        return torch.stack([denoising_objective(linear_model, z0, noise, t, text_states) for t in grid])
-
-    before, after = losses(images), losses(poisoned)
-    assert len(before) == 9 and (after > 1.1 * before).all()
+def test_closed_form_of_sds_leaves_out_the_jacobian_of_the_unet(linear_attack):
+    x = pictures(2, 16).double()
+    gradient, values = image_gradient(SDS, linear_attack, own_generators(x))(x)
+    z0, residual, _ = linear_parts(linear_attack, x)
+    assert close(gradient, to_pixels(linear_attack, residual / z0[0].numel()))
+    assert torch.allclose(values.double(), residual.square().mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_the_loss_rises_through_a_real_architecture(model):
-    images, text_states = pictures(2), model.embed_text("a photo")
+def test_closed_form_of_the_encoder_attack(linear_attack):
+    x, target = pictures(2, 16).double(), target_pattern(16, 16).double()
+    attack = replace(linear_attack, target=target)
+    gradient, values = image_gradient(EA, attack, own_generators(x))(x)
+    z0 = 3 * attack.model.vae.map(2 * x - 1)
+    distance = z0 - 3 * attack.model.vae.map(2 * target - 1)
+    assert close(gradient, to_pixels(attack, 2 * distance / z0[0].numel()))
+    assert torch.allclose(values.double(), distance.square().mean((1, 2, 3)), rtol=1e-5)
+    towards_zero, _ = image_gradient(EA, linear_attack, own_generators(x))(x)
+    assert close(towards_zero, to_pixels(attack, 2 * z0 / z0[0].numel()))
+
+
+@pytest.mark.parametrize("poison", [ADM, SDS, EA])
+def test_a_loss_mask_attacks_its_cells_and_nothing_else(linear_attack, poison):
+    x, mask = pictures(2, 32).double(), torch.zeros(2, 1, 32, 32)
+    mask[0, :, :16, 8:], mask[1, :, 24:, :8] = 1, 1
+    whole, _ = image_gradient(poison, linear_attack, own_generators(x))(x)
+    inside, values = image_gradient(poison, replace(linear_attack, loss_mask=mask), own_generators(x))(x)
+    # A linear encoder of separate cells: a mean over the mask's 6 (or 1) of 16 cells.
+    scale = torch.tensor([16 / 6, 16]) if poison is not SDS else torch.ones(2)
+    assert close(inside, whole * mask * scale.view(-1, 1, 1, 1))
+    z0, residual, _ = linear_parts(linear_attack, x)
+    error = (z0 if poison is EA else residual).square()
+    expected = torch.stack([error[0, :, :2, 1:].mean(), error[1, :, 3, 0].mean()])
+    assert torch.allclose(values.double(), expected, rtol=1e-5)
+
+
+def test_up_and_down_take_opposite_first_steps(linear_attack):
+    x = torch.full((1, 3, 16, 16), 128 / 255)
+    for up, down in (("adm+", "adm-"), ("sds+", "sds-")):
+        moved = [pgd(x, image_gradient(poison, linear_attack, own_generators(x)), eps=4, step_size=1, steps=1,
+                     ascend=poison.ascend) - x for poison in (POISONS[up], POISONS[down])]
+        assert moved[0].any() and torch.equal(moved[0], -moved[1])
+
+
+@pytest.mark.parametrize("name", ["adm+", "adm-", "ea"])
+def test_the_objective_moves_on_a_grid_that_the_attack_never_saw(linear_attack, name):
+    images, poison = pictures(3, 16), POISONS[name]
+    attack = replace(linear_attack, target=target_pattern(16, 16).double())
+    poisoned = pgd(images, image_gradient(poison, attack, own_generators(images)), eps=16, step_size=2,
+                   steps=20, ascend=poison.ascend, generators=own_generators(images))
+    # Where the picture outweighs the noise.
+    grid = [replace(attack, t_min=t, t_max=t + 1) for t in range(50, 500, 50)]
+
+    def objectives_of(x):
+        return torch.stack([poison.objective(at, at.model.encode(x), own_generators(images, purpose="grid"))
+                            for at in grid])
+    before, after = objectives_of(images), objectives_of(poisoned)
+    assert len(before) == 9
+    # Downwards, the noise that the model cannot know is a floor.
+    assert (after > 1.1 * before).all() if poison.ascend else (after < before).all()
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_the_objective_moves_through_a_real_architecture(attack, name):
+    images, poison = pictures(2), POISONS[name]
+    attack = replace(attack, draws=2, chain_steps=2)
 
     def gradient(pictures):  # the same draws at every call: a random U-Net tells nothing about others
-        return image_gradient(ADM, model, text_states, own_generators(images), draws=2,
-                              **FULL_RANGE)(pictures)
+        return image_gradient(poison, attack, own_generators(images))(pictures)
 
     state = torch.get_rng_state()
-    poisoned = pgd(images, gradient, eps=16, step_size=4, steps=6, ascend=ADM.ascend,
-                   generators=own_generators(images))
+    poisoned = pgd(images, gradient, eps=16, step_size=4, steps=6, ascend=poison.ascend,
+                   generators=own_generators(images) if poison.random_start else None)
     assert torch.equal(torch.get_rng_state(), state)
-    before, after = (measure(ADM, model, pictures, text_states, own_generators(images), draws=2, **FULL_RANGE)
+    before, after = (measure(poison, attack, pictures, own_generators(images), draws=2)
                      for pictures in (images, poisoned))
-    assert (after > before + 1e-3).all()
+    # SDS does not follow the gradient: on a U-Net of random weights it promises nothing about the loss.
+    assert name.startswith("sds") or ((after > before) if poison.ascend else (after < before)).all()
+    assert not torch.equal(after, before)
 
 
-def test_one_unet_pass_per_draw_one_vae_backward_and_never_both_graphs(model, monkeypatch):
+def test_sds_is_the_residual_carried_back_without_a_graph_of_the_unet(model, attack):
+    images = pictures(2)
+    gradient, _ = image_gradient(SDS, attack, own_generators(images))(images)
+    leaf = images.clone().requires_grad_()
+    latents = model.encode(leaf)
+    noise, timesteps = draw(latents, own_generators(images), 0, 1000)
+    with torch.no_grad():
+        noised = model.scheduler.add_noise(latents, noise, timesteps)
+        residual = model.unet(noised, timesteps, attack.text_states.expand(2, -1, -1)).sample - noise
+    (expected,) = torch.autograd.grad(latents, leaf, residual / residual[0].numel())
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name,draws,unet_passes", [("adm+", 3, [True] * 3), ("sds-", 3, [False] * 3),
+                                                    ("ea", 1, [])])
+def test_one_unet_pass_per_draw_one_vae_backward_and_never_both_graphs(model, attack, monkeypatch, name,
+                                                                       draws, unet_passes):
     events = []
     encode, forward = model.vae.encode, model.unet.forward
     monkeypatch.setattr(model.vae, "encode",
                         lambda x: events.append(("vae", torch.is_grad_enabled())) or encode(x))
     monkeypatch.setattr(model.unet, "forward",
                         lambda *args: events.append(("unet", torch.is_grad_enabled())) or forward(*args))
-    images = pictures(1)
-    image_gradient(ADM, model, model.embed_text("a photo"), own_generators(images), draws=3,
-                   **FULL_RANGE)(images)
-    assert events == [("vae", False), *[("unet", True)] * 3, ("vae", True)]
+    attack, images = replace(attack, draws=draws), pictures(1)
+    assert torch.is_tensor(attack.target_latent)  # encoded once, before the first step
+    events.clear()
+    image_gradient(POISONS[name], attack, own_generators(images))(images)
+    assert events == [("vae", False), *[("unet", grad) for grad in unet_passes], ("vae", True)]
+
+
+def test_checkpointing_the_chain_changes_no_gradient(model, attack, monkeypatch):
+    images, passes, forward = pictures(1), [], model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda *args: passes.append(1) or forward(*args))
+    checkpointed, _ = image_gradient(DA, attack, own_generators(images))(images)
+    assert len(passes) == 2 * 4  # forward once more in the backward pass: nothing was kept
+    monkeypatch.setattr(objectives, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+    plain, _ = image_gradient(DA, attack, own_generators(images))(images)
+    assert len(passes) == 3 * 4 and plain.any()
+    assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("folder", ["tiny_model", "tiny_velocity_model"])
+def test_the_chain_is_diffusers_image_to_image(request, folder):
+    folder = str(request.getfixturevalue(folder))
+    attack = attack_on(LatentDiffusion.load(folder), chain_steps=4, strength=0.8, guidance_scale=3.0)
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(["a photo"] * 2, image=latents, strength=0.8, num_inference_steps=5, guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(4), output_type="pt").images
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        ours = image_to_image(attack, latents, noise)
+    assert theirs.std() > 0.01 and torch.allclose(ours.clamp(0, 1), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("poison", [ADM, SDS, EA])
+def test_an_attack_through_jpeg_is_the_plain_one_at_the_compressed_picture(attack, poison):
+    images = pictures(2)
+    adaptive = replace(attack, jpeg_qualities=(25, 25))
+    through, values = image_gradient(poison, adaptive, own_generators(images))(images)
+    compressed, generators = jpeg_tensor(images, 25), own_generators(images)
+    for generator in generators:
+        torch.randint(25, 26, (), generator=generator)  # the draw of the quality
+    plain, plain_values = image_gradient(poison, attack, generators)(compressed)
+    # Straight through, x + (jpeg(x) - x) rounds.
+    assert torch.allclose(through, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+    assert torch.allclose(values, plain_values, rtol=1e-5) and not torch.equal(compressed, images)
+
+
+def test_every_gradient_draws_its_quality_anew(attack, monkeypatch):
+    qualities, original = [], objectives.jpeg_straight_through
+    monkeypatch.setattr(objectives, "jpeg_straight_through",
+                        lambda image, quality: qualities.append(quality) or original(image, quality))
+    images = pictures(2)
+    gradient = image_gradient(EA, replace(attack, jpeg_qualities=(15, 95)), own_generators(images))
+    for _ in range(20):
+        gradient(images)
+    first, second = qualities[0::4], qualities[1::4]
+    assert qualities[2::4] == first and qualities[3::4] == second  # with and without a graph: the same
+    assert first != second and len(set(first + second)) > 10 and 15 <= min(qualities) and max(qualities) <= 95
+
+
+def test_the_target_pattern_has_the_highest_contrast():
+    pattern = target_pattern(96, 64)
+    assert pattern.shape == (1, 3, 96, 64) and set(pattern.unique().tolist()) == {0.0, 1.0}
+    assert 0.4 < pattern.mean() < 0.6
 
 
 def test_the_encoder_carries_any_cotangent_at_its_true_scale(model):
     images = pictures(2)
     direction = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     scales = torch.tensor([1e-12, 1e6]).view(2, 1, 1, 1)
-    gradient, _ = through_encoder(model, images, lambda z: (direction * scales, torch.zeros(2)))
+    gradient, _ = through_encoder(model.encode, images, lambda z: (direction * scales, torch.zeros(2)))
     leaf = images.clone().requires_grad_()
     (plain,) = torch.autograd.grad(model.encode(leaf), leaf, direction)
     assert torch.allclose(gradient / scales, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
-    zero, _ = through_encoder(model, images, lambda z: (torch.zeros_like(z), torch.zeros(2)))
+    zero, _ = through_encoder(model.encode, images, lambda z: (torch.zeros_like(z), torch.zeros(2)))
     assert not zero.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_a_float32_gradient_of_the_same_direction(tiny_model, model, dtype):
     half, images = LatentDiffusion.load(str(tiny_model), dtype=dtype), pictures(1)
-    exact, rough = (image_gradient(ADM, m, m.embed_text("a photo"), own_generators(images),
-                                   t_min=100, t_max=400)(images)[0] for m in (model, half))
+    exact, rough = (image_gradient(ADM, attack_on(m, t_min=100, t_max=400), own_generators(images))(images)[0]
+                    for m in (model, half))
     assert rough.dtype == torch.float32
     assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.9
     assert rough.norm() / exact.norm() == pytest.approx(1, abs=0.2)
@@ -207,12 +355,21 @@ def test_timesteps_fill_the_half_open_range_and_the_noise_is_normal():
     assert draw(latents.bfloat16(), [generator], 0, 10)[0].dtype == torch.bfloat16
 
 
-def test_measure_repeats_with_equal_generators(model):
-    images, text_states = pictures(1), model.embed_text("a photo")
-    first, second = (measure(ADM, model, images, text_states, own_generators(images), draws=2, **FULL_RANGE)
-                     for _ in range(2))
-    other = measure(ADM, model, images, text_states, own_generators(images, seed=1), draws=2, **FULL_RANGE)
+def test_measure_repeats_with_equal_generators(attack):
+    images = pictures(1)
+    first, second = (measure(ADM, attack, images, own_generators(images), draws=2) for _ in range(2))
+    other = measure(ADM, attack, images, own_generators(images, seed=1), draws=2)
     assert torch.equal(first, second) and not torch.equal(first, other) and not first.requires_grad
+
+
+def test_a_batch_is_as_good_as_its_pictures_alone(tiny_model):
+    attack, images = attack_on(LatentDiffusion.load(str(tiny_model), dtype=torch.float64)), pictures(3)
+
+    def attacked(images):
+        return pgd(images, image_gradient(ADM, attack, own_generators(images)), eps=8, step_size=2, steps=3,
+                   generators=own_generators(images))
+    together, alone = attacked(images), torch.cat([attacked(image) for image in images.split(1)])
+    assert torch.equal(together, alone) and not torch.equal(together, images)
 
 
 def test_unknown_poisons_list_the_choices():

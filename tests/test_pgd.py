@@ -8,7 +8,16 @@ import torch
 
 from szt_utils.errors import InputError
 from szt_utils.images import from_pil, to_pil
-from szt_utils.pgd import pgd, project_box, project_linf, random_start, round_to_levels, warn_if_unmoved
+from szt_utils.pgd import (
+    pgd,
+    project_box,
+    project_l2,
+    project_linf,
+    random_start,
+    rms,
+    round_to_levels,
+    warn_if_unmoved,
+)
 
 
 def pictures(count: int = 2, side: int = 8, seed: int = 0) -> torch.Tensor:
@@ -63,6 +72,52 @@ def test_budget_holds_in_whole_levels(eps, step_size, steps):
                for images in seen)
 
 
+@pytest.mark.parametrize("ascend", [True, False])
+def test_reaches_the_optimum_of_a_linear_objective_in_l2(weights, ascend):
+    x = torch.full((2, 3, 8, 8), 128 / 255)
+    result = pgd(x, linear(weights), eps=9, step_size=2, steps=40, ascend=ascend, norm="l2",
+                 generators=generators())
+    best = 9 * weights / weights.square().mean().sqrt() * (1 if ascend else -1)
+    assert (levels_moved(result, x) - best).abs().max() < 1  # rounding, and a little shrinking for the budget
+
+
+@pytest.mark.parametrize("eps,step_size,steps", [(1, 0.3, 5), (2, 0.144, 30), (16, 2.5, 10), (0, 1, 3)])
+def test_the_l2_budget_holds_in_whole_levels(eps, step_size, steps):
+    x, noise = pictures(), torch.Generator().manual_seed(3)
+    steady = torch.randn(x.shape, generator=noise)
+
+    def unsteady(images):
+        return steady + 0.1 * torch.randn(x.shape, generator=noise), torch.zeros(2)
+
+    result = pgd(x, unsteady, eps=eps, step_size=step_size, steps=steps, norm="l2", generators=generators())
+    moved = levels_moved(result, x)
+    assert torch.allclose(result * 255, (result * 255).round(), atol=1e-4)
+    assert (rms(moved) <= eps).all() and (rms(moved) >= 0.85 * eps).all()
+    assert moved.abs().max() > eps or eps == 0  # not an L-inf budget
+
+
+def test_l2_is_invariant_to_the_scale_of_the_gradient(weights):
+    x = torch.full((1, 3, 8, 8), 100 / 255)
+    results = [pgd(x, linear(weights * scale), eps=8, step_size=3, steps=2, norm="l2")
+               for scale in (1e-12, 1, 1e12)]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+    assert rms(levels_moved(results[1], x)).item() == pytest.approx(6, abs=0.1)
+
+
+def test_a_linear_schedule_falls_to_a_hundredth(weights):
+    x = torch.full((1, 3, 8, 8), 100 / 255)
+    result = pgd(x, linear(weights), eps=255, step_size=10, steps=4, schedule="linear")
+    # 10 (1 + 0.7525 + 0.505 + 0.2575)
+    assert (levels_moved(result, x) == 25 * weights.sign()).all()
+
+
+def test_unknown_norms_and_schedules_list_the_choices(weights):
+    with pytest.raises(InputError, match="norm 'l1'; choose from: linf, l2"):
+        pgd(pictures(), linear(weights), eps=1, step_size=1, steps=1, norm="l1")
+    with pytest.raises(InputError, match="schedule 'cosine'; choose from: constant, linear"):
+        pgd(pictures(), linear(weights), eps=1, step_size=1, steps=1, schedule="cosine")
+
+
 def test_one_step_has_the_length_of_the_step(weights):
     x = torch.full((1, 3, 8, 8), 100 / 255)
     assert (levels_moved(pgd(x, linear(weights), eps=16, step_size=3, steps=1), x)
@@ -104,6 +159,11 @@ def test_projections_and_rounding():
     assert (x + inside).min() >= 0 and (x + inside).max() <= 1
     free = (x + delta > 0) & (x + delta < 1)
     assert torch.equal(inside[free], delta[free]) and free.any() and (~free).any()
+    small = project_l2(delta / 255, 0.5)
+    assert rms(small * 255).flatten().tolist() == pytest.approx([0.5, 0.5])
+    # The nearest point is a scaled one.
+    assert torch.allclose(small[0] / delta[0], (small[0] / delta[0]).mean())
+    assert torch.equal(project_l2(small, 0.6), small)
     assert torch.equal(round_to_levels(torch.tensor([1.4, -2.6, 16.0]) / 255),
                        torch.tensor([1.0, -3.0, 16.0]) / 255)
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_script
 from PIL import Image
 
@@ -181,14 +182,15 @@ def test_bad_data_is_one_sentence_before_any_work(run, image_dir, tmp_path):
     broken = folder("broken", a=("a.png", "png"), z=("b.jpg", "jpg"))
     (broken / "z.jpg").write_bytes((broken / "z.jpg").read_bytes()[:500])
     refused(r"z\.jpg' cannot be read", "--image_dir", broken)
-    refused("same folder", output_dir=image_dir)
+    refused("is --image_dir or lies in it", output_dir=image_dir)
+    refused("is --image_dir or lies in it", output_dir=image_dir / "poisoned")
     refused("not of this script", output_dir=folder("foreign", holiday=("b.jpg", "jpg")))
     (tmp_path / "foreign" / "options.json").write_text('{"script": "evaluate.py", "arguments": {}}')
     refused("not of this script", output_dir=tmp_path / "foreign")
     (tmp_path / "foreign" / "options.json").write_text("[not json")
     refused("not of this script", output_dir=tmp_path / "foreign")
     assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["holiday.jpg", "options.json"]
-    refused("is not a folder", output_dir=image_dir / "a.png")
+    refused("is not a folder", output_dir=twins / "a.png")
     refused("has no mask", "--mask_dir", folder("masks", a=("a.png", "png")))
     edge, mask = folder("edge"), Image.new("L", (300, 100))
     mask.save(edge / "a.png")
@@ -212,7 +214,10 @@ def test_exit_codes_of_the_command_itself(options, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--eps", "16.5"], ["--eps", "-1"], ["--eps", "256"], ["--step_size", "0"], ["--step_size", "nan"],
     ["--step_size", "x"], ["--steps", "-1"], ["--draws", "0"], ["--t_min", "-1"], ["--method", "adm"],
-    ["--mixed_precision", "fp8"],
+    ["--mixed_precision", "fp8"], ["--norm", "l1"], ["--jpeg_quality", "0"],
+    ["--jpeg_quality", "1", "2", "3"], ["--target_image", "grey"], ["--strength", "1.1"],
+    ["--chain_steps", "2"], ["--preset", "photoguard"],
+    ["--adaptive", "szt"], ["--batch_size", "0"],
 ])
 def test_usage_errors(script, flags, capsys):
     required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o",
@@ -228,6 +233,7 @@ def test_defaults_are_the_papers(script, capsys):
     args = script.parse_args([*required, "--pretrained_model_name_or_path", "m"])
     assert ((args.eps, args.step_size, args.steps, args.draws, args.prompt, args.t_min)
             == (16, 1, 100, 1, "a photo", 0))
+    assert (args.norm, args.step_schedule, args.target_image) == ("linf", "constant", "pattern")
     with pytest.raises(SystemExit) as failure:
         script.parse_args(required)
     assert failure.value.code == 2 and "--pretrained_model_name_or_path" in capsys.readouterr().err
@@ -241,3 +247,167 @@ def test_methods_are_the_registry_and_help_imports_no_torch(script):
 try: poison_images.parse_args(["--help"])
 except SystemExit: assert "torch" not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_presets_are_defaults_that_flags_override(script, capsys):
+    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o"]
+    for preset, methods in script.PRESETS.items():
+        for method, settings in methods.items():
+            args = vars(script.parse_args([*required, "--method", method, "--preset", preset]))
+            assert {name: args[name] for name in script.DEFAULTS} == {**script.DEFAULTS, **settings}
+    args = script.parse_args([*required, "--method", "ea", "--preset", "photoguard", "--steps", "7"])
+    assert (args.eps, args.steps, args.step_schedule) == (15, 7, "linear")
+    with pytest.raises(SystemExit):
+        script.parse_args([*required, "--method", "da", "--preset", "diff-protect"])
+    assert "diff-protect has no da, only adm+" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.parse_args([*required, "--method", "da", "--target_image", "zero"])
+    assert "zero is a latent" in capsys.readouterr().err
+
+
+def test_adaptive_szt_is_its_three_parts(script):
+    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o",
+                "--adaptive", "szt", "--loss_mask_dir", "l"]
+    args = script.parse_args([*required, "--method", "adm+"])
+    assert (args.jpeg_quality, args.t_min, args.mask_dilation) == ([25], 500, 16)
+    assert script.parse_args([*required, "--method", "ea"]).t_min == 0  # it uses no timestep
+    assert script.parse_args([*required, "--method", "adm+", "--t_min", "300", "--jpeg_quality", "15", "95"]
+                             ).jpeg_quality == [15, 95]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("method", ["adm+", "adm-", "sds+", "sds-", "ea", "da"])
+def test_every_method_keeps_its_budget_and_repeats_itself(run, tmp_path, image_dir, method, norm):
+    state = torch.get_rng_state()
+    more = ["--method", method, "--norm", norm, "--steps", 3]
+    more += ["--chain_steps", 2] if method == "da" else []
+    run(tmp_path / "first", *more)
+    run(tmp_path / "second", *more)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, original in zip(NAMES, ["a.png", "b.jpg", "c.png"], strict=True):
+        change = levels(tmp_path / "first" / name) - source(image_dir / original)
+        reached = np.abs(change).max() if norm == "linf" else np.sqrt((change**2).mean())
+        assert 0.4 * EPS < reached <= EPS
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_targets_change_the_encoder_attack(run, tmp_path, image_dir):
+    for target in ("pattern", "grey", "zero", image_dir / "b.jpg"):
+        run(tmp_path / str(target).replace("/", "-"), "--method", "ea", "--target_image", target)
+    assert len({(folder / "a.png").read_bytes() for folder in tmp_path.iterdir()}) == 4
+
+
+def test_sub_folders_keep_their_structure(run, image_dir, tmp_path, capsys):
+    tree, masks = tmp_path / "tree", tmp_path / "masks"
+    for inner, name in (("", "a.png"), ("cat", "a.png"), ("cat/old", "c.png")):
+        for folder in (tree, masks):
+            (folder / inner).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image_dir / name, tree / inner / name)
+        Image.new("L", Image.open(image_dir / name).size, 255).save(masks / inner / name)
+    run(tmp_path / "out", "--image_dir", tree, "--mask_dir", masks)
+    made = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert made == ["a.png", "cat/a.png", "cat/old/c.png"]
+    assert (tmp_path / "out" / "a.png").read_bytes() == (tmp_path / "out" / "cat" / "a.png").read_bytes()
+    capsys.readouterr()
+    (tmp_path / "out" / "cat" / "a.png").unlink()
+    run(tmp_path / "out", "--image_dir", tree, "--mask_dir", masks)
+    assert "3 pictures" in (told := capsys.readouterr().out) and "1 of them to do" in told
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Photographs of odd sizes: colour, grey, a palette, 16 bits, and one that lies on its side."""
+    from skimage import data
+
+    folder, masks = tmp_path_factory.mktemp("photographs"), tmp_path_factory.mktemp("stencils")
+    coffee, cat = Image.fromarray(data.coffee()), Image.fromarray(data.chelsea())
+    coffee.resize((203, 135)).save(folder / "colour.jpg", quality=92)
+    Image.fromarray(data.camera()).resize((151, 149)).save(folder / "grey.png")
+    cat.resize((170, 113)).quantize(64).save(folder / "palette.png")
+    Image.fromarray(np.asarray(Image.fromarray(data.coins()).resize((127, 101)), np.uint16) * 257).save(
+        folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cat.rotate(90, expand=True).resize((99, 160)).save(folder / "lying.jpg", exif=exif, quality=92)
+    from szt_utils.images import read_image
+
+    for path in folder.iterdir():
+        width, height = read_image(path).size
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 3:, : width // 2] = 255
+        Image.fromarray(mask).save(masks / f"{path.stem}.png")
+    return folder, masks
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_keep_size_keeps_size_budget_and_mask_of_photographs(run, photographs, tmp_path, norm):
+    from szt_utils.images import read_image
+
+    folder, masks = photographs
+    run(tmp_path / "out", "--image_dir", folder, "--mask_dir", masks, "--keep_size", "--norm", norm,
+        "--eps", 6, "--step_size", 2, "--method", "sds+")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    for path in folder.iterdir():
+        original = read_image(path)
+        result = Image.open(tmp_path / "out" / f"{path.stem}.png")
+        assert result.size == original.size and result.mode == "RGB"
+        change = np.asarray(result).astype(int) - np.asarray(original).astype(int)
+        inside = np.asarray(Image.open(masks / f"{path.stem}.png")) > 0
+        assert not change[~inside].any() and change[inside].any()
+        reached = np.abs(change).max() if norm == "linf" else np.sqrt((change**2).mean())
+        assert 2 < reached <= 6
+
+
+def test_zero_steps_leave_photographs_as_they_are(run, photographs, tmp_path):
+    from szt_utils.images import read_image
+
+    run(tmp_path / "out", "--image_dir", photographs[0], "--keep_size", "--steps", 0)
+    for path in photographs[0].iterdir():
+        assert np.array_equal(levels(tmp_path / "out" / f"{path.stem}.png"), np.asarray(read_image(path)))
+
+
+def test_batches_take_pictures_of_one_size_together(run, photographs, tmp_path, monkeypatch):
+    import szt_utils.pgd as pgd_module
+
+    sizes, original = [], pgd_module.pgd
+    monkeypatch.setattr(pgd_module, "pgd",
+                        lambda images, *args, **kwargs: sizes.append(tuple(images.shape)) or original(
+                            images, *args, **kwargs))
+    run(tmp_path / "square", "--image_dir", photographs[0], "--batch_size", 3, "--steps", 1)
+    assert sizes == [(3, 3, SIDE, SIDE), (2, 3, SIDE, SIDE)]
+    sizes.clear()
+    run(tmp_path / "whole", "--image_dir", photographs[0], "--batch_size", 3, "--steps", 1, "--keep_size")
+    assert sum(size[0] for size in sizes) == 5 and all(min(size[2:]) == SIDE for size in sizes)
+    records = [json.loads(line) for line in (tmp_path / "square" / "stats.jsonl").read_text().splitlines()]
+    assert len({record["file"] for record in records}) == 5
+
+
+def test_an_adaptive_attack_is_compared_with_the_plain_one(run, image_dir, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    for name in ("a.png", "b.jpg", "c.png"):
+        Image.new("L", Image.open(image_dir / name).size, 255).save(tmp_path / "masks" / f"{name[0]}.png")
+    adaptive = ["--adaptive", "szt", "--loss_mask_dir", tmp_path / "masks"]
+    run(tmp_path / "out", *adaptive, "--draws", 2)
+    told = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out" / "stats.jsonl").read_text().splitlines()]
+    for record in records:
+        worse = record["objective_plain"] > record["objective_after"]
+        assert worse == (f"warning: {record['source']}: The plain attack would have brought" in told)
+    run(tmp_path / "plain", "--steps", 2)
+    records = [json.loads(line) for line in (tmp_path / "plain" / "stats.jsonl").read_text().splitlines()]
+    assert len(records) == 3 and all(record["objective_plain"] is None for record in records)
+
+
+def test_a_weaker_adaptive_attack_is_named(script, run, image_dir, tmp_path, monkeypatch, capsys):
+    attack_batch = script.attack_batch
+
+    def lazy(args, attack, batch, on_step):
+        return [tensors.original for tensors in batch] if attack.jpeg_qualities else attack_batch(
+            args, attack, batch, on_step)
+
+    monkeypatch.setattr(script, "attack_batch", lazy)
+    monkeypatch.setattr(script, "find_pictures", lambda args, find=script.find_pictures: find(args)[:1])
+    run(tmp_path / "out", "--method", "ea", "--jpeg_quality", 90, "--eps", 16, "--step_size", 4)
+    told = capsys.readouterr().out
+    assert "a.png: The objective did not fall" in told
+    assert "a.png: The plain attack would have brought" in told

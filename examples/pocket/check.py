@@ -128,7 +128,7 @@ def check_jpeg(arguments) -> dict:
         with torch.no_grad():
             origin = model.encode(x)
         attacked = pgd(x, lambda images, z0=origin: through_encoder(
-            model, images, lambda z: (z - z0, (z - z0).pow(2).flatten(1).sum(1))),
+            model.encode, images, lambda z: (z - z0, (z - z0).pow(2).flatten(1).sum(1))),
             eps=16, step_size=1, steps=100, generators=[torch.Generator().manual_seed(0)])
         healed = shift(jpeg_tensor(attacked, 25), jpeg_tensor(x, 25))
         shifts.append([s.square().mean().sqrt().item() for s in (shift(attacked, x), healed)])
