@@ -31,6 +31,9 @@ def main() -> None:
             shutil.copytree(arguments.work_dir / source, WEIGHTS / name)
     for part in ("unet", "vae"):
         halve(WEIGHTS / "diffusion" / part / "diffusion_pytorch_model.safetensors")
+    for path in WEIGHTS.rglob("config.json"):  # no paths of the machine that trained them
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     total = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
     print(f"{WEIGHTS}: {total / 1e6:.1f} MB")
 
