@@ -77,7 +77,7 @@ def run_cell(arguments, data: str, defence: str, concept: str, seed: int) -> dic
 
 
 def cell_name(data: str, defence: str, concept: str, seed: int) -> str:
-    return f"{data}-{defence}-{concept}-{seed}".replace(" ", "-")
+    return f"{data}_{defence}_{concept}_{seed}".replace(" ", "-")
 
 
 def table(cells: list[dict]) -> str:
