@@ -343,14 +343,13 @@ def add_change(args: argparse.Namespace, tensors: Tensors, change):
     """The original plus a change (1, 3, h, w), enlarged where need be, within the budget at full size."""
     import torch.nn.functional as F
 
-    from szt_utils.pgd import project_l2, project_linf, round_to_levels
+    from szt_utils.pgd import add_within_budget, project
 
     if args.keep_size:
         change = F.interpolate(change, tensors.original.shape[-2:], mode="bicubic", antialias=True)
         change = change if tensors.mask is None else change * tensors.mask
-        change = {"linf": project_linf, "l2": project_l2}[args.norm](change, args.eps)
-        change = round_to_levels(change, args.eps if args.norm == "l2" else None)
-    return (tensors.original + change).clamp(0, 1)
+        change = project(change, args.eps, args.norm)
+    return add_within_budget(tensors.original, change, args.eps, args.norm)
 
 
 def poison(args: argparse.Namespace, attack, batch: list[Picture], output_dir: Path, on_step,

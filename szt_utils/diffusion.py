@@ -144,4 +144,4 @@ class LatentDiffusion:
 
     def loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`denoising_loss` of this model."""
-        return self.residual(*args, **kwargs).square()
+        return denoising_loss(self.unet, self.scheduler, *args, **kwargs)

@@ -78,11 +78,15 @@ class Attack:
         with torch.no_grad():
             return 0.0 if self.target is None else self.model.encode(self.target)
 
+    def cells(self, like: torch.Tensor) -> torch.Tensor:
+        """The loss mask on the grid of `like` (B, C, h, w), (B, 1, h, w); it must be given."""
+        return to_latent_grid(self.loss_mask.to(like), like.shape[-2:])
+
     def mean(self, error: torch.Tensor) -> torch.Tensor:
         """Mean of an error (B, C, h, w) per picture, (B,), within the loss mask."""
         if self.loss_mask is None:
             return error.flatten(1).mean(1)
-        mask = to_latent_grid(self.loss_mask.to(error), error.shape[-2:]).expand(len(error), -1, -1, -1)
+        mask = self.cells(error).expand(len(error), -1, -1, -1)
         return (error * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) * error.shape[1]).clamp(min=1)
 
     def encoder(self, generators: list[torch.Generator]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -184,7 +188,7 @@ def sds_estimator(objective: Callable, attack: Attack, latents: torch.Tensor,
     residual = _residual(attack, latents, generators)
     values = attack.mean(residual.square())
     if attack.loss_mask is not None:
-        residual = residual * to_latent_grid(attack.loss_mask.to(residual), residual.shape[-2:])
+        residual = residual * attack.cells(residual)
     return residual / residual[0].numel(), values
 
 

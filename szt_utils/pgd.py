@@ -18,8 +18,8 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["NORMS", "SCHEDULES", "Gradient", "pgd", "project_box", "project_l2", "project_linf",
-           "random_start", "rms", "round_to_levels", "warn_if_unmoved"]
+__all__ = ["NORMS", "SCHEDULES", "Gradient", "add_within_budget", "pgd", "project", "project_box",
+           "project_l2", "project_linf", "random_start", "rms", "round_to_levels", "warn_if_unmoved"]
 
 NORMS = ("linf", "l2")
 SCHEDULES = ("constant", "linear")
@@ -46,6 +46,11 @@ def project_l2(delta: torch.Tensor, eps: float) -> torch.Tensor:
     return delta * (eps / 255 / rms(delta).clamp(min=1e-12)).clamp(max=1).to(delta)
 
 
+def project(delta: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
+    """The nearest perturbation within eps levels of the norm, "linf" or "l2"."""
+    return {"linf": project_linf, "l2": project_l2}[norm](delta, eps)
+
+
 def project_box(delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """The nearest perturbation for which images + delta stays in [0, 1]."""
     return delta.clamp(-images, 1 - images)
@@ -67,6 +72,13 @@ def round_to_levels(delta: torch.Tensor, eps: float | None = None) -> torch.Tens
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     scaled = (delta * low.to(delta) * 255).round() / 255
     return torch.where(rms((delta * 255).round()) <= eps, rounded, scaled)
+
+
+def add_within_budget(images: torch.Tensor, delta: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
+    """Pictures of whole levels plus a perturbation within the budget, in whole levels, within it still."""
+    # |k / 255| <= eps / 255 for whole k and eps, and a whole level + k stays in 0..255:
+    # both bounds outlive the rounding.
+    return (images + round_to_levels(delta, eps if norm == "l2" else None)).clamp(0, 1)
 
 
 def random_start(images: torch.Tensor, eps: float, generators: list[torch.Generator]) -> torch.Tensor:
@@ -103,14 +115,14 @@ def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float,
     _check(images, eps, step_size, steps, norm, schedule, generators)
     if steps == 0:
         return images.clone()
-    project_ball = {"linf": project_linf, "l2": project_l2}[norm]
     where = 1 if mask is None else mask
 
-    def project(delta):
-        return project_box(project_ball(delta * where, eps), images)
+    def feasible(delta):
+        return project_box(project(delta * where, eps, norm), images)
 
     # The perturbation stays float32 whatever the model's dtype: near 1, bfloat16 is spaced by a whole level.
-    delta = project(torch.zeros_like(images) if generators is None else random_start(images, eps, generators))
+    delta = torch.zeros_like(images) if generators is None else random_start(images, eps, generators)
+    delta = feasible(delta)
     stride = step_size / 255 if ascend else -step_size / 255
     zero_steps = 0
     for step in range(1, steps + 1):
@@ -122,14 +134,12 @@ def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float,
         zero_steps += int((slope == 0).flatten(1).all(1).any())
         direction = slope.sign() if norm == "linf" else slope / rms(slope).clamp(min=1e-300)
         decay = 1 - 0.99 * (step - 1) / steps if schedule == "linear" else 1
-        delta = project(delta + decay * stride * direction.float())
+        delta = feasible(delta + decay * stride * direction.float())
         if on_step is not None:
             on_step(values)
     if zero_steps:
         warnings.warn(f"The gradient of a picture was zero in {zero_steps} of {steps} steps.", stacklevel=2)
-    # |k / 255| <= eps / 255 for whole k and eps, and a whole level + k stays in 0..255:
-    # both bounds outlive the rounding.
-    return (images + round_to_levels(delta, eps if norm == "l2" else None)).clamp(0, 1)
+    return add_within_budget(images, delta, eps, norm)
 
 
 def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, norm: str, schedule: str,
