@@ -2,9 +2,9 @@
 
     python examples/table1.py --output_dir table1 --data clean adm+ ea --defences nominal szt
 
-Runs the real scripts: draws the concept, poisons it, trains an embedding, generates with it and compares with
-the clean pictures. Cells that are there are not done again. `--dry_run` lists what is missing. The table of
-all cells goes to `table.md`.
+Runs the real scripts: draws the concept, poisons it, trains the embeddings of all its cells in one run,
+generates with each and compares with the clean pictures. Cells that are there are not done again. `--dry_run`
+lists what is missing. The table of all cells goes to `table.md`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from szt_utils import pocket
 from szt_utils.errors import exit_on_input_error
 from szt_utils.pocket.scenes import BACKGROUNDS, NOVEL_CONCEPTS
+from szt_utils.records import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 POISONS = {name: {"method": name} for name in ("adm+", "adm-", "sds+", "sds-", "ea", "da")}
@@ -44,33 +45,47 @@ def script(name: str, **flags) -> None:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def run_cell(arguments, data: str, defence: str, concept: str, seed: int) -> dict:
-    """Poison, train, generate and compare; the cell's record."""
+def poisoned(home: Path, data: str) -> Path:
+    """The folder of a concept's pictures with that poison, made if need be."""
+    images = home / data.replace(" ", "-")
+    flags = {"pretrained_model_name_or_path": pocket.model_path(), "image_dir": home / "clean",
+             "output_dir": images, "resolution": 128, "batch_size": 5, **POISONS.get(data, {})}
+    if "adaptive" in flags:
+        flags |= {"loss_mask_dir": home / "masks", "mask_dilation": 4}
+    if data != "clean":
+        script("poison_images.py", **flags)
+    return images
+
+
+def train(arguments, home: Path, cells: list[tuple]) -> None:
+    """Train the embeddings of all cells of one concept in one run, whose concepts they are."""
+    entries = []
+    for data, defence, concept, seed in cells:
+        learned = arguments.output_dir / "learned" / cell_name(data, defence, concept, seed)
+        if not (learned / "learned_embeds.safetensors").exists():
+            flags = dict(DEFENCES[defence])
+            if "loss_mask_dir" in flags:
+                flags |= {"loss_mask_dir": str(home / "masks"), "mask_dilation": 4}
+            entries.append({"train_data_dir": str(poisoned(home, data)), "output_dir": str(learned),
+                            "seed": seed, **flags})
+    if entries:
+        write_json(home / "concepts.json", entries)
+        script("textual_inversion_szt.py", pretrained_model_name_or_path=pocket.model_path(),
+               output_dir=home / "training", concepts=home / "concepts.json", placeholder_token="<concept>",
+               initializer_token="object", resolution=128, train_batch_size=4, learning_rate=5e-3,
+               max_train_steps=arguments.steps, checkpointing_steps=100, checkpoints_total_limit=1,
+               resume_from_checkpoint="latest")
+
+
+def score(arguments, home: Path, cell: tuple) -> dict:
+    """Generate with a cell's embedding and compare with the clean pictures."""
     from szt_utils.generation import generate, load_pipeline
     from szt_utils.images import list_images, read_image
     from szt_utils.metrics import image_features, pairwise_similarity, similarity
 
-    model, home = pocket.model_path(), arguments.output_dir / "data" / concept
-    clean, masks = home / "clean", home / "masks"
-    pocket.write_concept(concept, clean, masks)
-    images = clean if data == "clean" else home / data.replace(" ", "-")
-    if data != "clean":
-        flags = dict(POISONS[data])
-        if "adaptive" in flags:
-            flags |= {"loss_mask_dir": masks, "mask_dilation": 4}
-        script("poison_images.py", pretrained_model_name_or_path=model, image_dir=clean, output_dir=images,
-               resolution=128, **flags)
-    steps, name = arguments.steps, cell_name(data, defence, concept, seed)
-    learned = arguments.output_dir / "learned" / name
-    defence_flags = {name: masks if name == "loss_mask_dir" else value
-                     for name, value in DEFENCES[defence].items()}
-    if "loss_mask_dir" in defence_flags:
-        defence_flags["mask_dilation"] = 4
-    script("textual_inversion_szt.py", pretrained_model_name_or_path=model, train_data_dir=images,
-           output_dir=learned, placeholder_token="<concept>", initializer_token="object", resolution=128,
-           train_batch_size=4, max_train_steps=steps, learning_rate=5e-3, seed=seed, **defence_flags)
-    real = image_features([read_image(path) for path in list_images(clean)], pocket.dino_path())
-    generated = generate(load_pipeline(model, learned / "learned_embeds.safetensors"),
+    learned = arguments.output_dir / "learned" / cell_name(*cell) / "learned_embeds.safetensors"
+    real = image_features([read_image(path) for path in list_images(home / "clean")], pocket.dino_path())
+    generated = generate(load_pipeline(pocket.model_path(), learned),
                          [f"a photo of a <concept> on {background}" for background in BACKGROUNDS], seed=100)
     return {"dino": similarity(image_features(generated, pocket.dino_path()), real),
             "real_real": pairwise_similarity(real)}
@@ -112,8 +127,6 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    from szt_utils.records import write_json
-
     folder = arguments.output_dir / "cells"
     cells = [(data, defence, concept, seed) for seed, concept, data, defence in itertools.product(
         arguments.seeds, arguments.concepts, arguments.data, arguments.defences)]
@@ -123,13 +136,19 @@ def run(arguments) -> None:
         print("\n".join(cell_name(*cell) for cell in missing))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (data, defence, concept, seed) in enumerate(missing, 1):
-        metrics = run_cell(arguments, data, defence, concept, seed)
-        record = {"data": data, "defence": defence, "concept": concept, "seed": seed,
-                  "steps": arguments.steps, "metrics": metrics}
-        write_json(folder / f"{cell_name(data, defence, concept, seed)}.json", record)
-        print(f"{number}/{len(missing)} {data}, {defence}, {concept}, seed {seed}: {metrics['dino']:.3f} "
-              f"(real {metrics['real_real']:.3f})", flush=True)
+    done = 0
+    for concept in arguments.concepts:
+        home = arguments.output_dir / "data" / concept
+        pocket.write_concept(concept, home / "clean", home / "masks")
+        of_concept = [cell for cell in missing if cell[2] == concept]
+        train(arguments, home, of_concept)
+        for cell in of_concept:
+            metrics, done = score(arguments, home, cell), done + 1
+            record = dict(zip(("data", "defence", "concept", "seed"), cell, strict=True),
+                          steps=arguments.steps, metrics=metrics)
+            write_json(folder / f"{cell_name(*cell)}.json", record)
+            print(f"{done}/{len(missing)} {', '.join(map(str, cell))}: {metrics['dino']:.3f} "
+                  f"(real {metrics['real_real']:.3f})", flush=True)
     text = table([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))])
     (arguments.output_dir / "table.md").write_text(text)
     print(text)

@@ -1,38 +1,17 @@
 """Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`,
 whole or absent, one random state a rank."""
 
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .errors import InputError
 from .records import write_torch
 
-__all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "random_state",
-           "save_checkpoint", "set_random_state"]
-
-
-def random_state() -> dict[str, Any]:
-    """States of the global generators of Python, NumPy and torch on this process."""
-    kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+__all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "save_checkpoint"]
 
 
 def _step(folder: Path) -> int:

@@ -1,9 +1,12 @@
 """The learned token embeddings: placeholder tokens, training of the new rows only,
 files that any tool loads."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,9 @@ import torch.nn.functional as F
 from .errors import InputError
 from .records import write_bytes, write_torch
 
-__all__ = ["NewRows", "add_placeholder", "load_embedding", "ordinary_words_with", "placeholder_prompt",
-           "safe_file_name", "save_embedding", "train_rows", "write_rows_back"]
+__all__ = ["NewRows", "add_placeholder", "add_tokens", "join_rows", "load_embedding", "ordinary_embedding",
+           "ordinary_words_with", "placeholder_prompt", "safe_file_name", "save_embedding", "take_rows",
+           "train_rows"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
@@ -25,14 +29,11 @@ def _tokens(placeholder: str, num_vectors: int) -> list[str]:
     return [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
 
 
-def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
-                    num_vectors: int = 1) -> list[int]:
-    """Add `placeholder` (and `placeholder_1`, ... up to `num_vectors`) to the tokenizer,
-    with rows that copy the initializer's.
+def add_tokens(tokenizer, placeholder: str, initializer: str, num_vectors: int = 1) -> tuple[list[int], int]:
+    """Add `placeholder` (and `placeholder_1`, ... up to `num_vectors`) to the tokenizer;
+    ids of the new tokens, and of the initializer.
 
-    Returns the ids of the new rows, which are the last of the text encoder's embedding. Draws from torch's
-    global generator as `resize_token_embeddings` does. Raises InputError for tokens that would not work at
-    inference: see the messages.
+    Raises InputError for tokens that would not work at inference: see the messages.
     """
     if num_vectors < 1:
         raise InputError(f"--num_vectors must be at least 1, but is {num_vectors}.")
@@ -55,11 +56,21 @@ def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
     if taken or tokenizer.add_tokens(tokens) != num_vectors:
         raise InputError(f"The tokenizer already contains the token '{(taken or tokens)[0]}'; "
                          "choose another --placeholder_token.")
+    return tokenizer.convert_tokens_to_ids(tokens), initializer_ids[0]
+
+
+def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
+                    num_vectors: int = 1) -> list[int]:
+    """`add_tokens`, and rows for them in the text encoder that copy the initializer's; ids of the new rows,
+    which are the last of its embedding.
+
+    Draws from torch's global generator as `resize_token_embeddings` does.
+    """
+    ids, initializer_id = add_tokens(tokenizer, placeholder, initializer, num_vectors)
     text_encoder.resize_token_embeddings(len(tokenizer))
-    ids = tokenizer.convert_tokens_to_ids(tokens)
     with torch.no_grad():
         weight = text_encoder.get_input_embeddings().weight
-        weight[ids] = weight[initializer_ids[0]].clone()
+        weight[ids] = weight[initializer_id].clone()
     return ids
 
 
@@ -76,15 +87,15 @@ def placeholder_prompt(placeholder: str, num_vectors: int = 1) -> str:
 
 
 class NewRows(torch.nn.Module):
-    """A token embedding whose last rows are the only trainable parameter, `rows` (n, D); the rest is frozen.
+    """A token embedding that ends in `rows` (n, D), its only parameter; the rest, `frozen` (V, D), stays.
 
     Gives the same values and row gradients as the whole matrix, at the cost of the rows alone.
     """
 
-    def __init__(self, weight: torch.Tensor, num_rows: int):
+    def __init__(self, frozen: torch.Tensor, rows: torch.Tensor):
         super().__init__()
-        self.register_buffer("frozen", weight[:-num_rows].detach().clone())
-        self.rows = torch.nn.Parameter(weight[-num_rows:].detach().clone())
+        self.register_buffer("frozen", frozen.detach())
+        self.rows = torch.nn.Parameter(rows.detach().clone())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -101,15 +112,40 @@ def train_rows(text_encoder, num_rows: int) -> NewRows:
     """Freeze the text encoder and make the last `num_rows` of its token embedding trainable;
     returns the new embedding."""
     text_encoder.requires_grad_(False)
-    embedding = NewRows(text_encoder.get_input_embeddings().weight, num_rows)
+    weight = text_encoder.get_input_embeddings().weight
+    embedding = NewRows(weight[:-num_rows], weight[-num_rows:])
     text_encoder.set_input_embeddings(embedding)
     return embedding
 
 
-def write_rows_back(text_encoder) -> None:
-    """Undo `train_rows`: an ordinary torch embedding again, with the learned rows in it."""
-    weight = text_encoder.get_input_embeddings().weight.detach()
+@contextlib.contextmanager
+def ordinary_embedding(text_encoder, rows: torch.Tensor) -> Iterator[None]:
+    """For a while the text encoder has an ordinary torch embedding that ends in `rows` (n, D),
+    in place of its NewRows."""
+    trained = text_encoder.get_input_embeddings()
+    weight = torch.cat([trained.frozen, rows.detach().to(trained.frozen)])
     text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
+    try:
+        yield
+    finally:
+        text_encoder.set_input_embeddings(trained)
+
+
+def take_rows(optimizer_state: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """The state_dict of an optimizer of one parameter (N, D), as if it had only these `rows` of it."""
+    return {**optimizer_state, "state": {
+        i: {name: value[rows].clone() if torch.is_tensor(value) and value.dim() == 2 else value
+            for name, value in state.items()}
+        for i, state in optimizer_state["state"].items()}}
+
+
+def join_rows(optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `take_rows`, for states after equally many steps."""
+    first = optimizer_states[0]
+    return {**first, "state": {
+        i: {name: torch.cat([other["state"][i][name] for other in optimizer_states])
+            if torch.is_tensor(value) and value.dim() == 2 else value for name, value in state.items()}
+        for i, state in first["state"].items()}}
 
 
 def safe_file_name(token: str) -> str:

@@ -1,7 +1,7 @@
 """The order of training samples: which picture, mirrored or not, with which caption.
 
-Draws exactly what the Diffusers example draws through its DataLoader, from Python's and torch's global
-generators, and can be stopped and continued at any batch: its whole state is a few numbers.
+Draws exactly what the Diffusers example draws through its DataLoader, from generators of the run's own, and
+can be stopped and continued at any batch: its whole state is a few numbers.
 """
 
 import random
@@ -11,7 +11,35 @@ from typing import Any
 
 import torch
 
-__all__ = ["Batch", "SampleStream"]
+__all__ = ["Batch", "Generators", "SampleStream"]
+
+
+class Generators:
+    """The random numbers of one run: `python`, torch's `cpu` and torch's `device` generator.
+
+    They go on where the global ones stand when this is made, so that a run draws what it would draw from
+    those, and several runs in one process do not meet. On a CPU, `cpu` and `device` are the same.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        device = torch.device(device)
+        self.python, self.cpu = random.Random(), torch.Generator()
+        self.python.setstate(random.getstate())
+        self.cpu.set_state(torch.get_rng_state())
+        self.device = self.cpu
+        if device.type != "cpu":
+            self.device = torch.Generator(device)
+            self.device.set_state(torch.get_device_module(device).get_rng_state(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What continues these random numbers."""
+        return {"python": self.python.getstate(), "cpu": self.cpu.get_state(),
+                "device": self.device.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.python.setstate(state["python"])
+        self.cpu.set_state(state["cpu"])
+        self.device.set_state(state["device"])
 
 
 @dataclass
@@ -33,8 +61,10 @@ class SampleStream:
     front, so all ranks see equally many.
     """
 
-    def __init__(self, num_images: int, repeats: int, templates: tuple[str, ...], batch_size: int, *,
-                 rank: int = 0, num_ranks: int = 1, agree: Callable[[int], int] = lambda seed: seed):
+    def __init__(self, num_images: int, repeats: int, templates: tuple[str, ...], batch_size: int,
+                 generators: Generators, *, rank: int = 0, num_ranks: int = 1,
+                 agree: Callable[[int], int] = lambda seed: seed):
+        self.generators = generators
         self.num_images, self.length, self.templates = num_images, num_images * repeats, templates
         self.batch_size, self.rank, self.num_ranks, self.agree = batch_size, rank, num_ranks, agree
         self.total_batches = -(-self.length // batch_size)
@@ -43,17 +73,22 @@ class SampleStream:
 
     def _start_epoch(self) -> None:
         # A DataLoader's base seed for its workers, drawn and not needed.
-        torch.empty((), dtype=torch.int64).random_()
-        self.seed = self.agree(int(torch.empty((), dtype=torch.int64).random_()))
+        self._random_seed()
+        self.seed = self.agree(self._random_seed())
         self.position = 0
         self._shuffle()
+
+    def _random_seed(self) -> int:
+        return int(torch.empty((), dtype=torch.int64).random_(generator=self.generators.cpu))
 
     def _shuffle(self) -> None:
         self.order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist()
 
     def _fetch(self, position: int) -> Batch:
         start = (position * self.num_ranks + self.rank) % self.total_batches * self.batch_size
-        samples = [(i % self.num_images, random.choice(self.templates), bool(torch.rand(1) < 0.5))
+        draws = self.generators
+        samples = [(i % self.num_images, draws.python.choice(self.templates),
+                    bool(torch.rand(1, generator=draws.cpu) < 0.5))
                    for i in self.order[start:start + self.batch_size]]
         indices, templates, flips = map(list, zip(*samples, strict=True))
         return Batch(indices, flips, templates, last=position + 1 == self.batches_per_epoch)
@@ -71,7 +106,7 @@ class SampleStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues this stream after the last batch it gave, together with the global random states."""
+        """What continues this stream after the last batch it gave, with the states of its generators."""
         return {"seed": self.seed, "position": self.position,
                 "pending": self.pending and asdict(self.pending)}
 

@@ -13,7 +13,6 @@ from PIL import Image
 from test_textual_inversion_szt import SCRIPT, embedding, flags
 
 import textual_inversion_szt
-from szt_utils.images import list_images
 from szt_utils.records import read_stats
 
 
@@ -114,9 +113,9 @@ def test_every_kind_of_picture_is_handled(tiny_model, tmp_path, capsys):
                 (0, 0, 255)]
     arguments = flags(tiny_model, folder, tmp_path / "out", max_train_steps=1)
     args = textual_inversion_szt.parse_args(arguments)
-    pictures, no_masks = textual_inversion_szt.read_training_data(args, list_images(folder))
-    assert len(pictures) == len(expected) == 8 and no_masks is None
-    for picture, pixels in zip(pictures, expected, strict=True):
+    pictures = textual_inversion_szt.Pictures(args)
+    assert len(pictures) == len(expected) == 8 and pictures.latent_masks([8, 8]) is None
+    for (picture, _), pixels in zip(pictures.kept.values(), expected, strict=True):
         assert picture.mode == "RGB" and picture.size == (side, side)
         assert (np.asarray(picture) == pixels).all()
 

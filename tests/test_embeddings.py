@@ -10,13 +10,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from szt_utils.embeddings import (
     NewRows,
     add_placeholder,
+    join_rows,
     load_embedding,
+    ordinary_embedding,
     ordinary_words_with,
     placeholder_prompt,
     safe_file_name,
     save_embedding,
+    take_rows,
     train_rows,
-    write_rows_back,
 )
 from szt_utils.errors import InputError
 
@@ -31,7 +33,7 @@ def parts(tiny_model):
 def test_new_rows_equal_an_ordinary_embedding_forward_and_backward(rows):
     generator = torch.Generator().manual_seed(0)
     whole = torch.nn.Embedding(10, 5)
-    new = NewRows(whole.weight, rows)
+    new = NewRows(whole.weight[:-rows], whole.weight[-rows:])
     ids = torch.randint(0, 10, (4, 7), generator=generator)
     ids[0] = torch.tensor([9, 9, 0, 10 - rows, 9 - rows, 9, 1])  # repeated, first and last new, last frozen
     assert torch.equal(new(ids), whole(ids)) and torch.equal(new.weight, whole.weight)
@@ -69,10 +71,41 @@ def test_only_the_rows_of_the_text_encoder_train_and_they_go_back(parts):
     with torch.no_grad():
         new.rows += 1
     trained = text_encoder(tokens)[0].detach()
-    write_rows_back(text_encoder)
-    assert type(text_encoder.get_input_embeddings()) is torch.nn.Embedding
-    assert torch.equal(text_encoder.get_input_embeddings().weight[ids], new.rows)
-    assert torch.equal(text_encoder(tokens)[0], trained)
+    with ordinary_embedding(text_encoder, new.rows):
+        assert type(text_encoder.get_input_embeddings()) is torch.nn.Embedding
+        assert torch.equal(text_encoder.get_input_embeddings().weight[ids], new.rows)
+        assert torch.equal(text_encoder(tokens)[0], trained)
+    assert text_encoder.get_input_embeddings() is new
+
+
+def test_the_optimizer_of_all_rows_is_that_of_each():
+    """AdamW on rows of several concepts, taken apart, is AdamW on each; joined again it goes on as before."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
+    parts = [torch.nn.Parameter(whole[rows].detach().clone()) for rows in (slice(0, 2), slice(2, 5))]
+    optimizers = [torch.optim.AdamW([parameter], lr=0.1) for parameter in (whole, *parts)]
+
+    def step():
+        gradient = torch.randn(5, 3, generator=generator)
+        for parameter, piece in zip((whole, *parts), (gradient, gradient[:2], gradient[2:]), strict=True):
+            parameter.grad = piece.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    for _ in range(3):
+        step()
+    state = optimizers[0].state_dict()
+    taken = [take_rows(state, rows) for rows in (slice(0, 2), slice(2, 5))]
+    for ours, optimizer in zip(taken, optimizers[1:], strict=True):
+        expected = optimizer.state_dict()
+        assert ours["param_groups"] == expected["param_groups"]
+        assert ours["state"].keys() == expected["state"].keys() == {0}
+        for name, value in expected["state"][0].items():
+            assert torch.equal(ours["state"][0][name], value), name
+    optimizers[0] = torch.optim.AdamW([whole], lr=99)
+    optimizers[0].load_state_dict(join_rows(taken))
+    step()
+    assert torch.equal(whole, torch.cat(parts))
 
 
 @pytest.mark.parametrize("placeholder, initializer, message", [

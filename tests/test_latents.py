@@ -79,3 +79,26 @@ def test_every_picture_is_read_once_per_flip_and_the_vae_can_go(tiny_model, pict
     del vae
     cache.sample([4], [True])
     assert len(reads) == 2 * COUNT and not cache.moments.requires_grad
+
+
+def test_a_large_cache_lives_in_a_file_that_goes_with_it(vae, picture, tmp_path):
+    small = LatentCache(vae, picture, COUNT, 2, memory_limit=10**6, folder=tmp_path)
+    assert not list(tmp_path.iterdir()), "what fits stays in memory"
+    large = LatentCache(vae, picture, COUNT, 2, memory_limit=COUNT * 2 * 8 * 8 * 8 * 4 - 1, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == COUNT * 2 * 8 * 8 * 8 * 4
+    assert torch.equal(large.moments, small.moments)
+    for ours, theirs in zip(seeded(large, [3, 1], [True, False]), seeded(small, [3, 1], [True, False]),
+                            strict=True):
+        assert torch.equal(ours, theirs)
+    del large
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generator_of_its_own_draws_what_the_global_one_would(vae, picture):
+    cache = LatentCache(vae, picture, COUNT, 1)
+    torch.manual_seed(3)
+    expected = cache.sample([2], [True])
+    before = torch.get_rng_state()
+    assert torch.equal(cache.sample([2], [True], torch.Generator().manual_seed(3)), expected)
+    assert torch.equal(torch.get_rng_state(), before)

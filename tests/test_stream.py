@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from szt_utils.captions import OBJECT_TEMPLATES
-from szt_utils.checkpoints import random_state, set_random_state
-from szt_utils.stream import SampleStream
+from szt_utils.stream import Generators, SampleStream
 
 
 def seed_all(seed: int) -> None:
@@ -50,41 +49,57 @@ def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_siz
         expected += [(*batch, i + 1 == len(batches)) for i, batch in enumerate(batches)]
 
     seed_all(3)
-    stream = SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size)
+    generators = Generators()
+    stream = SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, generators)
+    untouched = random.getstate(), torch.get_rng_state()
     actual = []
     for _ in expected:
         batch = next(stream)
-        actual.append((batch.indices, batch.templates, batch.flips, torch.randn(3).tolist(), random.random(),
+        actual.append((batch.indices, batch.templates, batch.flips,
+                       torch.randn(3, generator=generators.cpu).tolist(), generators.python.random(),
                        batch.last))
+    assert untouched[0] == random.getstate() and torch.equal(untouched[1], torch.get_rng_state())
     assert actual == expected and len(actual) == 2 * stream.batches_per_epoch
 
 
-def test_continues_exactly_at_every_position():
+def test_continues_exactly_at_every_position(tmp_path):
     def new():
-        return SampleStream(5, 2, OBJECT_TEMPLATES, 4)
+        return SampleStream(5, 2, OBJECT_TEMPLATES, 4, Generators())
 
     def go_on(stream, count):
-        return [(next(stream), torch.rand(2).tolist(), random.random(), np.random.rand())
+        draws = stream.generators
+        return [(next(stream), torch.rand(2, generator=draws.device).tolist(), draws.python.random())
                 for _ in range(count)]
 
     for position in range(8):  # in the middle, at the end and at the start of an epoch of three batches
         seed_all(1)
         stream = new()
         go_on(stream, position)
-        state, generators = stream.state_dict(), random_state()
+        torch.save([stream.state_dict(), stream.generators.state_dict()], tmp_path / "state")
         expected = go_on(stream, 7)
         seed_all(99)
         continued = new()
+        state, generators = torch.load(tmp_path / "state", weights_only=True)
         continued.load_state_dict(state)
-        set_random_state(generators)
+        continued.generators.load_state_dict(generators)
         assert go_on(continued, 7) == expected
+
+
+def test_generators_begin_where_the_global_ones_stand_and_do_not_meet():
+    seed_all(5)
+    random.random(), torch.rand(3)
+    first, second = Generators(), Generators()
+    expected = random.random(), torch.rand(3).tolist()
+    assert first.cpu is first.device
+    for generators in (first, second):
+        assert (generators.python.random(), torch.rand(3, generator=generators.cpu).tolist()) == expected
 
 
 def test_state_is_plain_numbers_that_later_batches_do_not_change():
     import json
 
     seed_all(0)
-    stream = SampleStream(5, 2, OBJECT_TEMPLATES, 4)
+    stream = SampleStream(5, 2, OBJECT_TEMPLATES, 4, Generators())
     next(stream)
     state = stream.state_dict()
     before = json.dumps(state)
@@ -102,8 +117,9 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
         agreed.append(seed)
         return agreed[0]
 
+    generators = Generators()  # whose numbers differ from rank to rank, as they are drawn in turn
     for rank in range(num_ranks):
-        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, rank=rank,
+        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, generators, rank=rank,
                                     num_ranks=num_ranks, agree=agree))
     per_rank = [[next(stream) for _ in range(stream.batches_per_epoch)] for stream in streams]
     assert len(set(agreed)) == num_ranks, "the ranks' own seeds differ, so only agreeing makes one order"
@@ -119,7 +135,7 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
 
 def test_epochs_differ_in_order_and_flips_are_fair():
     seed_all(0)
-    stream = SampleStream(10, 100, OBJECT_TEMPLATES, 10)
+    stream = SampleStream(10, 100, OBJECT_TEMPLATES, 10, Generators())
     epochs = [[next(stream) for _ in range(stream.batches_per_epoch)] for _ in range(2)]
     orders = [[i for batch in epoch for i in batch.indices] for epoch in epochs]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])

@@ -1,0 +1,189 @@
+"""--concepts: several concepts share the batches, and each ends where it would have ended alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_here, run_script
+from test_textual_inversion_szt import SCRIPT, flags, two_ranks
+
+import textual_inversion_szt
+from szt_utils.checkpoints import list_checkpoints
+from szt_utils.embeddings import load_embedding
+from szt_utils.pocket import write_concept
+from szt_utils.records import read_stats
+
+# The same random numbers and another batch size: the sums within it are rounded otherwise.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def heart(tmp_path_factory):
+    """Three pictures and masks of another concept: another epoch than that of the star's five."""
+    images, masks = tmp_path_factory.mktemp("heart"), tmp_path_factory.mktemp("heart-masks")
+    write_concept("red-dotted-heart", images, masks)
+    for path in sorted(images.iterdir())[3:]:
+        path.unlink()
+        (masks / path.name).unlink()
+    return images, masks
+
+
+@pytest.fixture
+def entries(concept_folder, heart):
+    """Three concepts that differ in whatever may differ."""
+    return [
+        {"train_data_dir": str(concept_folder[0]), "placeholder_token": "<star>",
+         "initializer_token": "star"},
+        {"train_data_dir": str(heart[0]), "placeholder_token": "<heart>", "initializer_token": "heart",
+         "szt": True, "loss_mask_dir": str(heart[1]), "seed": 8, "learnable_property": "style"},
+        {"train_data_dir": str(heart[0]), "placeholder_token": "<star>", "initializer_token": "ring",
+         "output_dir": "other", "loss_mask_dir": str(heart[1]), "mask_mode": "latent",
+         "t_distribution": "power"},
+    ]
+
+
+def together(model, folder, entries, **changes):
+    """The command line of a run of all `entries`; "output_dir" of an entry is taken within `folder`."""
+    entries = [{**entry, "output_dir": str(folder / entry["output_dir"])} if "output_dir" in entry else entry
+               for entry in entries]
+    (folder / "concepts.json").write_text(json.dumps(entries))
+    return flags(model, None, folder, placeholder_token=None, initializer_token=None,
+                 concepts=folder / "concepts.json", **changes)
+
+
+def alone(model, folder, entry, **changes):
+    entry = {name: value for name, value in entry.items() if name != "output_dir"}
+    return flags(model, entry.pop("train_data_dir"), folder, **{**entry, **changes})
+
+
+def rows(folder) -> torch.Tensor:
+    return load_embedding(folder / "learned_embeds.safetensors")[1]
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_vectors": 2, "gradient_accumulation_steps": 3, "train_batch_size": 2},
+    {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "concepts_per_batch": 2}],
+    ids=["plain", "accumulation and vectors", "schedule and groups"])
+def test_each_ends_where_it_would_have_ended_alone(tiny_model, entries, tmp_path, changes):
+    run_here(together(tiny_model, tmp_path, entries, max_train_steps=12, **changes))
+    names, found = ["star", "heart", "other"], []
+    for entry, name in zip(entries, names, strict=True):
+        run_here(alone(tiny_model, tmp_path / f"alone-{name}", entry, max_train_steps=12, **changes))
+        ours, theirs = rows(tmp_path / name), rows(tmp_path / f"alone-{name}")
+        assert distance(ours, theirs) < TOLERANCE
+        records = [read_stats(folder / "stats.jsonl")
+                   for folder in (tmp_path / name, tmp_path / f"alone-{name}")]
+        assert [r["lr"] for r in records[0]] == [r["lr"] for r in records[1]]
+        assert [r["loss"] for r in records[0]] == pytest.approx([r["loss"] for r in records[1]], rel=1e-4)
+        token = load_embedding(tmp_path / name / "learned_embeds.safetensors")[0]
+        assert token == entry["placeholder_token"]
+        found.append(ours)
+    assert min(distance(a, b) for i, a in enumerate(found) for b in found[:i]) > 100 * TOLERANCE
+    options = json.loads((tmp_path / "heart" / "options.json").read_text())
+    assert (options["seed"], options["t_min"], options["jpeg_quality"]) == (8, 500, 25)
+    assert not (tmp_path / "learned_embeds.safetensors").exists()
+
+
+def test_after_a_hundred_steps_too(tiny_model, entries, tmp_path):
+    run_here(together(tiny_model, tmp_path, entries[:2], max_train_steps=100, learning_rate=5e-3))
+    for entry, name in zip(entries[:2], ("star", "heart"), strict=True):
+        run_here(alone(tiny_model, tmp_path / f"alone-{name}", entry, max_train_steps=100,
+                       learning_rate=5e-3))
+        assert distance(rows(tmp_path / name), rows(tmp_path / f"alone-{name}")) < TOLERANCE
+
+
+def test_each_resumes_where_it_is_also_from_a_run_of_its_own(tiny_model, entries, tmp_path):
+    """One has six steps of a run alone behind it, one four of a run together, one none."""
+    changes = dict(checkpointing_steps=2, resume_from_checkpoint="latest")
+    run_here(together(tiny_model, tmp_path, entries[1:], max_train_steps=4, **changes))
+    shutil.rmtree(tmp_path / "other")
+    run_here(alone(tiny_model, tmp_path / "star", entries[0], max_train_steps=6, **changes))
+    run_here(together(tiny_model, tmp_path, entries, max_train_steps=8, **changes))
+    for entry, name in zip(entries, ("star", "heart", "other"), strict=True):
+        run_here(alone(tiny_model, tmp_path / f"alone-{name}", entry, max_train_steps=8))
+        assert distance(rows(tmp_path / name), rows(tmp_path / f"alone-{name}")) < TOLERANCE
+        assert [r["step"] for r in read_stats(tmp_path / name / "stats.jsonl")] == list(range(1, 9))
+        assert list_checkpoints(tmp_path / name)[-1].name == "checkpoint-8"
+
+
+def test_checkpoints_and_pipelines_hold_one_concept_each(tiny_model, entries, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    run_here(together(tiny_model, tmp_path, entries[:2], max_train_steps=2, checkpointing_steps=2,
+                      num_vectors=2, save_as_full_pipeline=True, validation_prompt="a <heart> on sand",
+                      validation_steps=2, num_validation_images=1))
+    for name in ("star", "heart"):
+        state = torch.load(tmp_path / name / "checkpoint-2" / "training_state.pt", weights_only=True)
+        assert torch.equal(state["rows"], rows(tmp_path / name)) and state["rows"].shape == (2, 32)
+        assert state["optimizer"]["state"][0]["exp_avg"].shape == (2, 32)
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
+        weight = pipeline.text_encoder.get_input_embeddings().weight
+        assert torch.equal(weight[-2:].detach(), rows(tmp_path / name))
+        assert pipeline.tokenizer.convert_tokens_to_ids(f"<{name}>_1") == len(weight) - 1
+        assert (tmp_path / name / "validation" / "step-00002-0.png").exists()
+
+
+def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, monkeypatch):
+    draw, count = textual_inversion_szt.Concept.draw, []
+
+    def poisoned(self, scaling_factor):
+        sample = draw(self, scaling_factor)
+        if self.name == "heart":
+            count.append(1)
+            if len(count) > 3:
+                sample.noise = sample.noise * float("nan")
+        return sample
+
+    monkeypatch.setattr(textual_inversion_szt.Concept, "draw", poisoned)
+    with pytest.raises(SystemExit) as caught:
+        run_here(together(tiny_model, tmp_path, entries, max_train_steps=12, save_steps=2))
+    assert caught.value.code.startswith("error: heart: The loss is not a number at step 4")
+    assert not (tmp_path / "heart" / "learned_embeds.safetensors").exists()
+    assert (tmp_path / "heart" / "learned_embeds-steps-2.safetensors").exists()
+    monkeypatch.undo()
+    run_here(alone(tiny_model, tmp_path / "alone", entries[0], max_train_steps=12))
+    assert distance(rows(tmp_path / "star"), rows(tmp_path / "alone")) < TOLERANCE
+
+
+def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
+    """Each of two processes trains its own as if it were alone: one has two, the other one."""
+    two_ranks(*together(tiny_model, tmp_path, entries, max_train_steps=4))
+    run_script(SCRIPT, *alone(tiny_model, tmp_path / "alone", entries[1], max_train_steps=4))
+    assert torch.equal(rows(tmp_path / "heart"), rows(tmp_path / "alone"))
+    run_here(alone(tiny_model, tmp_path / "alone-star", entries[0], max_train_steps=4))
+    assert distance(rows(tmp_path / "star"), rows(tmp_path / "alone-star")) < TOLERANCE
+    assert rows(tmp_path / "other").isfinite().all()
+
+
+@pytest.mark.parametrize("content, message", [
+    ("no json", "cannot be read"), ("{}", "must hold a list"), ("[]", "must hold a list"),
+    ("[1]", "must hold a list"),
+    ('[{"train_data_dir": "x"}]', "Concept 1 of .*required: --placeholder_token, --initializer_token"),
+    ('[{"learning_rate": 1}]', "Concept 1 of .*'learning_rate' cannot be set for one concept, only train_d"),
+    ('[{"t_min": "low"}]', "Concept 1 of .*--t_min"),
+    ('[{"t_min": [1]}]', "Concept 1 of .*--t_min"),
+    ('[{"train_data_dir": "x", "placeholder_token": "<a>", "initializer_token": "star", "jpeg_quality": 0}]',
+     "Concept 1 of .*--jpeg_quality must be from 1 to 100"),
+    ('[{"placeholder_token": "<a>", "train_data_dir": "x", "initializer_token": "star"},'
+     ' {"placeholder_token": "<a>", "train_data_dir": "y", "initializer_token": "star"}]',
+     "Concept 2 of .*is that of another")])
+def test_a_file_that_cannot_be_used(tiny_model, tmp_path, content, message):
+    (tmp_path / "concepts.json").write_text(content)
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_here(flags(tiny_model, None, tmp_path / "out", placeholder_token=None, initializer_token=None,
+                       concepts=tmp_path / "concepts.json"))
+    assert "\n" not in caught.value.code and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"num_train_epochs": 2, "max_train_steps": None},
+                                     {"validation_epochs": 1}, {"hub_model_id": "me/it"}])
+def test_flags_that_would_mean_another_thing_for_each(tiny_model, entries, tmp_path, changes, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_here(together(tiny_model, tmp_path, entries, **changes))
+    assert caught.value.code == 2
+    assert "means another thing for each of --concepts" in capsys.readouterr().err
