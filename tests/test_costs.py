@@ -49,8 +49,8 @@ def test_a_step_is_one_call_of_each_network_and_waits_for_no_value(monkeypatch, 
                                                                    tmp_path):
     """The difference of 20 and 40 steps: one U-Net and one text encoder a step, the VAE never again.
 
-    Of values, one per sample (is it mirrored?) and AdamW's count of steps, both on the CPU on any machine, and
-    one per ten steps (is the embedding finite?).
+    Of values, one per sample (is it mirrored?) and AdamW's count of steps, both on the CPU on any machine,
+    and one per ten steps (is the embedding finite?).
     """
     batch_size = 2
     short, long = (costs(monkeypatch, tiny_model, concept_folder[0], tmp_path / str(steps),
