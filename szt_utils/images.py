@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from .errors import InputError
 from .records import atomic_path
 
-__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "read_image", "read_upright",
+__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "name_results", "read_image", "read_upright",
            "save_png", "to_pil", "to_vae_range"]
 
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -35,6 +35,18 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     if not paths:
         raise InputError(f"The image folder '{folder}' holds no picture ({', '.join(sorted(_SUFFIXES))}).")
     return paths
+
+
+def name_results(folder: str | Path) -> dict[str, Path]:
+    """Every picture of a folder and its sub-folders, by the name of the PNG that is made of it, relative to the
+    folder; InputError when two have one name."""
+    named = {}
+    for path in list_images(folder, recursive=True):
+        name = path.relative_to(folder).with_suffix(".png").as_posix()
+        if name in named:
+            raise InputError(f"'{named[name].name}' and '{path.name}' would both become '{name}'; rename one.")
+        named[name] = path
+    return named
 
 
 def read_upright(path: str | Path) -> Image.Image:

@@ -1,6 +1,6 @@
 """Copy trained networks into the package: python examples/pocket/bundle.py --work_dir pocket_training
 
-The U-Net and the VAE are stored in float16, which Diffusers loads back as float32; transformers would keep
+The U-Nets and the VAE are stored in float16, which Diffusers loads back as float32; transformers would keep
 float16, so the text encoder and the metric networks stay float32.
 """
 
@@ -25,12 +25,13 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("pocket_training"))
     arguments = parser.parse_args()
-    for name, source in {"diffusion": "model", "dino": "dino", "clip": "clip"}.items():
+    for name, source in {"diffusion": "model", "dino": "dino", "clip": "clip",
+                         "pixel": "pixel"}.items():
         if (arguments.work_dir / source).is_dir():
             shutil.rmtree(WEIGHTS / name, ignore_errors=True)
             shutil.copytree(arguments.work_dir / source, WEIGHTS / name)
-    for part in ("unet", "vae"):
-        halve(WEIGHTS / "diffusion" / part / "diffusion_pytorch_model.safetensors")
+    for part in ("diffusion/unet", "diffusion/vae", "pixel/unet"):
+        halve(WEIGHTS / part / "diffusion_pytorch_model.safetensors")
     for path in WEIGHTS.rglob("config.json"):  # no paths of the machine that trained them
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))

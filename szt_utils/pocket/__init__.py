@@ -6,9 +6,11 @@
 from pathlib import Path
 
 from ..errors import InputError
-from .scenes import NOVEL_CONCEPTS, concept_scenes
+from .scenes import BACKGROUNDS, NOVEL_CONCEPTS, concept_scenes
 
-__all__ = ["NOVEL_CONCEPTS", "clip_path", "dino_path", "model_path", "write_concept"]
+__all__ = ["NOVEL_CONCEPTS", "PROMPTS", "clip_path", "dino_path", "model_path", "pixel_path", "write_concept"]
+
+PROMPTS = tuple(f"a photo of a {{}} on {background}" for background in BACKGROUNDS)
 
 _FOLDER = Path(__file__).parent
 
@@ -34,6 +36,11 @@ def dino_path() -> str:
 def clip_path() -> str:
     """Folder of the pocket CLIPModel, for prompt scores."""
     return _bundled("clip")
+
+
+def pixel_path() -> str:
+    """Folder of the pocket diffusion model of pixels, a DDPMPipeline, for PDMPure."""
+    return _bundled("pixel")
 
 
 def write_concept(concept: str, output_dir: str | Path, mask_dir: str | Path | None = None, count: int = 5,

@@ -1,15 +1,19 @@
-"""python -m szt_utils.pocket: print the bundled model's path, list the novel concepts,
+"""python -m szt_utils.pocket: print the path of a bundled network, list the novel concepts,
 or write the pictures of one."""
 
 import argparse
 
 from ..errors import InputError, exit_on_input_error
-from . import NOVEL_CONCEPTS, model_path, write_concept
+from . import NOVEL_CONCEPTS, clip_path, dino_path, model_path, pixel_path, write_concept
+
+PATHS = {"diffusion": model_path, "pixel": pixel_path, "dino": dino_path, "clip": clip_path}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m szt_utils.pocket", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the novel concepts, one a line")
+    parser.add_argument("--network", choices=PATHS, default="diffusion",
+                        help="whose path to print (default: diffusion)")
     parser.add_argument("--concept", help="a novel concept, e.g. teal-striped-star")
     parser.add_argument("--output_dir", help="folder for the concept's pictures")
     parser.add_argument("--masks", metavar="DIR", help="folder for the concept's masks")
@@ -30,7 +34,7 @@ def main() -> None:
                                       arguments.count, arguments.seed):
                 print(path)
         else:
-            print(model_path())
+            print(PATHS[arguments.network]())
 
 
 if __name__ == "__main__":
