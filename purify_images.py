@@ -6,11 +6,12 @@ a folder in, a folder of PNGs with the same names out.
 advclean filters and jpeg compresses, without any model. regen sends each picture through an image-to-image
 pipeline at little noise. pdmpure does so with a diffusion model of pixels: a DDPMPipeline, or DeepFloyd IF's
 second stage with --upscaler, which the user must have. Pictures keep their size unless --resolution is given;
-sub-folders keep their structure. The same command again resumes. A picture's randomness is its own, so neither
-the other pictures nor their order change a result.
+sub-folders keep their structure. The same command again resumes. A picture's randomness is its own, so
+neither the other pictures nor their order change a result.
 """
 
 import argparse
+import functools
 import hashlib
 import time
 from pathlib import Path
@@ -26,16 +27,17 @@ HEEDED_BY = {"jpeg_quality": ("jpeg",), "pretrained_model_name_or_path": ("regen
 POCKET = {"regen": "diffusion", "pdmpure": "pixel"}  # names of the bundled networks, for a hint
 
 
-def number(kind, lowest, highest=float("inf")):
-    """An argparse type: an int or a finite float from `lowest` to `highest`; a float must be above `lowest`."""
+def number(kind, lowest, highest=1e6):
+    """An argparse type: an int or a finite float from `lowest` to `highest`; a float must be above
+    `lowest`."""
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
-        if not (lowest <= value <= highest if kind is int else lowest < value <= highest) or value == float("inf"):
+        if not (lowest <= value if kind is int else lowest < value) or not value <= highest:
             raise argparse.ArgumentTypeError(f"{text} is not {'from' if kind is int else 'above'} {lowest}"
-                                             + (f" to {highest}" if highest != float("inf") else " upwards"))
+                                             + (f" to {highest}" if highest < 1e6 else ""))
         return value
     return convert
 
@@ -49,8 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--method", required=True, choices=METHODS, help="The purifier.")
     add("--jpeg_quality", type=number(int, 1, 100), help="jpeg: its quality. (25)")
     add("--pretrained_model_name_or_path",
-        help="regen: an image-to-image pipeline; pdmpure: a DDPMPipeline of pixels or DeepFloyd IF's second stage. "
-             "Folder or hub name.")
+        help="regen: an image-to-image pipeline; pdmpure: a DDPMPipeline of pixels or DeepFloyd IF's "
+             "second stage. Folder or hub name.")
     add("--revision", help="Revision of the model on the hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
     add("--upscaler", help="pdmpure by IF: a StableDiffusionUpscalePipeline, folder or hub name.")
@@ -62,17 +64,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="regen, pdmpure by IF: classifier-free guidance. (regen 7.5, IF 7)")
     add("--prompt", help="regen, pdmpure by IF: the prompt. (regen '', IF 'a picture')")
     add("--resolution", type=number(int, 16),
-        help="Cut pictures to their central square and resize it to this side, in pixels. (pictures stay whole)")
+        help="Cut pictures to their central square and resize it to this side, in pixels. "
+             "(pictures stay whole)")
     add("--batch_size", type=number(int, 1), default=1, help="Pictures of one size purified together. (1)")
     add("--seed", type=int, default=0, help="Seed of the noise. (0)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Precision of the model. (no)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
+        help="Precision of the model. (no)")
     args = parser.parse_args(argv)
     for name, methods in HEEDED_BY.items():
         if getattr(args, name) is not None and args.method not in methods:
             parser.error(f"argument --{name}: {args.method} does not use it, only {', '.join(methods)}")
     if args.method in POCKET and not args.pretrained_model_name_or_path:
-        parser.error(f"argument --pretrained_model_name_or_path: {args.method} needs a model; the bundled one's "
-                     f"path is printed by: python -m szt_utils.pocket --network {POCKET[args.method]}")
+        parser.error(f"argument --pretrained_model_name_or_path: {args.method} needs a model; the bundled "
+                     f"one's path is printed by: python -m szt_utils.pocket --network {POCKET[args.method]}")
     return args
 
 
@@ -91,8 +95,8 @@ def load_purifier(args: argparse.Namespace):
     pipelines = [pipeline]
     if kind == "pdmpure" and type(pipeline).__name__ != "DDPMPipeline":
         if not args.upscaler:
-            raise InputError(f"The model '{args.pretrained_model_name_or_path}' is IF's second stage, which needs "
-                             "--upscaler, such as stabilityai/stable-diffusion-x4-upscaler.")
+            raise InputError(f"The model '{args.pretrained_model_name_or_path}' is IF's second stage, "
+                             "which needs --upscaler, such as stabilityai/stable-diffusion-x4-upscaler.")
         kind, pipelines = "pdmpure_if", [pipeline, load_pipeline(args, args.upscaler, upscaler=True)]
     unused = [name for name in ("guidance_scale", "prompt", "upscaler")
               if kind == "pdmpure" and getattr(args, name) is not None]
@@ -103,7 +107,12 @@ def load_purifier(args: argparse.Namespace):
                 for name, value in DEFAULTS[kind].items()}
     check_strength(settings["strength"], settings["steps"])
     function = {"regen": regen, "pdmpure": pdmpure, "pdmpure_if": pdmpure_if}[kind]
-    return (lambda images, generators: function(images, *pipelines, generators=generators, **settings)), settings
+    return functools.partial(purify_with, function, pipelines, settings), settings
+
+
+def purify_with(function, pipelines: list, settings: dict, images, generators: list):
+    """Call a purifier of szt_utils.purify that has a model."""
+    return function(images, *pipelines, generators=generators, **settings)
 
 
 def load_pipeline(args: argparse.Namespace, path: str, upscaler: bool = False):
@@ -113,8 +122,10 @@ def load_pipeline(args: argparse.Namespace, path: str, upscaler: bool = False):
     from safetensors import SafetensorError
 
     classes = {"regen": diffusers.AutoPipelineForImage2Image,
-               "pdmpure": diffusers.DDPMPipeline if is_ddpm(path) else diffusers.IFImg2ImgSuperResolutionPipeline}
+               "pdmpure": diffusers.IFImg2ImgSuperResolutionPipeline}
     cls = diffusers.StableDiffusionUpscalePipeline if upscaler else classes[args.method]
+    if args.method == "pdmpure" and is_ddpm(path):
+        cls = diffusers.DDPMPipeline
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     # What is filtered for would blank or mark the results: neither is wanted of a purifier.
     without = {} if cls is diffusers.DDPMPipeline else dict(safety_checker=None)
@@ -157,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
 
     output_dir, image_dir = Path(args.output_dir), Path(args.image_dir)
     if output_dir.resolve().is_relative_to(image_dir.resolve()):
-        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; give another --output_dir.")
+        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
+                         "give another --output_dir.")
     arguments = {name: value for name, value in vars(args).items() if name != "output_dir"}
     finished = {record["file"]: record["sha256"]
                 for record in open_run(output_dir, Path(__file__).name, arguments)

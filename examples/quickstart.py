@@ -16,7 +16,6 @@ from pathlib import Path
 from szt_utils import pocket
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import contact_sheet, list_images, read_image
-from szt_utils.pocket.scenes import BACKGROUNDS
 from szt_utils.records import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,16 +73,13 @@ def compare(arguments) -> None:
     print("\n=== Generating with each embedding", flush=True)
     from tqdm import tqdm
 
-    from szt_utils.generation import generate, load_pipeline
-    from szt_utils.metrics import image_features, pairwise_similarity, similarity
+    from szt_utils.metrics import Networks, evaluate_embedding
 
-    prompts = [f"a photo of a {TOKEN} on {background}" for background in BACKGROUNDS]
     real = [read_image(path) for path in list_images(clean)]
-    features = image_features(real, pocket.dino_path())
-    scores, rows = {"real_real": pairwise_similarity(features)}, []
+    networks, scores, rows = Networks(pocket.dino_path(), pocket.clip_path()), {}, []
     for name, embedding in tqdm(embeddings.items()):
-        images = generate(load_pipeline(arguments.model, embedding), prompts, seed=100)
-        scores[name] = similarity(image_features(images, pocket.dino_path()), features)
+        images, measured = evaluate_embedding(arguments.model, embedding, real, pocket.PROMPTS, networks)
+        scores |= {"real_real": measured["real_real"], name: measured["dino"]}
         rows.append((f"{name.replace('_', ', ')}: similarity {scores[name]:.2f}", images))
     write_json(folder / "scores.json", {"similarity": scores})
     shown = [read_image(path) for path in list_images(poisoned)]

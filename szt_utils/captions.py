@@ -1,9 +1,23 @@
 """Training captions: the template lists of Textual Inversion (Gal et al. 2022),
-in the order upstream draws them."""
+in the order upstream draws them; and the prompts that evaluate.py asks."""
+
+from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["OBJECT_TEMPLATES", "STYLE_TEMPLATES", "templates_for"]
+__all__ = ["EVALUATION_PROMPTS", "OBJECT_TEMPLATES", "STYLE_TEMPLATES", "read_prompts", "templates_for"]
+
+# Six places, six surfaces, six lights and weathers, six compositions.
+EVALUATION_PROMPTS = (
+    "a {} in a pine forest", "a {} at the foot of a waterfall", "a {} in a narrow old street",
+    "a {} in front of a lighthouse", "a {} in a greenhouse full of ferns", "a {} on a railway platform",
+    "a {} on a wooden kitchen table", "a {} on a bed of autumn leaves", "a {} on a pebble shore",
+    "a {} on a knitted blanket", "a {} on a stack of books", "a {} on wet black asphalt",
+    "a {} in thick morning fog", "a {} under a starry sky", "a {} in falling snow",
+    "a {} lit by a single candle", "a {} against the setting sun", "a {} behind a window with raindrops",
+    "a {} seen from above", "a close view of a {} against a blurred meadow", "a {} beside a bowl of lemons",
+    "a {} between two sleeping cats", "a tiny {} on an open palm", "a {} reflected in a still pond",
+)
 
 OBJECT_TEMPLATES = (
     "a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}",
@@ -30,3 +44,27 @@ def templates_for(learnable_property: str) -> tuple[str, ...]:
         raise InputError(f"Unknown learnable property '{learnable_property}'; "
                          f"choose from: {', '.join(templates)}.")
     return templates[learnable_property]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a prompts file, each with one `{}` for the concept; empty lines and those that start
+    with # are passed over.
+
+    `{0} {1}`, token and class word in DreamBooth's list, counts as `{}`. InputError names a line without it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The prompts file '{path}' cannot be read ({error}).") from None
+    prompts = []
+    for i, line in enumerate(lines, 1):
+        prompt = line.strip().replace("{0} {1}", "{}")
+        if not prompt or prompt.startswith("#"):
+            continue
+        if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2:
+            raise InputError(f"Line {i} of the prompts file '{path}' must hold one {{}} "
+                             f"where the concept goes: {prompt}")
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"The prompts file '{path}' holds no prompt.")
+    return prompts

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from .errors import InputError
 from .records import atomic_path
 
-__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "name_results", "read_image", "read_upright",
-           "save_png", "to_pil", "to_vae_range"]
+__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "name_results", "read_image",
+           "read_upright", "save_png", "to_pil", "to_vae_range"]
 
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -38,13 +38,14 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
 
 
 def name_results(folder: str | Path) -> dict[str, Path]:
-    """Every picture of a folder and its sub-folders, by the name of the PNG that is made of it, relative to the
-    folder; InputError when two have one name."""
+    """Every picture of a folder and its sub-folders, by the name of the PNG that is made of it, relative to
+    the folder; InputError when two have one name."""
     named = {}
     for path in list_images(folder, recursive=True):
         name = path.relative_to(folder).with_suffix(".png").as_posix()
         if name in named:
-            raise InputError(f"'{named[name].name}' and '{path.name}' would both become '{name}'; rename one.")
+            raise InputError(f"'{named[name].name}' and '{path.name}' would both become '{name}'; "
+                             "rename one.")
         named[name] = path
     return named
 

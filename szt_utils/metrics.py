@@ -1,23 +1,47 @@
-"""How well generated pictures show the concept:
-cosine similarity of image-encoder features (paper Sec. 5.1.3).
+"""How well generated pictures show the concept and follow their prompts (paper Sec. 5.1.3).
 
-Always read a similarity beside its anchor, that of the real pictures among themselves:
-more than that is copying.
+Similarity is the cosine of image-encoder features; always read it beside its anchor, that of the real
+pictures among themselves: more than that is copying. FID, KID and FD-DINOv2 compare the two sets as wholes,
+CLIP score the pictures with their prompts. Networks are folders or Hub ids; nothing is downloaded that was
+not named.
 """
+
+import functools
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 from .errors import InputError
+from .images import from_pil
 
-__all__ = ["image_features", "pairwise_similarity", "similarity"]
+__all__ = ["METRICS", "Networks", "clip_scores", "evaluate_embedding", "frechet_distance", "image_features",
+           "inception_features", "kernel_distance", "measure", "pairwise_similarity", "similarity"]
+
+METRICS = ("dino", "fid", "kid", "fd_dino", "clip")
+FEW_PICTURES = 2048  # below the size of Inception's features their covariance has no full rank
 
 
-@torch.no_grad()
-def image_features(images: list[Image.Image], network: str, batch_size: int = 32,
-                   device: torch.device | str = "cpu") -> torch.Tensor:
-    """Unit-length CLS features (N, D) of a Dinov2Model folder or Hub id,
-    each picture prepared as its processor says."""
+@dataclass(frozen=True)
+class Networks:
+    """What the metrics look with: `dino`, a Dinov2Model; `clip`, a CLIPModel; `inception`, the file of
+    InceptionV3 weights that torch-fidelity publishes, for FID and KID.
+
+    Without `inception`, FID and KID take the image features of `clip`, as CLIP-FID does (Kynkaanniemi et al.
+    2023).
+    """
+
+    dino: str
+    clip: str
+    inception: str | None = None
+
+
+@functools.lru_cache(maxsize=4)
+def _load(network: str, device: str):
+    """The processor and the frozen model of a folder or Hub id."""
     from transformers import AutoImageProcessor, AutoModel
 
     try:
@@ -25,10 +49,51 @@ def image_features(images: list[Image.Image], network: str, batch_size: int = 32
     except (OSError, ValueError) as error:
         raise InputError(f"The image encoder '{network}' cannot be loaded: "
                          f"{str(error).splitlines()[0]}") from None
-    model.eval().to(device)
-    features = [model(**processor(images[i:i + batch_size], return_tensors="pt").to(device)).pooler_output
-                for i in range(0, len(images), batch_size)]
-    return torch.nn.functional.normalize(torch.cat(features).float(), dim=1).cpu()
+    return processor, model.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def image_features(images: list[Image.Image], network: str, batch_size: int = 32,
+                   device: torch.device | str = "cpu", normalized: bool = True) -> torch.Tensor:
+    """Features (N, D) of a Dinov2Model's CLS token or of a CLIPModel's projected pictures, each picture
+    prepared as the network's processor says; of unit length if `normalized`."""
+    processor, model = _load(str(network), str(device))
+    features = []
+    for start in range(0, len(images), batch_size):
+        inputs = processor(images[start:start + batch_size], return_tensors="pt").to(device)
+        if hasattr(model, "visual_projection"):
+            output = model.visual_projection(model.vision_model(**inputs).pooler_output)
+        else:
+            output = model(**inputs).pooler_output
+        features.append(output.float().cpu())
+    features = torch.cat(features)
+    return torch.nn.functional.normalize(features, dim=1) if normalized else features
+
+
+@torch.no_grad()
+def inception_features(images: list[Image.Image], weights: str | Path, batch_size: int = 32,
+                       device: torch.device | str = "cpu") -> torch.Tensor:
+    """InceptionV3 features (N, 2048) by torch-fidelity, whose network FID is defined with;
+    `weights` is its file."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise InputError("FID by InceptionV3 needs torch-fidelity: "
+                         'pip install "szt-utils[metrics]".') from None
+    if not Path(weights).is_file():
+        raise InputError(f"The InceptionV3 weights '{weights}' are no file; "
+                         "torch-fidelity's release page has it.")
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
+                                              feature_extractor_weights_path=str(weights)).to(device)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"The InceptionV3 weights '{weights}' cannot be loaded: "
+                         f"{str(error).splitlines()[0]}") from None
+    levels = [(from_pil(image) * 255).round().to(torch.uint8) for image in images]
+    if len({image.shape for image in levels}) > 1:
+        batch_size = 1  # pictures of several sizes: the network resizes them itself
+    return torch.cat([network(torch.cat(levels[i:i + batch_size]).to(device))[0].float().cpu()
+                      for i in range(0, len(levels), batch_size)])
 
 
 def similarity(generated: torch.Tensor, real: torch.Tensor) -> float:
@@ -44,3 +109,113 @@ def pairwise_similarity(features: torch.Tensor) -> float:
     if n < 2:
         raise InputError("The similarity among real pictures needs at least two of them.")
     return ((features @ features.T).sum() - n).item() / (n * (n - 1))
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Distance of the Gaussians fitted to two sets of features, (N, D) and (M, D), each of two at least:
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017).
+
+    The last trace is the sum of the singular values of X_a X_b^T for C = X^T X: a matrix of N x M numbers,
+    without the root of a singular matrix.
+    """
+    a, b = a.double(), b.double()
+    if min(len(a), len(b)) < 2:
+        raise InputError("A Frechet distance needs at least two pictures on either side.")
+    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
+    shared = torch.linalg.svdvals(x @ y.T).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * shared).item()
+
+
+def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Squared maximum mean discrepancy of two sets of features, (N, D) and (M, D), each of two at least,
+    with the kernel (x . y / D + 1)^3: KID, unbiased, over all pictures at once (Binkowski et al. 2018)."""
+    a, b = a.double(), b.double()
+    if min(len(a), len(b)) < 2:
+        raise InputError("A kernel distance needs at least two pictures on either side.")
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def among(x: torch.Tensor) -> torch.Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
+
+    return (among(a) + among(b) - 2 * kernel(a, b).mean()).item()
+
+
+@torch.no_grad()
+def clip_scores(images: list[Image.Image], texts: Sequence[str], network: str, batch_size: int = 32,
+                device: torch.device | str = "cpu") -> torch.Tensor:
+    """100 times the cosine of each picture and its text, not below 0, (N,) (Hessel et al. 2021, as
+    torchmetrics scales it)."""
+    from transformers import AutoTokenizer
+
+    _, model = _load(str(network), str(device))
+    if not hasattr(model, "text_projection"):
+        raise InputError(f"The network '{network}' is no CLIPModel: it has no texts.")
+    distinct = list(dict.fromkeys(texts))
+    ids = AutoTokenizer.from_pretrained(network)(distinct, padding=True, truncation=True, max_length=
+                                                 model.config.text_config.max_position_embeddings,
+                                                 return_tensors="pt").to(device)
+    texts_of = model.text_projection(model.text_model(**ids).pooler_output).float().cpu()
+    texts_of = torch.nn.functional.normalize(texts_of, dim=1)[[distinct.index(text) for text in texts]]
+    pictures = image_features(images, network, batch_size, device)
+    return (100 * (pictures * texts_of).sum(1)).clamp(min=0)
+
+
+def measure(generated: list[Image.Image], real: list[Image.Image], texts: Sequence[str], networks: Networks,
+            metrics: Iterable[str] = METRICS, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Scores of generated pictures, each with the text that it should show, against the clean real ones.
+
+    "dino" brings "real_real" with it when there are two real pictures; a warning tells when a distance of
+    sets rests on few pictures.
+    """
+    metrics, scores = list(metrics), {}
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise InputError(f"Unknown metrics {', '.join(unknown)}; choose from: {', '.join(METRICS)}.")
+    if {"dino", "fd_dino"} & set(metrics):
+        theirs, ours = (image_features(images, networks.dino, device=device, normalized=False)
+                        for images in (real, generated))
+        if "dino" in metrics:
+            units = [torch.nn.functional.normalize(f, dim=1) for f in (ours, theirs)]
+            scores["dino"] = similarity(*units)
+            if len(real) > 1:
+                scores["real_real"] = pairwise_similarity(units[1])
+        if "fd_dino" in metrics:
+            scores["fd_dino"] = frechet_distance(ours, theirs)
+    if {"fid", "kid"} & set(metrics):
+        theirs, ours = (inception_features(images, networks.inception, device=device) if networks.inception
+                        else image_features(images, networks.clip, device=device, normalized=False)
+                        for images in (real, generated))
+        scores |= {"fid": frechet_distance(ours, theirs)} if "fid" in metrics else {}
+        scores |= {"kid": kernel_distance(ours, theirs)} if "kid" in metrics else {}
+    if {"fid", "fd_dino"} & set(metrics) and min(len(real), len(generated)) < FEW_PICTURES:
+        warnings.warn(f"FID and FD-DINOv2 rest on {len(generated)} generated and {len(real)} real pictures: with "
+                      f"fewer than {FEW_PICTURES} their value is mostly the number's doing, so compare only "
+                      "equal numbers.", stacklevel=2)
+    if "clip" in metrics:
+        scores["clip"] = clip_scores(generated, texts, networks.clip, device=device).mean().item()
+    return scores
+
+
+def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image], prompts: Sequence[str],
+                       networks: Networks, *, images_per_prompt: int = 1, class_word: str = "object",
+                       metrics: Iterable[str] = ("dino",), seed: int = 100, folder: str | Path | None = None,
+                       device: torch.device | str = "cpu", pipeline_options: dict | None = None,
+                       **sampling) -> tuple[list[Image.Image], dict[str, float]]:
+    """Generate with a learned embedding and measure: the pictures, `images_per_prompt` of the first prompt,
+    then of the next, and their scores.
+
+    `prompts` hold `{}` where the token goes, which for the CLIP score is `class_word`; `real` are the clean
+    pictures. `sampling` and `folder` go to `generation.generate`.
+    """
+    from .embeddings import load_embedding
+    from .generation import generate, load_pipeline
+
+    token, _ = load_embedding(embedding)
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    pipeline = load_pipeline(model, embedding, device, **(pipeline_options or {}))
+    generated = generate(pipeline, [prompt.format(token) for prompt in repeated], seed=seed, folder=folder,
+                         **sampling)
+    return generated, measure(generated, real, [prompt.format(class_word) for prompt in repeated], networks,
+                              metrics, device)

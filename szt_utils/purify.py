@@ -4,9 +4,9 @@ AdvClean filters, JPEG compresses (szt_utils.jpeg), Regen sends a picture throug
 little noise, PDMPure through a diffusion model of pixels, which poisons made for latent ones do not fool.
 Pictures are float32 (B, 3, H, W) in [0, 1].
 
-The filters are written here because no light library has them: those of OpenCV's contrib build weigh 70 MB and
-exclude its other builds, and scikit-image's bilateral filter measures colour in another way. The test holds
-figures of OpenCV's.
+The filters are written here because no light library has them: those of OpenCV's contrib build weigh 70 MB
+and exclude its other builds, and scikit-image's bilateral filter measures colour in another way. The test
+holds figures of OpenCV's.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from .errors import InputError
 
-__all__ = ["DEFAULTS", "advclean", "bilateral_filter", "check_strength", "guided_filter", "pdmpure", "pdmpure_if",
-           "regen"]
+__all__ = ["DEFAULTS", "advclean", "bilateral_filter", "check_strength", "guided_filter", "pdmpure",
+           "pdmpure_if", "regen"]
 
-# What the sources do: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000; Xue et al. 2024 (PDM-Pure),
-# whose 50 steps below t = 500 begin 5 steps late. A small model of pixels has no text and no second stage:
-# there it starts at t = 100, the least of DiffPure's range (Nie et al. 2022).
+# What the sources do: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000; Xue et al. 2024
+# (PDM-Pure), whose 50 steps below t = 500 begin 5 steps late. A small model of pixels has no text and no
+# second stage: there it starts at t = 100, the least of DiffPure's range (Nie et al. 2022).
 DEFAULTS = {
     "advclean": dict(iterations=64, diameter=5, sigma_colour=8.0, sigma_space=8.0,
                      guided_iterations=4, radius=4, regularisation=16.0),
@@ -35,7 +35,8 @@ DEFAULTS = {
 
 def bilateral_filter(images: torch.Tensor, diameter: int = 5, sigma_colour: float = 8.0,
                      sigma_space: float = 8.0) -> torch.Tensor:
-    """Mean of the pixels in a disc, weighted by nearness in place and colour, as OpenCV's bilateralFilter does.
+    """Mean of the pixels in a disc, weighted by nearness in place and colour, as OpenCV's bilateralFilter
+    does.
 
     `images` (B, C, H, W) are in levels of 255, `sigma_colour` in levels of the channels' summed absolute
     difference, `diameter` (odd) and `sigma_space` in pixels; borders are mirrored.
@@ -57,8 +58,8 @@ def bilateral_filter(images: torch.Tensor, diameter: int = 5, sigma_colour: floa
 
 def guided_filter(guide: torch.Tensor, images: torch.Tensor, radius: int = 4,
                   regularisation: float = 16.0) -> torch.Tensor:
-    """The colour guided filter (He et al. 2013): in each window of 2 radius + 1 pixels, `images` as the affine
-    function of `guide` that fits best, averaged over the windows of a pixel.
+    """The colour guided filter (He et al. 2013): in each window of 2 radius + 1 pixels, `images` as the
+    affine function of `guide` that fits best, averaged over the windows of a pixel.
 
     Both are (B, 3, H, W) in levels of 255, `regularisation` in squared levels; borders are mirrored, the last
     pixel twice, as in OpenCV's.
@@ -92,7 +93,8 @@ def advclean(images: torch.Tensor, *, iterations: int = 64, diameter: int = 5, s
     then bring edges back with guided ones, whose guide is the picture that came in (AdverseCleaner)."""
     guide = images.float() * 255
     if min(guide.shape[-2:]) <= max(diameter // 2, radius):
-        raise InputError(f"A picture of {guide.shape[-1]} x {guide.shape[-2]} pixels is too small for AdvClean.")
+        raise InputError(f"A picture of {guide.shape[-1]} x {guide.shape[-2]} pixels "
+                         "is too small for AdvClean.")
     cleaned = guide
     for _ in range(iterations):
         cleaned = bilateral_filter(cleaned, diameter, sigma_colour, sigma_space)
@@ -104,8 +106,8 @@ def advclean(images: torch.Tensor, *, iterations: int = 64, diameter: int = 5, s
 @torch.no_grad()
 def regen(images: torch.Tensor, pipeline, *, generators: Sequence[torch.Generator], strength: float = 0.06,
           steps: int = 50, guidance_scale: float = 7.5, prompt: str = "") -> torch.Tensor:
-    """Noise each picture's latent to `strength` of the schedule and denoise it again: image-to-image at little
-    noise, by any Diffusers pipeline that can (Zhao et al. 2024); one CPU generator per picture."""
+    """Noise each picture's latent to `strength` of the schedule and denoise it again: image-to-image at
+    little noise, by any Diffusers pipeline that can (Zhao et al. 2024); one CPU generator per picture."""
     check_strength(strength, steps)
     height, width = images.shape[-2:]
     result = pipeline([prompt] * len(images), image=_extended(images, pipeline.vae_scale_factor),
@@ -151,8 +153,8 @@ def pdmpure_if(images: torch.Tensor, pipeline, upscaler, *, generators: Sequence
                upscale_noise_level: int = 20, prompt_embeds: torch.Tensor | None = None,
                negative_prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
     """PDM-Pure as published (Xue et al. 2024): the picture at the second stage's size goes through
-    IFImg2ImgSuperResolutionPipeline, conditioned on itself, then through StableDiffusionUpscalePipeline, and back
-    to its own size; one CPU generator per picture.
+    IFImg2ImgSuperResolutionPipeline, conditioned on itself, then through StableDiffusionUpscalePipeline,
+    and back to its own size; one CPU generator per picture.
 
     Embeddings of the prompts, (1, L, D), spare the text encoder.
     """

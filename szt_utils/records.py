@@ -13,8 +13,8 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["append_stats", "atomic_path", "open_run", "provenance", "read_stats", "truncate_stats", "write_bytes",
-           "write_json", "write_torch"]
+__all__ = ["append_stats", "atomic_path", "open_run", "provenance", "read_stats", "truncate_stats",
+           "write_bytes", "write_json", "write_torch"]
 
 
 @contextlib.contextmanager

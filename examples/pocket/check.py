@@ -21,8 +21,8 @@ from szt_utils import pocket
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.generation import generate, load_pipeline
 from szt_utils.images import from_pil, read_image
-from szt_utils.metrics import image_features, pairwise_similarity, similarity
-from szt_utils.pocket.scenes import BACKGROUNDS, NOVEL_CONCEPTS, caption
+from szt_utils.metrics import Networks, evaluate_embedding
+from szt_utils.pocket.scenes import NOVEL_CONCEPTS, caption
 from szt_utils.records import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def check_inversion(arguments) -> dict:
     """Similarity after clean textual inversion over that among real pictures,
     per novel concept and on average (>= 0.80)."""
     ratios = {}
-    prompts = [f"a photo of a <c> on {background}" for background in BACKGROUNDS]
+    networks = Networks(arguments.dino, pocket.clip_path())
     with tempfile.TemporaryDirectory() as temporary:
         for concept in NOVEL_CONCEPTS:
             folder = Path(temporary) / concept
@@ -95,10 +95,10 @@ def check_inversion(arguments) -> dict:
                             "--train_batch_size", "4", "--max_train_steps", str(arguments.steps),
                             "--learning_rate", "5e-3", "--seed", "0"],
                            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            pipeline = load_pipeline(arguments.model, folder / "learned" / "learned_embeds.safetensors")
-            real = image_features([read_image(path) for path in paths], arguments.dino)
-            generated = image_features(generate(pipeline, prompts, seed=100), arguments.dino)
-            ratios[concept] = similarity(generated, real) / pairwise_similarity(real)
+            _, scores = evaluate_embedding(
+                arguments.model, folder / "learned" / "learned_embeds.safetensors",
+                [read_image(path) for path in paths], pocket.PROMPTS, networks)
+            ratios[concept] = scores["dino"] / scores["real_real"]
             print(f"  {concept}: {ratios[concept]:.3f}", flush=True)
     return {"mean": float(np.mean(list(ratios.values()))), **ratios}
 

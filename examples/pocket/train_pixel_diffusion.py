@@ -1,9 +1,9 @@
-"""Train the pocket world's diffusion model of pixels, the purifier of PDMPure there, on random 64-px crops of the
-drawn scenes: python examples/pocket/train_pixel_diffusion.py
+"""Train the pocket world's diffusion model of pixels, the purifier of PDMPure there, on random 64-px crops
+of the drawn scenes: python examples/pocket/train_pixel_diffusion.py
 
 A UNet2DModel without attention, so that it serves pictures of any size. It sees blocks of 2 x 2 pixels as 12
-channels: the same pixels at a quarter of the cost. Half of its timesteps are drawn below 300, where a purifier
-works.
+channels: the same pixels at a quarter of the cost. Half of its timesteps are drawn below 300, where a
+purifier works.
 """
 
 import torch
@@ -52,7 +52,7 @@ def main():
 
     def step_loss(step):
         x = crops(pictures, arguments.batch_size, device)
-        low, high = torch.randint(300, (len(x),), device=device), torch.randint(1000, (len(x),), device=device)
+        low, high = (torch.randint(end, (len(x),), device=device) for end in (300, 1000))
         t = torch.where(torch.rand(len(x), device=device) < 0.5, low, high)
         x, target = noised(scheduler, x, t)
         return {"loss": (forward(x, t).sample - target).square().mean()}
