@@ -190,9 +190,9 @@ def measure(generated: list[Image.Image], real: list[Image.Image], texts: Sequen
         scores |= {"fid": frechet_distance(ours, theirs)} if "fid" in metrics else {}
         scores |= {"kid": kernel_distance(ours, theirs)} if "kid" in metrics else {}
     if {"fid", "fd_dino"} & set(metrics) and min(len(real), len(generated)) < FEW_PICTURES:
-        warnings.warn(f"FID and FD-DINOv2 rest on {len(generated)} generated and {len(real)} real pictures: with "
-                      f"fewer than {FEW_PICTURES} their value is mostly the number's doing, so compare only "
-                      "equal numbers.", stacklevel=2)
+        warnings.warn(f"FID and FD-DINOv2 rest on {len(generated)} generated and {len(real)} real pictures: "
+                      f"with fewer than {FEW_PICTURES} their value is mostly the number's doing, so compare "
+                      "only equal numbers.", stacklevel=2)
     if "clip" in metrics:
         scores["clip"] = clip_scores(generated, texts, networks.clip, device=device).mean().item()
     return scores
