@@ -85,7 +85,7 @@ METRICS = ("dino", "fid", "kid", "fd_dino", "clip")
 # Cost in forward passes of one picture through the U-Net; a backward pass counts as two.
 POISON_PASSES = {"adm+": 3, "adm-": 3, "sds+": 2, "sds-": 2, "ea": 1, "da": 24}
 PURIFY_PASSES = {"regen": 6, "pdmpure": 6, "advclean": 4}
-POCKET_SECONDS = 0.008  # of one pass on two cores, measured; the rate of earlier cells replaces it
+POCKET_SECONDS = 0.015  # of one pass on two cores, by the quickstart; the rate of earlier cells replaces it
 
 
 @dataclass(frozen=True)

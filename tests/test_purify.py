@@ -24,9 +24,12 @@ from szt_utils.purify import (
 
 PIXELS = ((0, 0), (3, 4), (3, 5), (6, 8))
 OPENCV = {
-    "once": [[5.003, 4.961, 8.773], [2.539, 7.087, 11.931], [122.727, 125.71, 130.265], [123.507, 128.177, 133.177]],
-    "guided": [[5.203, 5.456, 6.165], [5.917, 6.165, 6.868], [125.13, 124.685, 124.418], [127.036, 126.58, 126.297]],
-    "full": [[5.293, 5.544, 6.252], [6.091, 6.339, 7.04], [124.835, 124.391, 124.126], [126.922, 126.467, 126.185]],
+    "once": [[5.003, 4.961, 8.773], [2.539, 7.087, 11.931],
+             [122.727, 125.71, 130.265], [123.507, 128.177, 133.177]],
+    "guided": [[5.203, 5.456, 6.165], [5.917, 6.165, 6.868],
+             [125.13, 124.685, 124.418], [127.036, 126.58, 126.297]],
+    "full": [[5.293, 5.544, 6.252], [6.091, 6.339, 7.04],
+             [124.835, 124.391, 124.126], [126.922, 126.467, 126.185]],
 }
 
 
@@ -52,8 +55,8 @@ def scenes(count: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["once", "guided", "full"])
 def test_filters_give_opencvs_figures(name):
-    """opencv-contrib 5.0: bilateralFilter(picture, 5, 8, 8), ximgproc.guidedFilter(picture, 64 of them, 4, 16), and
-    all of AdverseCleaner."""
+    """opencv-contrib 5.0: bilateralFilter(picture, 5, 8, 8), ximgproc.guidedFilter(picture, 64 of it, 4, 16),
+    and all of AdverseCleaner."""
     picture = reference_picture()
     if name == "once":
         result = bilateral_filter(picture)
@@ -133,7 +136,8 @@ def test_the_bundled_pixel_model_removes_noise_and_serves_odd_sizes():
 
     pipeline = DDPMPipeline.from_pretrained(pocket.pixel_path())
     clean = scenes(4)
-    noisy = (clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 16 / 255).clamp(0, 1)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 16 / 255
+    noisy = (clean + noise).clamp(0, 1)
     settings = DEFAULTS["pdmpure"]
     result = pdmpure(noisy, pipeline, generators=generators(4), **settings)
     before, after = ((x - clean).square().mean().sqrt() * 255 for x in (noisy, result))
@@ -188,10 +192,12 @@ def deepfloyd(tmp_path_factory):
             mid_block_type="UNetMidBlock2DSimpleCrossAttn", addition_embed_type=None,
             up_block_types=["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"], **common),
         scheduler=DDPMScheduler(variance_type="learned_range", beta_schedule="squaredcos_cap_v2"),
-        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), requires_safety_checker=False)
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        requires_safety_checker=False)
     upscaler = StableDiffusionUpscalePipeline(
         vae=AutoencoderKL(block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=4,
-                          down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3),
+                          down_block_types=["DownEncoderBlock2D"] * 3,
+                          up_block_types=["UpDecoderBlock2D"] * 3),
         text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         unet=UNet2DConditionModel(sample_size=32, in_channels=7, out_channels=4, num_class_embeds=1000,
@@ -206,7 +212,8 @@ def deepfloyd(tmp_path_factory):
 
 def test_pdmpure_runs_diffusers_deepfloyd_pipelines(deepfloyd):
     embeddings = torch.randn(2, 1, 6, 32, generator=torch.Generator().manual_seed(0))
-    settings = dict(steps=8, upscale_steps=2, prompt_embeds=embeddings[0], negative_prompt_embeds=embeddings[1])
+    settings = dict(steps=8, upscale_steps=2, prompt_embeds=embeddings[0],
+                    negative_prompt_embeds=embeddings[1])
     images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(1))
     result = pdmpure_if(images, *deepfloyd, generators=generators(2), **settings)
     assert result.shape == images.shape and torch.isfinite(result).all()
@@ -220,7 +227,7 @@ def test_pdmpure_runs_diffusers_deepfloyd_pipelines(deepfloyd):
     upscaled = pdmpure_if(images, second, lambda **flags: seen.append(flags) or SimpleNamespace(
         images=flags["image"]), generators=generators(2), **settings)
     assert seen[0]["image"].shape == (2, 3, 32, 32) and seen[0]["noise_level"] == 20
-    assert 0 <= seen[0]["image"].min() and seen[0]["image"].max() <= 1  # what VaeImageProcessor takes as [0, 1]
+    assert 0 <= seen[0]["image"].min() and seen[0]["image"].max() <= 1  # VaeImageProcessor's range
     assert upscaled.shape == images.shape
 
 

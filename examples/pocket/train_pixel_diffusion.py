@@ -39,7 +39,7 @@ def error(unet, scheduler, pictures, device, t: int) -> float:
 
 
 def main():
-    arguments = parser(__doc__, steps=2000, batch_size=8, lr=5e-3).parse_args()
+    arguments = parser(__doc__, steps=800, batch_size=8, lr=5e-3).parse_args()
     device = torch.device(arguments.device)
     pictures, _ = scenes(arguments.scenes, TRAINING_SEEDS, arguments.work_dir)
     held_out, _ = scenes(512, HELD_OUT_SEEDS, arguments.work_dir)

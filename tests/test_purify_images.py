@@ -1,0 +1,134 @@
+"""The purifying script: what each method writes, records, resume, foreign folders, errors."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+
+from szt_utils.jpeg import jpeg
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("purify_images", ROOT / "purify_images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def image_dir(tmp_path_factory):
+    """A wide PNG, a tall JPEG in a sub-folder, a PNG with alpha."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    (folder / "more").mkdir()
+    Image.fromarray(random.integers(0, 256, (48, 70, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(random.integers(0, 256, (66, 50, 3), dtype=np.uint8)).save(folder / "more" / "b.jpg")
+    Image.fromarray(random.integers(0, 256, (40, 40, 4), dtype=np.uint8)).save(folder / "c.png")
+    return folder
+
+
+@pytest.fixture
+def run(script, image_dir):
+    return lambda output_dir, *more: script.main(["--image_dir", str(image_dir), "--output_dir", str(output_dir),
+                                                  *map(str, more)])
+
+
+def levels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_jpeg_through_the_real_command_line(image_dir, tmp_path):
+    from szt_utils.images import read_image
+
+    done = run_script("purify_images.py", "--image_dir", image_dir, "--output_dir", tmp_path / "out",
+                      "--method", "jpeg")
+    assert "3 pictures" in done.stdout
+    for source, name in (("a.png", "a.png"), ("more/b.jpg", "more/b.png"), ("c.png", "c.png")):
+        expected = jpeg(read_image(image_dir / source), 25)
+        assert np.array_equal(levels(tmp_path / "out" / name), np.asarray(expected))
+    options = json.loads((tmp_path / "out" / "options.json").read_text())
+    assert options["settings"] == {"quality": 25} and options["versions"]["pillow"]
+    records = [json.loads(line) for line in (tmp_path / "out" / "stats.jsonl").read_text().splitlines()]
+    assert [record["file"] for record in records] == ["a.png", "c.png", "more/b.png"]
+    assert all(record["rms_change"] > 1 for record in records)
+
+
+def test_resume_does_what_is_missing_or_changed_and_refuses_other_settings(run, image_dir, tmp_path, capsys):
+    folder = tmp_path / "out"
+    run(folder, "--method", "jpeg", "--jpeg_quality", 50)
+    kept, whole = (folder / "a.png").stat().st_mtime_ns, (folder / "c.png").read_bytes()
+    (folder / "c.png").unlink()
+    run(folder, "--method", "jpeg", "--jpeg_quality", 50)
+    assert "3 pictures" in capsys.readouterr().out
+    assert (folder / "a.png").stat().st_mtime_ns == kept and (folder / "c.png").read_bytes() == whole
+    with pytest.raises(SystemExit, match="another --jpeg_quality"):
+        run(folder, "--method", "jpeg", "--jpeg_quality", 51)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="not of this script"):
+        run(foreign, "--method", "jpeg")
+    assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
+    with pytest.raises(SystemExit, match="lies in it"):
+        run(image_dir / "out", "--method", "jpeg")
+
+
+def test_regen_keeps_sizes_and_does_not_depend_on_the_company(run, tiny_model, image_dir, tmp_path, script):
+    flags = ["--method", "regen", "--pretrained_model_name_or_path", tiny_model, "--strength", 0.5,
+             "--steps", 4, "--guidance_scale", 2]
+    run(tmp_path / "all", *flags)
+    assert Image.open(tmp_path / "all" / "a.png").size == (70, 48)
+    settings = json.loads((tmp_path / "all" / "options.json").read_text())["settings"]
+    assert settings == {"strength": 0.5, "steps": 4, "guidance_scale": 2.0, "prompt": ""}
+    (tmp_path / "one").mkdir()
+    Image.open(image_dir / "a.png").save(tmp_path / "one" / "z.png")
+    script.main(["--image_dir", str(tmp_path / "one"), "--output_dir", str(tmp_path / "alone"),
+                 *map(str, flags)])
+    assert np.array_equal(levels(tmp_path / "alone" / "z.png"), levels(tmp_path / "all" / "a.png"))
+    script.main(["--image_dir", str(tmp_path / "one"), "--output_dir", str(tmp_path / "seed"),
+                 *map(str, flags), "--seed", "1"])
+    assert not np.array_equal(levels(tmp_path / "seed" / "z.png"), levels(tmp_path / "all" / "a.png"))
+
+
+def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    DDPMPipeline(UNet2DModel(sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+                             down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
+                             add_attention=False), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    flags = ["--method", "pdmpure", "--pretrained_model_name_or_path", tmp_path / "model"]
+    run(tmp_path / "out", *flags, "--resolution", 32, "--batch_size", 3)
+    assert Image.open(tmp_path / "out" / "more" / "b.png").size == (32, 32)
+    with pytest.raises(SystemExit, match="no text and no second stage; leave out --prompt"):
+        run(tmp_path / "text", *flags, "--prompt", "a picture")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "regen"], "szt_utils.pocket --network diffusion"),
+    (["--method", "pdmpure"], "szt_utils.pocket --network pixel"),
+    (["--method", "jpeg", "--steps", "5"], "jpeg does not use it"),
+    (["--method", "jpeg", "--jpeg_quality", "0"], "0 is not from 1 to 100"),
+    (["--method", "regen", "--strength", "1.5"], "1.5 is not above 0 to 1"),
+    (["--method", "regen", "--strength", "nan"], "nan is not above 0 to 1"),
+])
+def test_wrong_usage_is_exit_code_2(run, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "out", *flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    done = run_script("purify_images.py", "--image_dir", tmp_path / "in", "--output_dir", tmp_path / "out",
+                      "--method", "advclean", expect=1)
+    assert done.stderr.startswith("error: ") and "broken.png" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "broken.png")
+    done = run_script("purify_images.py", "--image_dir", tmp_path / "in", "--output_dir", tmp_path / "out",
+                      "--method", "regen", "--pretrained_model_name_or_path", tmp_path / "nowhere", expect=1)
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
