@@ -36,8 +36,8 @@ def number(kind, lowest, highest=1e6):
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
         if not (lowest <= value if kind is int else lowest < value) or not value <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is not {'from' if kind is int else 'above'} {lowest}"
-                                             + (f" to {highest}" if highest < 1e6 else ""))
+            raise argparse.ArgumentTypeError(f"{text} is not {'from' if kind is int else 'above'} {lowest} "
+                                             f"and up to {highest:g}")
         return value
     return convert
 

@@ -11,7 +11,17 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.errors import InputError
-from szt_utils.metrics import image_features, pairwise_similarity, similarity
+from szt_utils.metrics import (
+    Networks,
+    clip_scores,
+    frechet_distance,
+    image_features,
+    inception_features,
+    kernel_distance,
+    measure,
+    pairwise_similarity,
+    similarity,
+)
 from szt_utils.pocket.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -70,3 +80,94 @@ def test_the_pocket_clip_prefers_the_true_caption_to_one_with_another_word():
         scores = clip(**ids, pixel_values=pixel_values).logits_per_image
         right[field] = (scores[:, :24].diagonal() > scores[:, 24:].diagonal()).float().mean().item()
     assert min(right.values()) >= 0.9, right
+
+
+def two_sets(n: int = 60, m: int = 40, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(size, size, generator=generator)
+    return (torch.randn(n, size, generator=generator) @ mix,
+            torch.randn(m, size, generator=generator) * 0.5 + 1)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """In one dimension: the difference of means squared plus that of standard deviations."""
+    a, b = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[10.0], [11.0], [12.0]])
+    assert frechet_distance(a, b) == pytest.approx(9**2 + (2 - 1) ** 2, abs=1e-9)
+    sets = two_sets()
+    assert frechet_distance(sets[0], sets[0]) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(*sets) == pytest.approx(frechet_distance(*reversed(sets)), abs=1e-9)
+    with pytest.raises(InputError, match="two pictures"):
+        frechet_distance(a[:1], b)
+
+
+def test_frechet_distance_is_that_of_the_matrix_root():
+    """Heusel et al.'s formula by scipy, where the covariances have full rank; fewer pictures than features too."""
+    from scipy.linalg import sqrtm
+
+    for a, b in (two_sets(), [f.double() for f in two_sets(5, 30)]):
+        x, y = a.double().numpy(), b.double().numpy()
+        first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+        root = sqrtm(first @ second).real
+        expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kernel_distance_by_its_definition():
+    a, b = two_sets(5, 4, 3)
+    kernel = [[[(float(u @ v) / 3 + 1) ** 3 for v in y] for u in x] for x, y in ((a, a), (b, b), (a, b))]
+    among = [sum(k[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+             for k, n in ((kernel[0], 5), (kernel[1], 4))]
+    between = sum(map(sum, kernel[2])) / 20
+    assert kernel_distance(a, b) == pytest.approx(sum(among) - 2 * between, rel=1e-5)
+
+
+def test_distances_are_torch_fidelitys_and_torchmetrics():
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    a, b = two_sets(200, 200)
+    ours = fid.fid_statistics_to_metric(fid.fid_features_to_statistics(a), fid.fid_features_to_statistics(b),
+                                        verbose=False)
+    assert frechet_distance(a, b) == pytest.approx(ours["frechet_inception_distance"], rel=1e-4)
+    theirs = kid.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=200, verbose=False)
+    assert kernel_distance(a, b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    torchmetrics = pytest.importorskip("torchmetrics.image.fid")
+    x, y = a.double(), b.double()
+    value = torchmetrics._compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert frechet_distance(a, b) == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_inception_needs_its_library_and_its_file(tmp_path):
+    with pytest.raises(InputError, match="torch-fidelity|are no file"):
+        inception_features([Image.new("RGB", (32, 32))], tmp_path / "nowhere.pth")
+
+
+def test_measure_knows_a_copy_from_another_concept_and_warns_of_few_pictures():
+    star, more, heart = ([Image.fromarray(scene.image) for scene in concept_scenes(name, 6, seed=seed)]
+                         for name, seed in (("teal-striped-star", 5), ("teal-striped-star", 6),
+                                            ("red-dotted-heart", 5)))
+    networks = Networks(pocket.dino_path(), pocket.clip_path())
+    texts = ["a photo of a teal striped star"] * 6
+    with pytest.warns(UserWarning, match="6 generated and 6 real"):
+        same, other = measure(more, star, texts, networks), measure(heart, star, texts, networks)
+    assert set(same) == {"dino", "real_real", "fid", "kid", "fd_dino", "clip"}
+    assert same["real_real"] == other["real_real"]
+    for name, sign in (("dino", 1), ("clip", 1), ("fid", -1), ("kid", -1), ("fd_dino", -1)):
+        assert sign * (same[name] - other[name]) > 0, (name, same, other)
+    with pytest.raises(InputError, match="beauty"):
+        measure(more, star, texts, networks, ["beauty"])
+    with pytest.raises(InputError, match="no CLIPModel"):
+        clip_scores(star, texts, pocket.dino_path())
+
+
+@torch.no_grad()
+def test_clip_scores_are_the_models_own_logits_without_their_scale():
+    from transformers import AutoProcessor, CLIPModel, CLIPTokenizer
+
+    images = [Image.fromarray(scene.image) for scene in concept_scenes("teal-striped-star", 3)]
+    texts = ["a photo of a star", "a photo of a teal striped star on sand", "a photo of a star"]
+    clip = CLIPModel.from_pretrained(pocket.clip_path()).eval()
+    inputs = AutoProcessor.from_pretrained(pocket.clip_path())(images=images, return_tensors="pt")
+    ids = CLIPTokenizer.from_pretrained(pocket.clip_path())(texts, padding=True, return_tensors="pt")
+    logits = clip(**ids, pixel_values=inputs.pixel_values).logits_per_image.diagonal()
+    expected = (100 * logits / clip.logit_scale.exp()).clamp(min=0)
+    assert torch.allclose(clip_scores(images, texts, pocket.clip_path()), expected, atol=1e-2)
