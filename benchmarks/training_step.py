@@ -123,15 +123,16 @@ class Bare:
         (prediction.float() - self.noise.float()).square().mean().backward()
 
 
-def ours(options, folder: Path) -> float:
+def ours(options, folder: Path, *more: str) -> float:
     """Seconds per step of the real script, between its third step and its last."""
     path, resolution = model_folder(options.size)
-    stamps, draw = [], textual_inversion_szt.Concept.draw
+    stamps, draw = {}, textual_inversion_szt.Concept.draw
 
     def stamped(self, *arguments):
-        if len(stamps) in (2, 2 + options.steps):
-            synchronize()
-        stamps.append(time.perf_counter())
+        if self.step not in stamps:  # the first of the concepts that share the step
+            if self.step in (2, 2 + options.steps):
+                synchronize()
+            stamps[self.step] = time.perf_counter()
         return draw(self, *arguments)
 
     textual_inversion_szt.Concept.draw = stamped
@@ -142,15 +143,13 @@ def ours(options, folder: Path) -> float:
                 "--output_dir", output, "--placeholder_token", "<new>", "--initializer_token", "object",
                 "--resolution", str(resolution), "--train_batch_size", str(options.batch_size),
                 "--max_train_steps", str(options.steps + 3), "--mixed_precision", options.precision,
-                *(["--compile"] if options.compile else [])])
+                *(["--compile"] if options.compile else []), *more])
     finally:
         textual_inversion_szt.Concept.draw = draw
     return (stamps[2 + options.steps] - stamps[2]) / options.steps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=["pocket", "sd15"], default="pocket")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
@@ -158,6 +157,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--picture_size", type=int, default=128, help="side of the pictures on disk")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
