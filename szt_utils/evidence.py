@@ -56,10 +56,10 @@ def bimodality(values: np.ndarray) -> float:
 
 
 def radial_spectrum(latents: torch.Tensor, bands: int = 8) -> torch.Tensor:
-    """Mean power of (B, C, h, w) by spatial frequency, (B, bands), of equal width from 0, without the mean, to
-    the Nyquist frequency of a row; diagonals beyond it count in the last band.
+    """Mean power of (B, C, h, w) by spatial frequency, (B, bands), without the mean.
 
-    Bands so narrow that no frequency falls into them are nan.
+    Bands are of equal width up to the Nyquist frequency of a row; diagonals beyond it count in the last one.
+    A band so narrow that no frequency falls into it is nan.
     """
     centred = latents.double() - latents.double().mean((-2, -1), keepdim=True)
     power = torch.fft.fft2(centred, norm="ortho").abs().square().mean(1)  # (B, h, w)

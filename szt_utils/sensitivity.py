@@ -3,8 +3,8 @@ and cross-attention maps to compare them with.
 
     SSM(x, t, e, n) = E_e' sum_channels (prediction(z_t, t, c(e)) - prediction(z_t, t, c(e')))^2
 
-where e' is e with a random vector of the vocabulary in place of its n-th. Text encoders mix their tokens, so that the
-cross-attention of a token shows more than its own word; an SSM changes the word before it is mixed.
+where e' is e with a random vector of the vocabulary in place of its n-th. Text encoders mix their tokens, so
+that the cross-attention of a token shows more than its own word; an SSM changes the word before it is mixed.
 """
 
 import contextlib

@@ -100,7 +100,8 @@ def build_tiny_sdxl(folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id))
         for cls, width in ((CLIPTextModel, 32), (CLIPTextModelWithProjection, 24))]
     vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
-                        sample_size=64, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+                        sample_size=64,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
         cross_attention_dim=56, attention_head_dim=(2, 4), use_linear_projection=True,

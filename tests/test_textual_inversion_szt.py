@@ -361,7 +361,8 @@ def test_the_loss_inside_and_outside_the_masks_is_recorded(tiny_model, concept_f
         Image.fromarray(mask).save(tmp_path / "masks" / path.name)
     for name, changes in (("plain", {}), ("watched", {"mask_mode": "none"}), ("masked", {})):
         masks = {} if name == "plain" else {"loss_mask_dir": tmp_path / "masks"}
-        run_here(flags(tiny_model, concept_folder[0], tmp_path / name, max_train_steps=12, **masks, **changes))
+        run_here(flags(tiny_model, concept_folder[0], tmp_path / name, max_train_steps=12, **masks,
+                       **changes))
     plain, watched, masked = (read_stats(tmp_path / name / "stats.jsonl")
                               for name in ("plain", "watched", "masked"))
     # To watch changes nothing else.
