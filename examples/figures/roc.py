@@ -66,7 +66,8 @@ def main() -> None:
         write_json(arguments.output_dir / "roc.json", found)
         draw(list(clean.values()), poisoned, arguments.output_dir / "roc.png")
         for name, value in found.items():
-            print(f"{name}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] (n = {value['n']})")
+            interval = f"[{value['low']:.3f}, {value['high']:.3f}]"
+            print(f"{name}: {value['value']:.3f} {interval} (n = {value['n']})")
 
 
 if __name__ == "__main__":

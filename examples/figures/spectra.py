@@ -64,7 +64,7 @@ def draw(results: dict, path) -> None:
             axis.plot(middle, spectrum, "o-", color=COLOURS[data], label=data, markersize=3)
         axis.set(title=f"{when} JPEG", xlabel="spatial frequency of the latent, of Nyquist's",
                  ylabel="power", yscale="log")
-    axes[0, 0].legend()
+    axes[0, 1].legend()
     save_figure(drawn, path)
 
 

@@ -78,12 +78,13 @@ def load_model(arguments):
 
 
 def estimate(values, statistic=None) -> dict[str, float]:
-    """`evidence.bootstrap` of independent rows; of a mean unless told otherwise."""
+    """`evidence.bootstrap` of independent rows; of a mean unless told otherwise. One row has no interval."""
     import numpy as np
 
     from szt_utils.evidence import bootstrap
 
-    return bootstrap(np.asarray(values), statistic or np.mean)
+    found = bootstrap(np.asarray(values), statistic or np.mean)
+    return found if found["n"] > 1 else {**found, "low": None, "high": None}
 
 
 def figure(name: str, doc: str, measure: Callable, claims: Callable, draw: Callable,
@@ -122,6 +123,8 @@ def figure(name: str, doc: str, measure: Callable, claims: Callable, draw: Calla
 
 
 def told(value) -> str:
+    if isinstance(value, dict) and value["low"] is None:
+        return f"{value['value']:.3g} (n = 1)"
     if isinstance(value, dict):
         return f"{value['value']:.3g} [{value['low']:.3g}, {value['high']:.3g}] (n = {value['n']})"
     return f"{value:.3g}"
