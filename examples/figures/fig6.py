@@ -50,7 +50,8 @@ def measure(arguments, data: str) -> dict:
             generator, totals = torch.Generator().manual_seed(arguments.seed), torch.zeros(2)
             for _ in range(arguments.draws):
                 noise = torch.randn(latents.shape, generator=generator)
-                timesteps = sample_timesteps(len(paths), 0, 1000, generator=generator)
+                timesteps = sample_timesteps(len(paths), 0, base.scheduler.config.num_train_timesteps,
+                                             generator=generator)
                 with torch.no_grad():
                     error = base.loss(latents, noise, timesteps, states)
                 totals += torch.stack([masked_mean(error, mask, "area") for mask in (masks, 1 - masks)])
