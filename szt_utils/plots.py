@@ -59,7 +59,7 @@ def map_grid(path: str | Path, picture: Image.Image | list[Image.Image], maps: n
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=80)
 
 
 def band_plot(axis, x: list[float], samples: np.ndarray, label: str, colour: str) -> None:
