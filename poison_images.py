@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 import warnings
 from pathlib import Path
@@ -164,30 +163,12 @@ def is_adaptive(args: argparse.Namespace) -> bool:
 def open_output(output_dir: Path, image_dir: Path, arguments: dict) -> dict[str, str]:
     """Check that the output folder is new or of the same run;
     returns the finished files and the sha256 of their sources."""
-    from szt_utils.records import read_stats
+    from szt_utils.records import open_run
 
     if output_dir.resolve().is_relative_to(image_dir.resolve()):
         raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
                          "give another --output_dir.")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
-    if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
-        return {}
-    try:
-        options = json.loads((output_dir / "options.json").read_text())
-        ours, before = options["script"] == Path(__file__).name, options["arguments"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise InputError(f"The folder '{output_dir}' holds files that are not of this script; "
-                         "give another --output_dir.")
-    changed = [f"--{name}" for name, value in arguments.items()
-               if name not in before or before[name] != value]
-    if changed:
-        raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
-                         "give another --output_dir.")
-    stats = output_dir / "stats.jsonl"
-    records = read_stats(stats) if stats.exists() else []
+    records = open_run(output_dir, Path(__file__).name, arguments)
     return {record["file"]: record["sha256"] for record in records if (output_dir / record["file"]).exists()}
 
 

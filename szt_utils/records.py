@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_stats", "write_bytes",
-           "write_json", "write_torch"]
+from .errors import InputError
+
+__all__ = ["append_stats", "atomic_path", "open_run", "provenance", "read_stats", "truncate_stats",
+           "write_bytes", "write_json", "write_torch"]
 
 
 @contextlib.contextmanager
@@ -86,6 +88,34 @@ def truncate_stats(path: str | Path, last_step: int) -> None:
         kept = [record for record in read_stats(path) if record["step"] <= last_step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stats.jsonl records that an output folder holds of this run, none when it is new; writes nothing.
+
+    Raises InputError when the folder has files that are not of `script`, the script's file name, or when its
+    options.json, {"script": ..., "arguments": ...}, is of other arguments.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
+    if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
+        return []
+    try:
+        options = json.loads((output_dir / "options.json").read_text())
+        ours, before = options["script"] == script, options["arguments"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(f"The folder '{output_dir}' holds files that are not of this script; "
+                         "give another --output_dir.")
+    changed = [f"--{name}" for name, value in arguments.items()
+               if name not in before or before[name] != value]
+    if changed:
+        raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
+                         "give another --output_dir.")
+    stats = output_dir / "stats.jsonl"
+    return read_stats(stats) if stats.exists() else []
 
 
 def provenance() -> dict[str, Any]:
