@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_stats", "atomic_path", "provenance", "read_stats", "truncate_stats", "write_bytes",
-           "write_json", "write_torch"]
+from .errors import InputError
+
+__all__ = ["append_stats", "atomic_path", "open_run", "provenance", "read_stats", "truncate_stats",
+           "write_bytes", "write_json", "write_torch"]
 
 
 @contextlib.contextmanager
@@ -78,6 +80,37 @@ def read_stats(path: str | Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
+
+
+def open_run(output_dir: str | Path, image_dir: str | Path, script: str,
+             arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The latest records, by their "file", of a run whose folder is new, empty or of the same script and
+    arguments; InputError when it is not, or lies in `image_dir`. Records of files that are gone are left
+    out."""
+    output_dir, image_dir = Path(output_dir), Path(image_dir)
+    if output_dir.resolve().is_relative_to(image_dir.resolve()):
+        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
+                         "give another --output_dir.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
+    if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
+        return {}
+    try:
+        options = json.loads((output_dir / "options.json").read_text())
+        ours, before = options["script"] == script, options["arguments"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(f"The folder '{output_dir}' holds files that are not of this script; "
+                         "give another --output_dir.")
+    changed = [f"--{name}" for name, value in arguments.items()
+               if name not in before or before[name] != value]
+    if changed:
+        raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
+                         "give another --output_dir.")
+    stats = output_dir / "stats.jsonl"
+    records = read_stats(stats) if stats.exists() else []
+    return {record["file"]: record for record in records if (output_dir / record["file"]).exists()}
 
 
 def truncate_stats(path: str | Path, last_step: int) -> None:
