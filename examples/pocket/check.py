@@ -1,7 +1,7 @@
 """Print the bundled pocket world's figures on held-out scenes: python examples/pocket/check.py
 
-Parts (`--parts`): size, vae, classifier, generation, inversion, jpeg, masks. `--model` and `--dino` name other folders
-than the bundled ones. The figures also go to `--output` as JSON.
+Parts (`--parts`): size, vae, classifier, generation, inversion, jpeg, masks. `--model` and `--dino`
+name other folders than the bundled ones. The figures also go to `--output` as JSON.
 """
 
 import argparse
