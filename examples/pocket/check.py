@@ -166,7 +166,8 @@ def mask_overlaps(image_dir: Path, true_dir: Path) -> dict[str, float]:
     """Mean overlap of what precompute_masks.py makes of folders of pictures with the true masks."""
     rng, overlaps = np.random.default_rng(0), {"click": [], "auto": []}
     for concept in NOVEL_CONCEPTS:
-        true = {path.name: np.asarray(Image.open(path)) > 127 for path in list_images(true_dir / concept)}
+        true = {path.name: np.asarray(Image.open(path).convert("L")) > 127
+                for path in list_images(true_dir / concept)}
         points = {}
         for name, mask in true.items():
             y, x = np.argwhere(mask)[rng.integers(mask.sum())]
