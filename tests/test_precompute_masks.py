@@ -89,7 +89,8 @@ def test_a_turned_picture_has_a_mask_of_its_upright_size(script, concept_folder,
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(source).crop((0, 0, 128, 100)).save(tmp_path / "in" / "turned.jpg", exif=exif)
-    script.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--point", "0.5", "0.5"])
+    script.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
+                 "--point", "0.5", "0.5"])
     assert Image.open(tmp_path / "out" / "turned.png").size == (100, 128)
 
 
