@@ -160,18 +160,6 @@ def is_adaptive(args: argparse.Namespace) -> bool:
     return bool(args.jpeg_quality or args.loss_mask_dir or args.t_min or args.t_max)
 
 
-def open_output(output_dir: Path, image_dir: Path, arguments: dict) -> dict[str, str]:
-    """Check that the output folder is new or of the same run;
-    returns the finished files and the sha256 of their sources."""
-    from szt_utils.records import open_run
-
-    if output_dir.resolve().is_relative_to(image_dir.resolve()):
-        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
-                         "give another --output_dir.")
-    records = open_run(output_dir, Path(__file__).name, arguments)
-    return {record["file"]: record["sha256"] for record in records if (output_dir / record["file"]).exists()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """One picture to poison: its files, and its name among the results."""
@@ -399,11 +387,13 @@ def told(tell):
 
 def run(args: argparse.Namespace) -> None:
     from szt_utils.images import read_image
-    from szt_utils.records import append_stats, provenance, write_json
+    from szt_utils.records import append_stats, open_run, provenance, write_json
 
     arguments = {name: value for name, value in vars(args).items() if name != "output_dir"}
     output_dir = Path(args.output_dir)
-    finished = open_output(output_dir, Path(args.image_dir), arguments)
+    finished = {record["file"]: record["sha256"]
+                for record in open_run(output_dir, Path(__file__).name, arguments, args.image_dir)
+                if (output_dir / record["file"]).exists()}
     # Every file is read once before any work: what cannot be used must not stop a run half-way.
     pictures, work = find_pictures(args), {}
     for picture in pictures:

@@ -90,13 +90,17 @@ def truncate_stats(path: str | Path, last_step: int) -> None:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
-def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
+             image_dir: str | Path | None = None) -> list[dict[str, Any]]:
     """The stats.jsonl records that an output folder holds of this run, none when it is new; writes nothing.
 
-    Raises InputError when the folder has files that are not of `script`, the script's file name, or when its
-    options.json, {"script": ..., "arguments": ...}, is of other arguments.
+    Raises InputError when the folder has files that are not of `script`, the script's file name, when its
+    options.json, {"script": ..., "arguments": ...}, is of other arguments, or when it lies in `image_dir`.
     """
     output_dir = Path(output_dir)
+    if image_dir is not None and output_dir.resolve().is_relative_to(Path(image_dir).resolve()):
+        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
+                         "give another --output_dir.")
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
     if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):

@@ -8,7 +8,8 @@ from pathlib import Path
 from ..errors import InputError
 from .scenes import NOVEL_CONCEPTS, concept_scenes
 
-__all__ = ["NOVEL_CONCEPTS", "calibration_path", "clip_path", "dino_path", "model_path", "write_concept"]
+__all__ = ["NOVEL_CONCEPTS", "calibration_path", "clip_path", "dino_path", "model_path", "sam_path",
+           "write_concept"]
 
 _FOLDER = Path(__file__).parent
 
@@ -34,6 +35,11 @@ def dino_path() -> str:
 def clip_path() -> str:
     """Folder of the pocket CLIPModel, for prompt scores."""
     return _bundled("clip")
+
+
+def sam_path() -> str:
+    """The pocket Segment Anything model, a checkpoint of the segment-anything package, for masks."""
+    return str(Path(_bundled("sam")) / "sam.pth")
 
 
 def calibration_path() -> str:
