@@ -178,7 +178,7 @@ def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
 
 
 def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
-    """A tiny one with random weights: its picture is stretched to a square, its embedding has several sizes."""
+    """A tiny one, random: its picture is stretched to a square, and its embedding has several sizes."""
     from transformers import (
         Sam2Config,
         Sam2HieraDetConfig,
