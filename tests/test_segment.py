@@ -177,6 +177,48 @@ def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
         assert mask.shape == (60, 120)
 
 
+def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
+    """A tiny one, random: its picture is stretched to a square, and its embedding has several sizes."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2ImageProcessor,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 4, 4], global_attention_blocks=[3],
+        window_positional_embedding_background_size=[7, 7])
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16],
+                              backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32)
+    model = Sam2Model(Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16),
+        mask_decoder_config=Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=64, num_attention_heads=2,
+                                                  iou_head_hidden_dim=32))).eval()
+    model.save_pretrained(tmp_path)
+    processor = Sam2ImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path)
+
+    segmenter = load_segmenter(model=str(tmp_path))
+    image = Image.fromarray(scene.image).resize((128, 32))
+    seen = segmenter.see(image)
+    assert seen.inside == (64, 64) and seen.features.shape == (32, 4, 4)
+    with torch.no_grad():  # (64, 16) of the picture is (32, 32) of the square
+        whole = model(pixel_values=processor(image, return_tensors="pt")["pixel_values"],
+                      input_points=torch.tensor([[[[32.0, 32.0]]]]), input_labels=torch.ones(1, 1, 1).int())
+    logits, _ = segmenter.decode(seen, seen.to_input([[(64, 16)]]), torch.ones(1, 1), None, several=True)
+    assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
+    mask, _ = segment(segmenter, seen, Prompt(include=((64, 16),), exclude=((1, 1),)))
+    assert mask.shape == (32, 128)
+
+
 def test_a_folder_that_is_no_sam_is_told(tiny_model):
     with pytest.raises(InputError, match="SAM family"):
         SamModel(str(tiny_model))
