@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 import warnings
 from pathlib import Path
@@ -159,36 +158,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def is_adaptive(args: argparse.Namespace) -> bool:
     """Whether the attack is aimed at a defence."""
     return bool(args.jpeg_quality or args.loss_mask_dir or args.t_min or args.t_max)
-
-
-def open_output(output_dir: Path, image_dir: Path, arguments: dict) -> dict[str, str]:
-    """Check that the output folder is new or of the same run;
-    returns the finished files and the sha256 of their sources."""
-    from szt_utils.records import read_stats
-
-    if output_dir.resolve().is_relative_to(image_dir.resolve()):
-        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
-                         "give another --output_dir.")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
-    if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
-        return {}
-    try:
-        options = json.loads((output_dir / "options.json").read_text())
-        ours, before = options["script"] == Path(__file__).name, options["arguments"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise InputError(f"The folder '{output_dir}' holds files that are not of this script; "
-                         "give another --output_dir.")
-    changed = [f"--{name}" for name, value in arguments.items()
-               if name not in before or before[name] != value]
-    if changed:
-        raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
-                         "give another --output_dir.")
-    stats = output_dir / "stats.jsonl"
-    records = read_stats(stats) if stats.exists() else []
-    return {record["file"]: record["sha256"] for record in records if (output_dir / record["file"]).exists()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,11 +387,13 @@ def told(tell):
 
 def run(args: argparse.Namespace) -> None:
     from szt_utils.images import read_image
-    from szt_utils.records import append_stats, provenance, write_json
+    from szt_utils.records import append_stats, open_run, provenance, write_json
 
     arguments = {name: value for name, value in vars(args).items() if name != "output_dir"}
     output_dir = Path(args.output_dir)
-    finished = open_output(output_dir, Path(args.image_dir), arguments)
+    finished = {record["file"]: record["sha256"]
+                for record in open_run(output_dir, Path(__file__).name, arguments, args.image_dir)
+                if (output_dir / record["file"]).exists()}
     # Every file is read once before any work: what cannot be used must not stop a run half-way.
     pictures, work = find_pictures(args), {}
     for picture in pictures:

@@ -167,12 +167,9 @@ def run(args: argparse.Namespace) -> None:
     from szt_utils.records import append_stats, open_run, provenance, write_json
 
     output_dir, image_dir = Path(args.output_dir), Path(args.image_dir)
-    if output_dir.resolve().is_relative_to(image_dir.resolve()):
-        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
-                         "give another --output_dir.")
     arguments = {name: value for name, value in vars(args).items() if name != "output_dir"}
     finished = {record["file"]: record["sha256"]
-                for record in open_run(output_dir, Path(__file__).name, arguments)
+                for record in open_run(output_dir, Path(__file__).name, arguments, image_dir)
                 if (output_dir / record["file"]).exists()}
     # Every file is read once before any work: what cannot be used must not stop a run half-way.
     pictures, work = name_results(image_dir), {}

@@ -16,8 +16,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["szt_utils", "szt_utils.*"]),
-    py_modules=["textual_inversion_szt", "poison_images"],
-    package_data={"szt_utils.pocket": ["weights/**/*"]},
+    py_modules=["textual_inversion_szt", "poison_images", "purify_images", "precompute_masks",
+                "sensitivity_maps", "evaluate"],
+    package_data={"szt_utils": ["*.html"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
-    extras_require={"test": ["pytest>=8", "ruff>=0.8", "scikit-image"]},
+    extras_require={"test": ["pytest>=8", "ruff>=0.8", "scikit-image"], "metrics": ["torch-fidelity"]},
 )

@@ -69,9 +69,11 @@ def parse_args(argv: list[str] | None = None, concept: str | None = None) -> arg
                      help="folder of masks, <picture's stem>.png, same size, white = the concept")
     szt.add_argument("--mask_dilation", type=int,
                      help="grow the masks by this many pixels at the training resolution (default: 0)")
-    szt.add_argument("--mask_mode", choices=["loss", "image", "latent", "image_and_loss"], default="loss",
+    szt.add_argument("--mask_mode", choices=["loss", "image", "latent", "image_and_loss", "none"],
+                     default="loss",
                      help="what the mask multiplies (Sec. 5.2.3): the loss, the picture (around mid-grey), "
-                          "the noised latent, or the picture and the loss")
+                          "the noised latent, the picture and the loss, or nothing: only stats.jsonl tells "
+                          "the loss inside and outside")
     szt.add_argument("--mask_normalization", choices=["none", "area"], default="none",
                      help="mean of the masked loss over all elements, as in Eq. 7, or over the mask's area")
 
@@ -322,6 +324,7 @@ class Concept:
     checkpoint: dict | None = None  # what the training goes on with
     rows: slice | None = None  # its own among those of the batch
     loss: "torch.Tensor | None" = None
+    parts: list = field(default_factory=list)  # the plain mean error inside and outside the masks, if any
     waiting: list = field(default_factory=list)  # losses not yet read: reading one makes the device wait
 
     @property
@@ -553,7 +556,8 @@ def train(runs: list[argparse.Namespace]) -> None:
             f"noise level {low[0]:.3f} to {high[0]:.3f}, logSNR {low[1]:.2f} to {high[1]:.2f}",
             "no masks: the loss counts everywhere" if masks is None else
             f"{len(masks)} masks, mode {args.mask_mode}, dilated by {args.mask_dilation} px: "
-            f"{100 * masks.mean().item():.0f} % of the latent grid is trained on"]
+            f"{100 * masks.mean().item():.0f} % of the latent grid is "
+            + ("watched" if args.mask_mode == "none" else "trained on")]
         if args.szt and masks is None:
             lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                          "the third part of the defence is missing")
@@ -621,7 +625,8 @@ def train_together(accelerator, model, frozen, scaling_factor: float, concepts: 
         values = {}
         for concept in list(training):
             losses = torch.stack([loss for _, loss, _ in concept.waiting]).tolist() if concept.waiting else []
-            records = [{"step": step, "loss": loss, "lr": lr}
+            names = ("loss", "loss_inside", "loss_outside")
+            records = [{"step": step, **dict(zip(names, loss, strict=False)), "lr": lr}
                        for (step, _, lr), loss in zip(concept.waiting, losses, strict=True)]
             concept.waiting.clear()
             problem = None
@@ -670,6 +675,8 @@ def train_together(accelerator, model, frozen, scaling_factor: float, concepts: 
                     concept.loss = masked_mean(
                         error, sample.mask if concept.args.mask_mode.endswith("loss") else None,
                         concept.args.mask_normalization)
+                    concept.parts = [] if sample.mask is None else [
+                        masked_mean(error.detach(), mask, "area") for mask in (sample.mask, 1 - sample.mask)]
                 accelerator.backward(sum(concept.loss for concept in drawing))
                 # A step ends with its concept's epoch.
                 drawing = [concept for concept, sample in zip(drawing, samples, strict=True)
@@ -687,7 +694,8 @@ def train_together(accelerator, model, frozen, scaling_factor: float, concepts: 
             progress.update(1)
             for concept in training:
                 concept.step = step
-                concept.waiting.append((step, concept.loss.detach(), lr_scheduler.get_last_lr()[0]))
+                concept.waiting.append((step, torch.stack([concept.loss.detach(), *concept.parts]),
+                                        lr_scheduler.get_last_lr()[0]))
             saving, keeping, validating = (step % every == 0 for every in (
                 args.save_steps, args.checkpointing_steps, args.validation_steps))
             if saving or keeping or step % 10 == 0 or step == args.max_train_steps:

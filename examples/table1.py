@@ -2,9 +2,8 @@
 
     python examples/table1.py --output_dir table1 --concepts teal-striped-star red-dotted-heart
     python examples/table1.py --output_dir table1 --preset timesteps
-    python examples/table1.py --output_dir table1 --dataset dreambooth --dataset_dir dataset --mask_dir
-    masks \
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+    python examples/table1.py --output_dir table1 --dataset dreambooth --dataset_dir dataset \
+        --mask_dir masks --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Runs the real scripts: poisons each concept's pictures, purifies them, trains the embeddings of all its
 cells in one run, generates and scores. Cells that are there are not done again. Started by `accelerate
@@ -211,7 +210,7 @@ def prepare(args, concept: Concept, home: Path) -> None:
     """The concept's clean pictures and masks at training resolution, as PNGs of the same stems."""
     from PIL import Image
 
-    from szt_utils.images import crop_and_resize, list_images, read_image, save_png, to_pil
+    from szt_utils.images import crop_and_resize, list_images, read_image, save_png
     from szt_utils.masks import find_masks, read_mask
 
     if concept.images is None:
@@ -223,9 +222,8 @@ def prepare(args, concept: Concept, home: Path) -> None:
         image, name = read_image(path), f"{path.stem}.png"
         save_png(crop_and_resize(image, args.resolution, center_crop=True), home / "clean" / name)
         if mask is not None:
-            whole = to_pil(read_mask(mask, image.size).expand(-1, 3, -1, -1))[0].convert("L")
-            save_png(crop_and_resize(whole, args.resolution, True, Image.Resampling.NEAREST),
-                     home / "masks" / name)
+            save_png(crop_and_resize(read_mask(mask, image.size), args.resolution, True,
+                                     Image.Resampling.NEAREST), home / "masks" / name)
 
 
 def needs_masks(args) -> bool:

@@ -122,8 +122,8 @@ class LatentDiffusion:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Mean latent z0 of (B, 3, H, W) in [0, 1], scaled,
         (B, C, h, w) in the model's dtype; gradients flow."""
-        posterior = self.vae.encode(to_vae_range(images.to(self.device)).to(self.dtype)).latent_dist
-        return posterior.mean * self.vae.config.scaling_factor
+        posterior = self.vae.encode(to_vae_range(images.to(self.device)).to(self.vae.dtype)).latent_dist
+        return (posterior.mean * self.vae.config.scaling_factor).to(self.dtype)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures of scaled latents, float32 (B, 3, H, W), about [0, 1] and not clipped; gradients flow."""

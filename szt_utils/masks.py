@@ -17,7 +17,8 @@ from .images import crop_and_resize, from_pil, list_images, read_upright
 __all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_masks", "masked_mean", "prepare_mask", "read_mask",
            "to_latent_grid"]
 
-MASK_MODES = ("loss", "image", "latent", "image_and_loss")  # LM, IM, ZM and LIM of the paper
+# LM, IM, ZM and LIM of the paper; "none" only watches the loss inside and outside.
+MASK_MODES = ("loss", "image", "latent", "image_and_loss", "none")
 NORMALIZATIONS = ("none", "area")
 
 

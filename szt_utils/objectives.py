@@ -52,11 +52,11 @@ class Attack:
     """What is attacked and how: all that an objective may need besides the pictures and their generators.
 
     `text_states` (1 or B, L, D) is the prompt's, timesteps come from [t_min, t_max), `draws` draws of noise
-    and timestep are averaged in every gradient. `target` (1, 3, H, W) in [0, 1] is for EA and DA; None is the
-    latent of zeros. `loss_mask` (B, 1, H, W) counts errors only where it is 1. `jpeg_qualities` (lowest,
-    highest) compresses the pictures before the encoder, at a quality drawn anew for every gradient. DA takes
-    the last `chain_steps` steps of a schedule that begins at noise level `strength`, with `guidance_scale`
-    against `empty_states` (1, L, D).
+    and timestep are averaged in every gradient. `target` (1, 3, H, W) in [0, 1] is for EA and DA; None is,
+    for EA, the latent of zeros. `loss_mask` (B, 1, H, W) counts errors only where it is 1. `jpeg_qualities`
+    (lowest, highest) compresses the pictures before the encoder, at a quality drawn anew for every gradient.
+    DA takes the last `chain_steps` steps of a schedule that begins at noise level `strength`, with
+    `guidance_scale` against `empty_states` (1, L, D).
     """
 
     model: LatentDiffusion
@@ -162,8 +162,8 @@ def diffusion_objective(attack: Attack, latents: torch.Tensor,
                         generators: list[torch.Generator]) -> torch.Tensor:
     """Mean squared distance of what image-to-image makes of the latents to the target, float32 (B,)."""
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    goal = 0.5 if attack.target is None else attack.target.to(latents.device)
-    return attack.mean((image_to_image(attack, latents, noise.to(latents)) - goal).square())
+    made = image_to_image(attack, latents, noise.to(latents))
+    return attack.mean((made - attack.target.to(made)).square())
 
 
 def autograd_estimator(objective: Callable, attack: Attack, latents: torch.Tensor,

@@ -90,12 +90,17 @@ def truncate_stats(path: str | Path, last_step: int) -> None:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
-def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of stats.jsonl that a run of `script` left in `output_dir`, [] in a new or empty folder.
+def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
+             image_dir: str | Path | None = None) -> list[dict[str, Any]]:
+    """The stats.jsonl records that an output folder holds of this run, none when it is new; writes nothing.
 
-    Raises InputError when the folder holds anything else, or a run with other `arguments`.
+    Raises InputError when the folder has files that are not of `script`, the script's file name, when its
+    options.json, {"script": ..., "arguments": ...}, is of other arguments, or when it lies in `image_dir`.
     """
     output_dir = Path(output_dir)
+    if image_dir is not None and output_dir.resolve().is_relative_to(Path(image_dir).resolve()):
+        raise InputError(f"--output_dir '{output_dir}' is --image_dir or lies in it; "
+                         "give another --output_dir.")
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir '{output_dir}' is not a folder; give another one.")
     if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
@@ -108,8 +113,9 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any]) -> 
     if not ours:
         raise InputError(f"The folder '{output_dir}' holds files that are not of this script; "
                          "give another --output_dir.")
-    missing = object()
-    if changed := [f"--{name}" for name, value in arguments.items() if before.get(name, missing) != value]:
+    changed = [f"--{name}" for name, value in arguments.items()
+               if name not in before or before[name] != value]
+    if changed:
         raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
                          "give another --output_dir.")
     stats = output_dir / "stats.jsonl"

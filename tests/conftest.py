@@ -78,6 +78,44 @@ def build_tiny_model(folder: Path, prediction_type: str) -> Path:
     return folder
 
 
+def build_tiny_sdxl(folder: Path) -> Path:
+    """An SDXL-shaped folder of random weights:
+    two text encoders, pooled text and time ids, 64-px pictures."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from szt_utils.pocket.vocabulary import pocket_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer, other = (pocket_tokenizer(folder / name) for name in ("vocabulary", "vocabulary_2"))
+    encoders = [cls(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        projection_dim=16, num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+        for cls, width in ((CLIPTextModel, 32), (CLIPTextModelWithProjection, 24))]
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
+                        sample_size=64,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+        cross_attention_dim=56, attention_head_dim=(2, 4), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+    # SDXL comes with this scheduler, whose way of adding noise is not Eq. 1.
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    StableDiffusionXLPipeline(vae, *encoders, tokenizer, other, unet, scheduler,
+                              add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def concept_folder(tmp_path_factory) -> tuple[Path, Path]:
     """Five pictures of a novel concept and their masks, 128 px."""

@@ -1,6 +1,7 @@
 """What a training step costs, counted rather than timed:
 a slow machine must not fail it, a regression must."""
 
+import pytest
 import torch
 from conftest import run_here
 from test_textual_inversion_szt import flags
@@ -45,8 +46,9 @@ def costs(monkeypatch, model, images, folder, **changes) -> dict[str, int]:
     return {**counts, "reads": reads.count}
 
 
+@pytest.mark.parametrize("masked", [False, True])
 def test_a_step_is_one_call_of_each_network_and_waits_for_no_value(monkeypatch, tiny_model, concept_folder,
-                                                                   tmp_path):
+                                                                   tmp_path, masked):
     """The difference of 20 and 40 steps: one U-Net and one text encoder a step, the VAE never again.
 
     Of values, one per sample (is it mirrored?) and AdamW's count of steps, both on the CPU on any machine,
@@ -54,7 +56,8 @@ def test_a_step_is_one_call_of_each_network_and_waits_for_no_value(monkeypatch, 
     """
     batch_size = 2
     short, long = (costs(monkeypatch, tiny_model, concept_folder[0], tmp_path / str(steps),
-                         max_train_steps=steps, train_batch_size=batch_size, repeats=100)
+                         max_train_steps=steps, train_batch_size=batch_size, repeats=100,
+                         loss_mask_dir=concept_folder[1] if masked else None)
                    for steps in (20, 40))
     assert short["UNet2DConditionModel"] == short["CLIPTextModel"] == 20
     assert long["UNet2DConditionModel"] == long["CLIPTextModel"] == 40

@@ -101,7 +101,8 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_frechet_distance_is_that_of_the_matrix_root():
-    """Heusel et al.'s formula by scipy, where the covariances have full rank; fewer pictures than features too."""
+    """Heusel et al.'s formula by scipy, where the covariances have full rank;
+    fewer pictures than features too."""
     from scipy.linalg import sqrtm
 
     for a, b in (two_sets(), [f.double() for f in two_sets(5, 30)]):

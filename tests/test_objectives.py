@@ -85,6 +85,10 @@ class LinearEncoder(nn.Module):
         super().__init__()
         self.map = nn.Conv2d(3, 4, 8, stride=8, bias=False)
 
+    @property
+    def dtype(self):
+        return self.map.weight.dtype
+
     def encode(self, x):
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=self.map(x)))
 

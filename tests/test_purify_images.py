@@ -32,7 +32,8 @@ def image_dir(tmp_path_factory):
 
 @pytest.fixture
 def run(script, image_dir):
-    return lambda output_dir, *more: script.main(["--image_dir", str(image_dir), "--output_dir", str(output_dir),
+    return lambda output_dir, *more: script.main(["--image_dir", str(image_dir),
+                                                  "--output_dir", str(output_dir),
                                                   *map(str, more)])
 
 
@@ -96,7 +97,8 @@ def test_regen_keeps_sizes_and_does_not_depend_on_the_company(run, tiny_model, i
 def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    DDPMPipeline(UNet2DModel(sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+    DDPMPipeline(UNet2DModel(sample_size=16, block_out_channels=(8, 16), norm_num_groups=4,
+                             layers_per_block=1,
                              down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
                              add_attention=False), DDPMScheduler()).save_pretrained(tmp_path / "model")
     flags = ["--method", "pdmpure", "--pretrained_model_name_or_path", tmp_path / "model"]

@@ -349,6 +349,35 @@ def test_a_limit_above_the_number_of_checkpoints_removes_none(tiny_model, concep
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_the_loss_inside_and_outside_the_masks_is_recorded(tiny_model, concept_folder, tmp_path):
+    """Of masks that are alike and symmetric, so that a share of the grid is known: a quarter."""
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "masks").mkdir()
+    for path in concept_folder[0].iterdir():
+        mask = np.zeros((128, 128), np.uint8)
+        mask[:64, 32:96] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / path.name)
+    for name, changes in (("plain", {}), ("watched", {"mask_mode": "none"}), ("masked", {})):
+        masks = {} if name == "plain" else {"loss_mask_dir": tmp_path / "masks"}
+        run_here(flags(tiny_model, concept_folder[0], tmp_path / name, max_train_steps=12, **masks,
+                       **changes))
+    plain, watched, masked = (read_stats(tmp_path / name / "stats.jsonl")
+                              for name in ("plain", "watched", "masked"))
+    # To watch changes nothing else.
+    assert torch.equal(embedding(tmp_path / "watched"), embedding(tmp_path / "plain"))
+    assert [{name: record[name] for name in ("step", "loss", "lr")} for record in watched] == plain
+    assert [set(record) for record in plain] == [{"step", "loss", "lr"}] * 12
+    for record in watched:
+        inside, outside = record["loss_inside"], record["loss_outside"]
+        assert record["loss"] == pytest.approx((inside + 3 * outside) / 4, rel=1e-5)
+        assert inside != pytest.approx(outside, rel=1e-4)
+    for record in masked:
+        assert record["loss"] == pytest.approx(record["loss_inside"] / 4, rel=1e-5)
+    assert masked[0]["loss_outside"] == pytest.approx(watched[0]["loss_outside"], rel=1e-5)
+
+
 def test_mask_modes_differ_and_a_white_mask_changes_nothing(tiny_model, concept_folder, tmp_path):
     images, masks = concept_folder
     white = tmp_path / "white"

@@ -30,6 +30,9 @@ def main() -> None:
         if (arguments.work_dir / source).is_dir():
             shutil.rmtree(WEIGHTS / name, ignore_errors=True)
             shutil.copytree(arguments.work_dir / source, WEIGHTS / name)
+    if (arguments.work_dir / "sam.pth").exists():
+        (WEIGHTS / "sam").mkdir(exist_ok=True)
+        shutil.copy(arguments.work_dir / "sam.pth", WEIGHTS / "sam")
     for part in ("diffusion/unet", "diffusion/vae", "pixel/unet"):
         halve(WEIGHTS / part / "diffusion_pytorch_model.safetensors")
     for path in WEIGHTS.rglob("config.json"):  # no paths of the machine that trained them

@@ -1,7 +1,7 @@
 """Print the bundled pocket world's figures on held-out scenes: python examples/pocket/check.py
 
-Parts (`--parts`): vae, classifier, generation, inversion, size. `--model` and `--dino` name other folders
-than the bundled ones. The figures also go to `--output` as JSON.
+Parts (`--parts`): size, vae, classifier, generation, inversion, jpeg, masks. `--model` and `--dino`
+name other folders than the bundled ones. The figures also go to `--output` as JSON.
 """
 
 import argparse
@@ -20,12 +20,17 @@ from train_metrics import accuracy, labels_of
 from szt_utils import pocket
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.generation import generate, load_pipeline
-from szt_utils.images import from_pil, read_image
+from szt_utils.images import from_pil, list_images, read_image
 from szt_utils.metrics import Networks, evaluate_embedding
 from szt_utils.pocket.scenes import NOVEL_CONCEPTS, caption
 from szt_utils.records import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_script(name: str, *flags) -> None:
+    subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def held_out(count: int):
@@ -106,7 +111,8 @@ def check_inversion(arguments) -> dict:
 def check_size(arguments) -> dict:
     """Size of all bundled weights in megabytes (<= 40)."""
     folder = Path(pocket.model_path()).parent
-    return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6}
+    return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*")
+                             if path.suffix in (".safetensors", ".pth")) / 1e6}
 
 
 def check_jpeg(arguments) -> dict:
@@ -137,8 +143,50 @@ def check_jpeg(arguments) -> dict:
             "shift_after": healed.mean()}
 
 
+def check_masks(arguments) -> dict:
+    """Mean overlap with the true mask over the novel concepts, from one random click (>= 0.90) and by --auto
+    (>= 0.85), on clean pictures and poisoned ones (ADM+ and EA, eps 16, 100 steps)."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        for concept in NOVEL_CONCEPTS:
+            pocket.write_concept(concept, home / "clean" / concept, home / "true" / concept, arguments.count)
+        for data in ("clean", "ea", "adm+"):
+            if data != "clean":
+                run_script("poison_images.py", "--pretrained_model_name_or_path", arguments.model,
+                           "--image_dir", home / "clean", "--output_dir", home / data, "--method", data,
+                           "--resolution", 128, "--batch_size", 5)
+            figures |= {f"{data}_{way}": value
+                        for way, value in mask_overlaps(home / data, home / "true").items()}
+            print(f"  {data}: {figures}", flush=True)
+    return figures
+
+
+def mask_overlaps(image_dir: Path, true_dir: Path) -> dict[str, float]:
+    """Mean overlap of what precompute_masks.py makes of folders of pictures with the true masks."""
+    rng, overlaps = np.random.default_rng(0), {"click": [], "auto": []}
+    for concept in NOVEL_CONCEPTS:
+        true = {path.name: np.asarray(Image.open(path).convert("L")) > 127
+                for path in list_images(true_dir / concept)}
+        points = {}
+        for name, mask in true.items():
+            y, x = np.argwhere(mask)[rng.integers(mask.sum())]
+            points[name] = {"include": [[int(x), int(y)]]}
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "points.json"
+            write_json(file, points)
+            for way, flags in {"click": ["--points_file", file], "auto": ["--auto"]}.items():
+                run_script("precompute_masks.py", "--image_dir", image_dir / concept,
+                           "--output_dir", Path(temporary) / way, *flags)
+                for name, mask in true.items():
+                    found = np.asarray(Image.open(Path(temporary) / way / name)) > 127
+                    overlaps[way].append((found & mask).sum() / (found | mask).sum())
+    return {way: float(np.mean(values)) for way, values in overlaps.items()}
+
+
 CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier,
-          "generation": check_generation, "inversion": check_inversion, "jpeg": check_jpeg}
+          "generation": check_generation, "inversion": check_inversion, "jpeg": check_jpeg,
+          "masks": check_masks}
 
 
 def main() -> None:
@@ -149,6 +197,7 @@ def main() -> None:
     parser.add_argument("--dino", default=None)
     parser.add_argument("--pictures", type=int, default=256, help="number of generated pictures")
     parser.add_argument("--steps", type=int, default=600, help="steps of textual inversion")
+    parser.add_argument("--count", type=int, default=5, help="masks: pictures of each concept")
     parser.add_argument("--output", type=Path, default=Path("pocket_check.json"))
     arguments = parser.parse_args()
     arguments.model = arguments.model or pocket.model_path()

@@ -8,7 +8,8 @@ from pathlib import Path
 from ..errors import InputError
 from .scenes import BACKGROUNDS, NOVEL_CONCEPTS, concept_scenes
 
-__all__ = ["NOVEL_CONCEPTS", "PROMPTS", "clip_path", "dino_path", "model_path", "pixel_path", "write_concept"]
+__all__ = ["NOVEL_CONCEPTS", "PROMPTS", "calibration_path", "clip_path", "dino_path", "model_path",
+           "pixel_path", "sam_path", "write_concept"]
 
 PROMPTS = tuple(f"a photo of a {{}} on {background}" for background in BACKGROUNDS)
 
@@ -41,6 +42,16 @@ def clip_path() -> str:
 def pixel_path() -> str:
     """Folder of the pocket diffusion model of pixels, a DDPMPipeline, for PDMPure."""
     return _bundled("pixel")
+
+
+def sam_path() -> str:
+    """The pocket Segment Anything model, a checkpoint of the segment-anything package, for masks."""
+    return str(Path(_bundled("sam")) / "sam.pth")
+
+
+def calibration_path() -> str:
+    """File of what clean pictures look like to the pocket model, for `sensitivity_maps.py --diagnose`."""
+    return str(_FOLDER / "weights" / "calibration.json")
 
 
 def write_concept(concept: str, output_dir: str | Path, mask_dir: str | Path | None = None, count: int = 5,

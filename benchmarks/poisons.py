@@ -1,0 +1,106 @@
+"""A step of each poison against a plain forward and backward of the networks that it goes through: time, and
+peak memory in a process of its own.
+
+    python benchmarks/poisons.py
+    python benchmarks/poisons.py --size sd15 --precision bf16
+
+The plain step of ADM is one forward and backward of VAE encoder and U-Net in one graph; that of SDS the U-Net
+forward alone; that of EA the encoder alone; that of DA its chain, uncheckpointed, on the encoder. `ours` is
+what one step of the PGD loop takes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+from models import model_folder
+from timing import alternate, medians, peak_memory, ratio, report, seconds
+
+from szt_utils.diffusion import LatentDiffusion
+from szt_utils.objectives import POISONS, Attack, image_generator, image_gradient, target_pattern
+from szt_utils.pgd import pgd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+def ours(attack: Attack, images: torch.Tensor, name: str):
+    """A PGD step of the poison."""
+    generators = [image_generator(image, 0) for image in images]
+    gradient = image_gradient(POISONS[name], attack, generators)
+    return lambda: pgd(images, gradient, eps=16, step_size=1, steps=1)
+
+
+def plain(attack: Attack, images: torch.Tensor, name: str):
+    """The networks of the poison, forward and backward as far as it needs them, on one graph."""
+    model = attack.model
+    noise = torch.randn(len(images), 4, images.shape[-2] // 8, images.shape[-1] // 8,
+                        device=DEVICE).to(model.dtype)
+    timesteps = torch.full((len(images),), 300, device=DEVICE)
+    states = attack.text_states.expand(len(images), -1, -1)
+
+    def adm():
+        leaf = images.clone().requires_grad_()
+        model.loss(model.encode(leaf), noise, timesteps, states).mean().backward()
+
+    def sds():
+        leaf = images.clone().requires_grad_()
+        latents = model.encode(leaf)
+        with torch.no_grad():
+            residual = model.residual(latents, noise, timesteps, states)
+        (latents * residual).mean().backward()
+
+    def ea():
+        leaf = images.clone().requires_grad_()
+        model.encode(leaf).square().mean().backward()
+
+    return {"adm": adm, "sds": sds, "ea": ea}[name.rstrip("+-")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["pocket", "sd15"], default="pocket")
+    parser.add_argument("--precision", choices=DTYPES, default="no")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)  # the process that is measured
+    options = parser.parse_args()
+
+    path, resolution = model_folder(options.size)
+    model = LatentDiffusion.load(path, dtype=DTYPES[options.precision], device=DEVICE)
+    images = (torch.rand(options.batch_size, 3, resolution, resolution) * 255).round() / 255
+    attack = Attack(model, model.embed_text("a photo"), target=target_pattern(resolution, resolution),
+                    empty_states=model.embed_text(""))
+    images = images.to(DEVICE)
+    if options.memory_of:
+        side, name = options.memory_of
+        before = peak_memory()
+        seconds({"ours": ours, "plain": plain}[side](attack, images, name), 3)
+        print(json.dumps({"bytes": peak_memory() - before}))
+        return
+
+    results = {}
+    for name in ("adm+", "sds+", "ea"):
+        sides = {side: make(attack, images, name) for side, make in (("ours", ours), ("plain", plain))}
+        durations = alternate({side: lambda work=work: seconds(work, options.steps)
+                               for side, work in sides.items()}, options.rounds)
+        memory = {}
+        for side in sides:
+            done = subprocess.run([sys.executable, __file__, "--size", options.size, "--precision",
+                                   options.precision, "--batch_size", str(options.batch_size), "--memory_of",
+                                   side, name], capture_output=True, text=True, check=True)
+            memory[side] = json.loads(done.stdout.splitlines()[-1])["bytes"]
+        results[name] = {"seconds per step": medians(durations),
+                         "ours / plain": ratio(durations, "ours", "plain"), "bytes above the weights": memory}
+    # DA has no plain side that would fit: it goes through its chain and the decoder, checkpointed.
+    results["da"] = {"seconds per step": {"ours": seconds(ours(attack, images, "da"), 3)}}
+    report(f"poisons_{options.size}_batch{options.batch_size}_{options.precision}",
+           {"options": vars(options), "poisons": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Segment Anything: any checkpoint's type from its shapes, both packages behind one interface, prompts."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from szt_utils import pocket
+from szt_utils.errors import InputError
+from szt_utils.prompts import Prompt
+from szt_utils.segment import SamCheckpoint, SamModel, load_segmenter, sam_from_state, segment
+
+
+@pytest.fixture(scope="module")
+def pocket_sam():
+    return load_segmenter()
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return pocket.scenes.concept_scenes("teal-striped-star", 1)[0]
+
+
+def iou(a, b) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def centre(mask) -> tuple[float, float]:
+    """A point (x, y) well inside the mask."""
+    ys, xs = np.nonzero(mask)
+    return float(np.median(xs)), float(np.median(ys))
+
+
+def test_one_click_a_box_and_a_second_click(pocket_sam, scene):
+    seen = pocket_sam.see(Image.fromarray(scene.image))
+    ys, xs = np.nonzero(scene.mask)
+    click = Prompt(include=(centre(scene.mask),))
+    box = Prompt(box=(xs.min(), ys.min(), xs.max(), ys.max()))
+    both = Prompt(include=(centre(scene.mask),), exclude=((2, 2),))
+    for prompt in (click, box, both):
+        mask, score = segment(pocket_sam, seen, prompt)
+        assert mask.shape == scene.mask.shape and mask.dtype == torch.bool
+        assert iou(mask.numpy(), scene.mask) > 0.85 and score > 0.6, prompt
+    background, _ = segment(pocket_sam, seen, Prompt(include=((2, 2),)))
+    assert iou(background.numpy(), scene.mask) < 0.1
+
+
+def test_a_click_means_the_same_place_in_a_large_wide_picture(pocket_sam, scene):
+    """The picture is shrunk and padded on its way in, and the mask is brought back."""
+    wide = Image.new("RGB", (192, 128), tuple(int(v) for v in scene.image[0, 0]))
+    wide.paste(Image.fromarray(scene.image), (0, 0))
+    wide = wide.resize((384, 256))
+    true = np.zeros((128, 192), bool)
+    true[:, :128] = scene.mask
+    true = np.asarray(Image.fromarray(true).resize((384, 256)))
+    seen = pocket_sam.see(wide)
+    assert seen.inside == (85, 128) and seen.features.shape[1:] == (11, 16)
+    mask, _ = segment(pocket_sam, seen, Prompt(include=(centre(true),)))
+    assert mask.shape == (256, 384) and iou(mask.numpy(), true) > 0.7
+
+
+def test_equals_the_packages_own_predictor(pocket_sam, scene):
+    """Embedding, prompt and upscaling, on a picture that is neither square nor of the model's size."""
+    from segment_anything import SamPredictor
+
+    image = Image.fromarray(scene.image).resize((150, 90))
+    predictor = SamPredictor(pocket_sam.sam)
+    predictor.set_image(np.asarray(image))
+    masks, scores, _ = predictor.predict(np.array([[70, 40]]), np.array([1]), multimask_output=True)
+    mask, score = segment(pocket_sam, pocket_sam.see(image), Prompt(include=((70, 40),)))
+    assert np.array_equal(mask.numpy(), masks[scores.argmax()])
+    assert score == pytest.approx(scores.max(), abs=1e-6)
+    masks, _, _ = predictor.predict(box=np.array([20, 10, 120, 80]), multimask_output=False)
+    mask, _ = segment(pocket_sam, pocket_sam.see(image), Prompt(box=(20, 10, 120, 80)))
+    assert np.array_equal(mask.numpy(), masks[0])
+
+
+def test_the_type_of_published_checkpoints_is_inferred():
+    """ViT-B, -L and -H: the package's own constructors, without memory for weights, make the same modules."""
+    from segment_anything import sam_model_registry
+
+    for kind in ("vit_b", "vit_l", "vit_h"):
+        with torch.device("meta"):
+            original = sam_model_registry[kind]()
+            state = original.state_dict()
+            rebuilt = sam_from_state(state)
+        shapes = {name: value.shape for name, value in rebuilt.state_dict().items()}
+        assert shapes == {name: value.shape for name, value in state.items()}
+        for a, b in zip(original.modules(), rebuilt.modules(), strict=True):
+            for name in ("window_size", "num_heads", "img_size", "input_image_size", "num_mask_tokens"):
+                assert getattr(a, name, None) == getattr(b, name, None), (kind, name)
+
+
+
+
+@pytest.mark.slow
+def test_a_full_size_vit_b_of_random_weights_loads_and_runs(tmp_path, scene):
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    original = sam_model_registry["vit_b"]()
+    torch.save(original.state_dict(), tmp_path / "sam_vit_b.pth")
+    segmenter = SamCheckpoint(tmp_path / "sam_vit_b.pth")
+    seen = segmenter.see(Image.fromarray(scene.image))
+    assert seen.side == 1024 and seen.features.shape == (256, 64, 64)
+    mask, _ = segment(segmenter, seen, Prompt(include=((64, 64),)))
+    assert mask.shape == (128, 128)
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a checkpoint was run')",)
+
+
+def test_bad_checkpoints_are_told_and_never_run(tmp_path):
+    torch.save({"image_encoder.pos_embed": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save(Evil(), tmp_path / "evil.pth")
+    (tmp_path / "noise.pth").write_bytes(b"no checkpoint")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    state = torch.load(pocket.sam_path(), weights_only=True)
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
+    for name in ("other", "evil", "noise", "empty", "more", "missing"):
+        with pytest.raises(InputError, match=f"{name}.pth"):
+            SamCheckpoint(tmp_path / f"{name}.pth")
+
+
+def test_words_need_a_model_that_takes_them(pocket_sam, scene):
+    with pytest.raises(InputError, match="takes no words"):
+        segment(pocket_sam, pocket_sam.see(Image.fromarray(scene.image)), Prompt(text="star"))
+
+
+@pytest.fixture(scope="module")
+def transformers_sam(tmp_path_factory):
+    """Tiny SAM of transformers with random weights, 64-px input."""
+    from transformers import (
+        SamConfig,
+        SamImageProcessor,
+        SamMaskDecoderConfig,
+        SamPromptEncoderConfig,
+        SamVisionConfig,
+    )
+    from transformers import SamModel as Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam")
+    vision = SamVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+                             patch_size=8, output_channels=16, window_size=4, global_attn_indexes=[1],
+                             mlp_dim=64, num_pos_feats=8)
+    prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
+    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16)
+    Model(SamConfig(vision_config=vision, prompt_encoder_config=prompts,
+                    mask_decoder_config=decoder)).save_pretrained(folder)
+    SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
+    """The embedding is made once and used for every prompt; the result is that of one whole call."""
+    from transformers import SamModel as Model
+    from transformers import SamProcessor
+
+    segmenter = load_segmenter(model=str(transformers_sam))
+    image = Image.fromarray(scene.image).resize((120, 60))
+    seen = segmenter.see(image)
+    assert seen.inside == (32, 64) and seen.side == 64 and not segmenter.takes_text
+    model = Model.from_pretrained(transformers_sam).eval()
+    processor = SamProcessor.from_pretrained(transformers_sam)
+    inputs = processor(images=image, input_points=[[[60, 30]]], return_tensors="pt")
+    with torch.no_grad():
+        whole = model(**inputs)
+    logits, scores = segmenter.decode(seen, seen.to_input([[(60, 30)]]), torch.ones(1, 1), None, several=True)
+    assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
+    assert torch.allclose(scores, whole.iou_scores[0], atol=1e-5)
+    for prompt in (Prompt(include=((60, 30),)), Prompt(box=(10, 10, 90, 50)),
+                   Prompt(include=((60, 30),), exclude=((5, 5),), box=(10, 10, 90, 50))):
+        mask, _ = segment(segmenter, seen, prompt)
+        assert mask.shape == (60, 120)
+
+
+def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
+    """A tiny one, random: its picture is stretched to a square, and its embedding has several sizes."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2ImageProcessor,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=16, num_attention_heads=1, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 4, 4], global_attention_blocks=[3],
+        window_positional_embedding_background_size=[7, 7])
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16],
+                              backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32)
+    model = Sam2Model(Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16),
+        mask_decoder_config=Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=64, num_attention_heads=2,
+                                                  iou_head_hidden_dim=32))).eval()
+    model.save_pretrained(tmp_path)
+    processor = Sam2ImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path)
+
+    segmenter = load_segmenter(model=str(tmp_path))
+    image = Image.fromarray(scene.image).resize((128, 32))
+    seen = segmenter.see(image)
+    assert seen.inside == (64, 64) and seen.features.shape == (32, 4, 4)
+    with torch.no_grad():  # (64, 16) of the picture is (32, 32) of the square
+        whole = model(pixel_values=processor(image, return_tensors="pt")["pixel_values"],
+                      input_points=torch.tensor([[[[32.0, 32.0]]]]), input_labels=torch.ones(1, 1, 1).int())
+    logits, _ = segmenter.decode(seen, seen.to_input([[(64, 16)]]), torch.ones(1, 1), None, several=True)
+    assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
+    mask, _ = segment(segmenter, seen, Prompt(include=((64, 16),), exclude=((1, 1),)))
+    assert mask.shape == (32, 128)
+
+
+def test_a_folder_that_is_no_sam_is_told(tiny_model):
+    with pytest.raises(InputError, match="SAM family"):
+        SamModel(str(tiny_model))

@@ -1,0 +1,182 @@
+"""The script: its files and their axes, maps that find a concept, resume, diagnosis,
+one sentence per mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+from safetensors import safe_open
+
+from szt_utils import pocket
+
+PROMPT, TOKENS, TIMESTEPS = "a photo of a teal striped star on grass", ["star", "teal"], [100, 500, 900]
+SCRIPT = "sensitivity_maps.py"
+
+
+@pytest.fixture(scope="module")
+def picture(concept_folder):
+    return sorted(concept_folder[0].iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, picture):
+    return ["--pretrained_model_name_or_path", tiny_model, "--image", picture, "--prompt", PROMPT, "--tokens",
+            *TOKENS, "--timesteps", *TIMESTEPS, "--replacements", 3]
+
+
+def read(path) -> tuple[dict, dict]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def here(*arguments) -> None:
+    import sensitivity_maps
+
+    sensitivity_maps.main([*map(str, arguments)])
+
+
+def test_the_files_and_their_axes(options, tmp_path):
+    run_script(SCRIPT, *options, "--cross_attention", "--output_dir", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "maps.safetensors", "grid.png", "options.json", "stats.jsonl"}
+    maps, metadata = read(tmp_path / "out" / "maps.safetensors")
+    assert json.loads(metadata["tokens"]) == TOKENS and json.loads(metadata["timesteps"]) == TIMESTEPS
+    assert set(maps) == {"ssm", "cross_attention"}
+    for of_kind in maps.values():
+        assert of_kind.dtype == torch.float32 and of_kind.shape == (2, 3, 8, 8) and (of_kind > 0).any()
+    records = [json.loads(line) for line in (tmp_path / "out" / "stats.jsonl").read_text().splitlines()]
+    assert [(record["token"], record["timestep"]) for record in records] == [
+        (token, t) for token in TOKENS for t in TIMESTEPS]
+    assert records[4]["ssm"] == pytest.approx(maps["ssm"][1, 1].mean().item())
+    assert Image.open(tmp_path / "out" / "grid.png").width > 400
+
+
+def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
+    """The mass of the shape's map lies within the true mask, many times its share of the picture."""
+    paths = pocket.write_concept("teal-striped-star", tmp_path / "images", tmp_path / "masks", count=2)
+    here("--pretrained_model_name_or_path", pocket.model_path(), "--image", *paths, "--prompt",
+         "a photo of a teal striped star", "--tokens", "star", "--timesteps", 300, 500, "--output_dir",
+         tmp_path / "out")
+    for path in paths:
+        maps, _ = read(tmp_path / "out" / path.stem / "maps.safetensors")
+        mask = torch.from_numpy(np.asarray(Image.open(tmp_path / "masks" / path.name)) > 0).float()
+        cells = torch.nn.functional.adaptive_avg_pool2d(mask[None], (16, 16))[0]
+        inside = (maps["ssm"] * cells).sum() / maps["ssm"].sum()
+        assert maps["ssm"].shape == (1, 2, 16, 16)
+        assert inside > 2.5 * cells.mean() > 0.1
+
+
+def test_resolution_embeddings_and_all_words(options, tiny_model, picture, tmp_path):
+    from szt_utils.embeddings import save_embedding
+
+    save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(2, 32))
+    here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",
+         tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "out")
+    maps, metadata = read(tmp_path / "out" / "maps.safetensors")
+    assert maps["ssm"].shape == (5, 1, 12, 12)
+    assert json.loads(metadata["tokens"]) == ["a", "<c>", "<c>_1", "on", "grass"]
+    here(*options[:4], "--prompt", "a <c> on grass", "--tokens", "<c>", "--timesteps", 500, "--embeddings",
+         tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "both")
+    both, metadata = read(tmp_path / "both" / "maps.safetensors")
+    assert json.loads(metadata["tokens"]) == ["<c>"] and both["ssm"].shape[0] == 1
+
+
+def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, capsys):
+    out = tmp_path / "out"
+    here(*options, "--output_dir", out)
+    before, _ = read(out / "maps.safetensors")
+    time = (out / "maps.safetensors").stat().st_mtime_ns
+    here(*options, "--output_dir", out)
+    assert (out / "maps.safetensors").stat().st_mtime_ns == time
+    (out / "grid.png").unlink()
+    here(*options, "--output_dir", out)
+    assert torch.equal(read(out / "maps.safetensors")[0]["ssm"], before["ssm"])  # the same draws
+    for arguments, message in ((["--seed", 1], "made with another --seed"), ([], "not of this script")):
+        if not arguments:
+            (out / "options.json").unlink()
+        with pytest.raises(SystemExit) as caught:
+            here(*options, *arguments, "--output_dir", out)
+        assert message in str(caught.value)
+
+
+def test_diagnosis_calibrates_on_clean_pictures_and_tells_the_poisoned(tmp_path):
+    """Against pictures with strong noise, which any of its signals would show."""
+    rng = np.random.default_rng(0)
+    for i, concept in enumerate(list(pocket.NOVEL_CONCEPTS)[:6]):
+        pocket.write_concept(concept, tmp_path / "clean", count=2)
+        (path,) = pocket.write_concept(concept, tmp_path / "set" / str(i), count=1, seed=1)
+        if i < 3:
+            pixels = np.asarray(Image.open(path)).astype(int)
+            noise = rng.choice([-40, 40], size=pixels.shape)
+            Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path)
+    model = ["--pretrained_model_name_or_path", pocket.model_path(), "--diagnose", tmp_path / "set"]
+    done = run_script(SCRIPT, *model, "--clean_dir", tmp_path / "clean", "--output_dir", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    suspects = [picture["suspect"] for _, picture in sorted(report["pictures"].items())]
+    assert suspects[:3] == [True] * 3 and report["poisoned"] and sum(suspects) == report["suspects"]
+    scores = [picture["score"] for _, picture in sorted(report["pictures"].items())]
+    assert min(scores[:3]) > max(scores[3:])
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and "looks poisoned" in lines[0] and lines[-1] == report["sentence"]
+    # The calibration alone gives the same, and the same command computes no signal again.
+    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
+    assert again == report
+    stats = (tmp_path / "again" / "stats.jsonl").read_bytes()
+    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
+    assert (tmp_path / "again" / "stats.jsonl").read_bytes() == stats
+
+
+def test_the_pocket_models_calibration_is_bundled(tmp_path):
+    pocket.write_concept("blue-dotted-cross", tmp_path / "set", count=2, seed=9)
+    here("--pretrained_model_name_or_path", pocket.model_path(), "--diagnose", tmp_path / "set",
+         "--output_dir", tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["pictures"]) == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tokens", "ring"], "'ring' is not in the prompt"),
+    (["--timesteps", 1000], "above the model's last, 999"),
+    (["--resolution", 100], "multiple of 8"),
+    (["--image", "none.png"], "'none.png' does not exist"),
+    (["--embeddings", "none.safetensors"], "cannot be read"),
+    (["--prompt", "star " * 40], "more than the 24 tokens"),
+    (["--image", "a/x.png", "b/x.png"], "Several pictures are called 'x'"),
+    (["--pretrained_model_name_or_path", "no/such"], "no usable"),
+])
+def test_one_sentence_per_mistake(options, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        here(*options, "--output_dir", tmp_path / "out", *arguments)
+    assert str(caught.value).startswith("error: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "maps.safetensors").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "x"], "--image --diagnose is required"),
+    (["--image", "x.png"], "needs --prompt"),
+    (["--diagnose", "x", "--tokens", "a"], "--tokens: not used"),
+    (["--image", "x.png", "--prompt", "x", "--clean_dir", "d"], "--clean_dir: not used"),
+    (["--diagnose", "x", "--clean_dir", "d", "--calibration", "c"], "--calibration: not used"),
+    (["--image", "x.png", "--prompt", "x", "--replacements", "0"], "0 is below 1"),
+    (["--image", "x.png", "--prompt", "x", "--timesteps", "soon"], "not a whole number"),
+])
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", "m", "--output_dir", "o", *arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_diagnosis_of_another_model_needs_clean_pictures(tiny_model, concept_folder, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", tiny_model, "--diagnose", concept_folder[0], "--output_dir",
+             tmp_path / "out")
+    assert "needs --clean_dir" in str(caught.value)
+    shutil.copytree(concept_folder[0], tmp_path / "set")
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", tiny_model, "--diagnose", tmp_path / "set", "--clean_dir",
+             concept_folder[0], "--output_dir", tmp_path / "set" / "out")
+    assert "lies in it" in str(caught.value)
