@@ -172,22 +172,17 @@ class Picture:
 
 def find_pictures(args: argparse.Namespace) -> list[Picture]:
     """Every picture of --image_dir with its masks; what lacks one raises InputError."""
-    from szt_utils.images import list_images
+    from szt_utils.images import name_results
     from szt_utils.masks import find_masks
 
-    root, by_folder, found = Path(args.image_dir), {}, {}
-    for path in list_images(root, recursive=True):
-        by_folder.setdefault(path.parent.relative_to(root), []).append(path)
-    for folder, paths in by_folder.items():
-        masks, loss_masks = (find_masks(Path(masks) / folder, paths) if masks else [None] * len(paths)
-                             for masks in (args.mask_dir, args.loss_mask_dir))
-        for path, mask, loss_mask in zip(paths, masks, loss_masks, strict=True):
-            name = (folder / f"{path.stem}.png").as_posix()
-            if name in found:
-                raise InputError(f"'{found[name].path.name}' and '{path.name}' would both become '{name}'; "
-                                 "rename one.")
-            found[name] = Picture(name, path, mask, loss_mask)
-    return list(found.values())
+    root, by_folder, found = Path(args.image_dir), {}, []
+    for name, path in name_results(root).items():
+        by_folder.setdefault(path.parent.relative_to(root), {})[name] = path
+    for folder, named in by_folder.items():
+        masks, loss_masks = (find_masks(Path(masks) / folder, list(named.values())) if masks
+                             else [None] * len(named) for masks in (args.mask_dir, args.loss_mask_dir))
+        found += map(Picture, named, named.values(), masks, loss_masks)
+    return found
 
 
 def attacked_size(size: tuple[int, int], args: argparse.Namespace) -> tuple[int, int]:
