@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -419,11 +420,13 @@ def train(runs: list[argparse.Namespace]) -> None:
     args, alone = runs[0], len(runs) == 1
     project_dir = Path(args.project_dir)
     try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision, log_with=args.report_to,
-            project_config=ProjectConfiguration(project_dir=str(project_dir),
-                                                logging_dir=str(project_dir / args.logging_dir)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the tracker is missing is said below
+            accelerator = Accelerator(
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                mixed_precision=args.mixed_precision, log_with=args.report_to,
+                project_config=ProjectConfiguration(project_dir=str(project_dir),
+                                                    logging_dir=str(project_dir / args.logging_dir)))
     except ValueError as error:
         raise InputError(f"--mixed_precision {args.mixed_precision} or --report_to {args.report_to} "
                          f"cannot be used here: {error}") from None
@@ -561,6 +564,9 @@ def train(runs: list[argparse.Namespace]) -> None:
         if args.szt and masks is None:
             lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                          "the third part of the defence is missing")
+        if not accelerator.log_with:
+            lines.append(f"no tracker for --report_to {args.report_to} is installed: "
+                         "the losses go to stats.jsonl only")
         for line in lines:
             tqdm.write(line if alone else f"{concept.name}: {line}")
     if concepts:
