@@ -126,6 +126,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Do not crop: attack the whole picture at --resolution, enlarge the change, add it to the "
              "original.")
     add("--batch_size", type=whole_number(1), default=1, help="Pictures attacked together. (1)")
+    add("--one_graph", action="store_true",
+        help="adm+, adm-, da: keep the encoder's graph beside the U-Net's; faster by an encoding a step, for "
+             "more memory.")
     add("--seed", type=int, default=0, help="Seed of the start, noise and timesteps. (0)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
         help="Precision of the model. (no)")
@@ -281,8 +284,8 @@ def load_attack(args: argparse.Namespace):
                          f"but it is {args.resolution}.")
     return Attack(model, model.embed_text(args.prompt), args.t_min, t_max, args.draws,
                   jpeg_qualities=args.jpeg_quality and (min(args.jpeg_quality), max(args.jpeg_quality)),
-                  empty_states=model.embed_text(""), chain_steps=args.chain_steps, strength=args.strength,
-                  guidance_scale=args.guidance_scale)
+                  one_graph=args.one_graph, empty_states=model.embed_text(""), chain_steps=args.chain_steps,
+                  strength=args.strength, guidance_scale=args.guidance_scale)
 
 
 def attack_batch(args: argparse.Namespace, attack, batch: list[Tensors], on_step) -> list:

@@ -1,9 +1,9 @@
 """Fair ratios: the sides take turns in one process, and medians of their rounds are compared."""
 
+import gc
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,11 +50,30 @@ def ratio(durations: dict[str, list[float]], slower: str, faster: str) -> float:
     return median(a / b for a, b in zip(durations[slower], durations[faster], strict=True))
 
 
-def peak_memory() -> int:
-    """Bytes: the most that this process has held, or the most that torch has held on the GPU."""
+def added_memory(work: Callable[[], object]) -> int:
+    """Bytes that `work` holds at its peak beyond what is held before it: of the process on Linux, of torch on
+    a GPU.
+
+    On a CPU run it in a process with `HONEST_MALLOC` in its environment, which gives freed memory back.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set begins anew
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _resident(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> str:

@@ -9,7 +9,7 @@
 
 with z0 = scale * E(x + delta) and x_g a target picture. A poison is an objective, an estimator of its
 gradient with respect to z0, a direction and a start. The way from z0 back to the pixels is common to all:
-`through_encoder`, which never holds the graphs of the U-Net and of the VAE at the same time. An adaptive
+`through_encoder`, which holds the graphs of the U-Net and of the VAE one after the other. An adaptive
 attack is one of them with what a defence does built in: `jpeg_qualities`, a timestep range, a `loss_mask`.
 """
 
@@ -55,8 +55,9 @@ class Attack:
     and timestep are averaged in every gradient. `target` (1, 3, H, W) in [0, 1] is for EA and DA; None is,
     for EA, the latent of zeros. `loss_mask` (B, 1, H, W) counts errors only where it is 1. `jpeg_qualities`
     (lowest, highest) compresses the pictures before the encoder, at a quality drawn anew for every gradient.
-    DA takes the last `chain_steps` steps of a schedule that begins at noise level `strength`, with
-    `guidance_scale` against `empty_states` (1, L, D).
+    `one_graph` saves an encoding for more memory (`through_encoder`). DA takes the last `chain_steps` steps
+    of a schedule that begins at noise level `strength`, with `guidance_scale` against `empty_states`
+    (1, L, D).
     """
 
     model: LatentDiffusion
@@ -67,6 +68,7 @@ class Attack:
     target: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
     jpeg_qualities: tuple[int, int] | None = None
+    one_graph: bool = False
     empty_states: torch.Tensor | None = None
     chain_steps: int = 4
     strength: float = 0.8
@@ -195,20 +197,24 @@ def sds_estimator(objective: Callable, attack: Attack, latents: torch.Tensor,
 @dataclass(frozen=True)
 class Poison:
     """A data poison: `objective(attack, latents, generators)` gives values (B,),
-    `estimator(objective, attack, latents, generators)` a gradient like `latents` and the values."""
+    `estimator(objective, attack, latents, generators)` a gradient like `latents` and the values.
+
+    `unet_graph` tells whether the estimator differentiates the U-Net.
+    """
 
     objective: Callable[..., torch.Tensor]
     estimator: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     ascend: bool
     random_start: bool
+    unet_graph: bool = True
 
 
 POISONS = {
     "adm+": Poison(denoising_objective, autograd_estimator, ascend=True, random_start=True),
     "adm-": Poison(denoising_objective, autograd_estimator, ascend=False, random_start=True),
-    "sds+": Poison(denoising_objective, sds_estimator, ascend=True, random_start=False),
-    "sds-": Poison(denoising_objective, sds_estimator, ascend=False, random_start=False),
-    "ea": Poison(encoder_objective, autograd_estimator, ascend=False, random_start=True),
+    "sds+": Poison(denoising_objective, sds_estimator, ascend=True, random_start=False, unet_graph=False),
+    "sds-": Poison(denoising_objective, sds_estimator, ascend=False, random_start=False, unet_graph=False),
+    "ea": Poison(encoder_objective, autograd_estimator, ascend=False, random_start=True, unet_graph=False),
     "da": Poison(diffusion_objective, autograd_estimator, ascend=False, random_start=False),
 }
 
@@ -230,22 +236,23 @@ def target_pattern(height: int, width: int) -> torch.Tensor:
 
 
 def through_encoder(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor,
-                    latent_gradient: Gradient) -> tuple[torch.Tensor, torch.Tensor]:
+                    latent_gradient: Gradient, one_graph: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry a gradient with respect to the mean latent z0 back to the pixels;
     gradient like `images`, and values (B,).
 
     `encode` maps pictures to z0, `latent_gradient` maps z0 (B, C, h, w) to its gradient and the values, and
     frees its own graph. Only then is the encoder run again, with a graph: peak memory is the larger of the
-    two, not the sum, for the price of one encoding.
+    two, not the sum, for the price of one encoding. With `one_graph` the encoder runs once, and its graph
+    waits for `latent_gradient`.
     """
-    with torch.no_grad():
-        latents = encode(images)
-    cotangent, values = latent_gradient(latents)
+    leaf = images.detach().requires_grad_()
+    with torch.set_grad_enabled(one_graph):
+        latents = encode(leaf)
+    cotangent, values = latent_gradient(latents.detach())
     # Backward is linear in the cotangent: at unit size it neither under- nor overflows in half precision.
     size = cotangent.flatten(1).abs().amax(1).clamp(min=torch.finfo(cotangent.dtype).tiny).view(-1, 1, 1, 1)
-    leaf = images.detach().requires_grad_()
     with torch.enable_grad():
-        latents = encode(leaf)
+        latents = latents if one_graph else encode(leaf)
         (gradient,) = torch.autograd.grad(latents, leaf, (cotangent / size).to(latents.dtype))
     return gradient * size.to(gradient.dtype), values
 
@@ -263,7 +270,8 @@ def image_gradient(poison: Poison, attack: Attack, generators: list[torch.Genera
         gradients, values = zip(*parts, strict=True)
         return sum(gradients) / attack.draws, sum(values) / attack.draws
 
-    return lambda images: through_encoder(attack.encoder(generators), images, latent_gradient)
+    one_graph = attack.one_graph or not poison.unet_graph  # without the U-Net's there is no sum to avoid
+    return lambda images: through_encoder(attack.encoder(generators), images, latent_gradient, one_graph)
 
 
 @torch.no_grad()

@@ -235,21 +235,31 @@ def test_sds_is_the_residual_carried_back_without_a_graph_of_the_unet(model, att
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name,draws,unet_passes", [("adm+", 3, [True] * 3), ("sds-", 3, [False] * 3),
-                                                    ("ea", 1, [])])
-def test_one_unet_pass_per_draw_one_vae_backward_and_never_both_graphs(model, attack, monkeypatch, name,
-                                                                       draws, unet_passes):
+@pytest.mark.parametrize("name,one_graph,expected", [
+    ("adm+", False, [("vae", False), *[("unet", True)] * 3, ("vae", True)]),
+    ("adm+", True, [("vae", True), *[("unet", True)] * 3]),
+    ("sds-", False, [("vae", True), *[("unet", False)] * 3]),
+    ("ea", False, [("vae", True)])])
+def test_one_unet_pass_per_draw_one_vae_backward_and_never_both_graphs_unasked(model, attack, monkeypatch,
+                                                                               name, one_graph, expected):
     events = []
     encode, forward = model.vae.encode, model.unet.forward
     monkeypatch.setattr(model.vae, "encode",
                         lambda x: events.append(("vae", torch.is_grad_enabled())) or encode(x))
     monkeypatch.setattr(model.unet, "forward",
                         lambda *args: events.append(("unet", torch.is_grad_enabled())) or forward(*args))
-    attack, images = replace(attack, draws=draws), pictures(1)
+    attack, images = replace(attack, draws=1 if name == "ea" else 3, one_graph=one_graph), pictures(1)
     assert torch.is_tensor(attack.target_latent)  # encoded once, before the first step
     events.clear()
     image_gradient(POISONS[name], attack, own_generators(images))(images)
-    assert events == [("vae", False), *[("unet", grad) for grad in unet_passes], ("vae", True)]
+    assert events == expected
+
+
+def test_one_graph_changes_no_bit(attack):
+    images = pictures(2)
+    twice, once = (image_gradient(ADM, replace(attack, one_graph=one_graph, jpeg_qualities=(15, 95)),
+                                  own_generators(images))(images)[0] for one_graph in (False, True))
+    assert torch.equal(twice, once) and twice.any()
 
 
 def test_checkpointing_the_chain_changes_no_gradient(model, attack, monkeypatch):
@@ -298,7 +308,7 @@ def test_every_gradient_draws_its_quality_anew(attack, monkeypatch):
     monkeypatch.setattr(objectives, "jpeg_straight_through",
                         lambda image, quality: qualities.append(quality) or original(image, quality))
     images = pictures(2)
-    gradient = image_gradient(EA, replace(attack, jpeg_qualities=(15, 95)), own_generators(images))
+    gradient = image_gradient(ADM, replace(attack, jpeg_qualities=(15, 95)), own_generators(images))
     for _ in range(20):
         gradient(images)
     first, second = qualities[0::4], qualities[1::4]
