@@ -12,6 +12,8 @@ from statistics import median
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# For processes whose memory is measured: freed memory goes back to the system.
+HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def synchronize() -> None:
@@ -68,7 +70,10 @@ def added_memory(work: Callable[[], object]) -> int:
     return _resident("VmHWM") - before
 
 
-HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+def peak_memory() -> int:
+    """The most bytes that this process has held at once, on Linux, or that torch has held on a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+
 
 
 def _resident(name: str) -> int:
