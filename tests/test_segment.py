@@ -222,3 +222,63 @@ def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
 def test_a_folder_that_is_no_sam_is_told(tiny_model):
     with pytest.raises(InputError, match="SAM family"):
         SamModel(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def sam_3(tmp_path_factory):
+    """Tiny SAM 3 of transformers with random weights and the pocket tokenizer, sure that something is
+    there."""
+    from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam3")
+    tokenizer = CLIPTokenizer.from_pretrained(pocket.model_path(), subfolder="tokenizer")
+    vit = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+               num_attention_heads=2, image_size=56, pretrain_image_size=56, patch_size=14, window_size=2,
+               global_attn_indexes=[1])
+    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
+                num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    layers = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, num_layers=1)
+    model = Sam3Model(Sam3Config(
+        vision_config=dict(backbone_config=vit, fpn_hidden_size=32,
+                           backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]),
+        text_config=text, geometry_encoder_config=layers, detr_encoder_config=layers,
+        detr_decoder_config=dict(num_queries=5, **layers),
+        mask_decoder_config=dict(hidden_size=32, num_attention_heads=4)))
+    torch.nn.init.constant_(model.detr_decoder.presence_head.layer3.bias, 10.0)
+    model.save_pretrained(folder)
+    Sam3Processor(Sam3ImageProcessor(size={"height": 56, "width": 56}, mask_size={"height": 16, "width": 16}),
+                  tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_sam_3_finds_a_word_as_transformers_does(sam_3, scene):
+    from transformers import AutoProcessor, Sam3Model
+
+    image = Image.fromarray(scene.image).resize((100, 60))
+    segmenter = load_segmenter(model=str(sam_3))
+    mask, score = segment(segmenter, segmenter.see(image), Prompt(text="star"))
+    processor, model = AutoProcessor.from_pretrained(sam_3), Sam3Model.from_pretrained(sam_3).eval()
+    with torch.no_grad():
+        output = model(**processor(images=image, text="star", return_tensors="pt"))
+    found = processor.post_process_instance_segmentation(output, threshold=0.5, target_sizes=[(60, 100)])[0]
+    assert torch.equal(mask, found["masks"].bool().any(0)) and mask.shape == (60, 100)
+    assert score == pytest.approx(found["scores"].max().item()) and score >= 0.5
+    with pytest.raises(InputError, match="found no 'star'"):
+        segmenter.find(image, "star", threshold=0.99)
+    with pytest.raises(InputError, match="finds words only"):
+        segment(segmenter, segmenter.see(image), Prompt(include=((5, 5),)))
+
+
+def test_a_word_becomes_masks_through_the_script(sam_3, tmp_path):
+    import precompute_masks
+
+    pocket.write_concept("teal-striped-star", tmp_path / "pictures", count=2)
+    precompute_masks.main(["--image_dir", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "masks"),
+                           "--sam_model", str(sam_3), "--text", "star"])
+    segmenter = load_segmenter(model=str(sam_3))
+    for path in sorted((tmp_path / "pictures").glob("*.png")):
+        expected, _ = segmenter.find(Image.open(path), "star")
+        saved = np.asarray(Image.open(tmp_path / "masks" / path.name).convert("L")) > 127
+        assert np.array_equal(saved, expected.numpy())
