@@ -10,27 +10,14 @@ Without a model and networks the bundled pocket ones are taken. Writes the pictu
 
 import argparse
 import hashlib
-import math
 import warnings
 from pathlib import Path
 
+from szt_utils.arguments import number
 from szt_utils.errors import InputError, exit_on_input_error
 
 METRICS = ("dino", "fid", "kid", "fd_dino", "clip")  # szt_utils.metrics.METRICS; --help need not import torch
 SAMPLING = {True: (25, 5.0), False: (25, 7.5)}  # steps and guidance, of the pocket model and of another one
-
-
-def positive(kind):
-    """An argparse type: a finite number above 0."""
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-    return convert
 
 
 def metric_list(text: str) -> list[str]:
@@ -57,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts_file",
         help="Prompts, one a line, with {} for the concept. "
              "(24 of our own; for the pocket model its 8 backgrounds)")
-    add("--images_per_prompt", type=positive(int), default=5, help="Pictures of each prompt. (5)")
+    add("--images_per_prompt", type=number(int, 1), default=5, help="Pictures of each prompt. (5)")
     add("--class_word", default="object",
         help="What stands for the concept in the prompts of the CLIP score. (object)")
     add("--metrics", type=metric_list, default=list(METRICS), metavar="NAME,...",
@@ -66,9 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", help="CLIPModel: folder or hub name. (the bundled pocket one)")
     add("--inception",
         help="InceptionV3 weights for FID and KID, the file of torch-fidelity. (features of --clip instead)")
-    add("--num_inference_steps", type=positive(int), help="Denoising steps, DPM-Solver++. (25)")
-    add("--guidance_scale", type=positive(float), help="Classifier-free guidance. (7.5, pocket model 5)")
-    add("--batch_size", type=positive(int), default=8, help="Pictures generated together. (8)")
+    add("--num_inference_steps", type=number(int, 1), help="Denoising steps, DPM-Solver++. (25)")
+    add("--guidance_scale", type=number(float, 0, above=True),
+        help="Classifier-free guidance. (7.5, pocket model 5)")
+    add("--batch_size", type=number(int, 1), default=8, help="Pictures generated together. (8)")
     add("--seed", type=int, default=100, help="The i-th picture starts from noise of seed + i. (100)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
         help="Precision of the model. (no)")

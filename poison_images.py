@@ -23,6 +23,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from szt_utils.arguments import number
 from szt_utils.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -49,39 +50,6 @@ HEEDED_BY = {"target_image": ("ea", "da"), "chain_steps": ("da",), "strength": (
              "draws": METHODS[:4] + ("da",), "prompt": METHODS[:4] + ("da",)}
 
 
-def whole_number(lowest: int, highest: int | None = None, unit: str = ""):
-    """An argparse type: an integer from `lowest` to `highest`."""
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number{unit}") from None
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"{number} is below {lowest}")
-        if highest is not None and number > highest:
-            raise argparse.ArgumentTypeError(f"{number} is above {highest}")
-        return number
-    return convert
-
-
-def positive_number(text: str) -> float:
-    """An argparse type: a finite float above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def strength(text: str) -> float:
-    """An argparse type: a float above 0, up to 1."""
-    if (number := positive_number(text)) > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return number
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,38 +62,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", required=True, help="Folder for the poisoned PNGs, options.json and stats.jsonl.")
     add("--method", required=True, choices=METHODS, help="The poison.")
     add("--preset", choices=PRESETS, help="Defaults of a published implementation for --method.")
-    add("--eps", type=whole_number(0, 255, " of 1/255 levels"), help="Budget, in 1/255 levels. (16)")
+    add("--eps", type=number(int, 0, 255, unit=" of 1/255 levels"), help="Budget, in 1/255 levels. (16)")
     add("--norm", choices=["linf", "l2"],
         help="What the budget bounds: every change, or their root mean square. (linf)")
-    add("--step_size", type=positive_number, help="Length of one step, in 1/255 levels. (1)")
+    add("--step_size", type=number(float, 0, above=True), help="Length of one step, in 1/255 levels. (1)")
     add("--step_schedule", choices=["constant", "linear"],
         help="Whether steps keep their length or fall to a hundredth. (constant)")
-    add("--steps", type=whole_number(0), help="Number of steps. (100)")
-    add("--draws", type=whole_number(1), help="Draws of timestep and noise averaged in one step. (1)")
-    add("--t_min", type=whole_number(0), help="Lowest timestep to attack. (0)")
-    add("--t_max", type=whole_number(1),
+    add("--steps", type=number(int, 0), help="Number of steps. (100)")
+    add("--draws", type=number(int, 1), help="Draws of timestep and noise averaged in one step. (1)")
+    add("--t_min", type=number(int, 0), help="Lowest timestep to attack. (0)")
+    add("--t_max", type=number(int, 1),
         help="First timestep above the range to attack. (the model's num_train_timesteps)")
     add("--prompt", help="Prompt of the attacked model. (a photo)")
     add("--target_image",
         help="ea, da: 'pattern', 'grey', 'zero' (ea: the latent of zeros) or a picture. (pattern)")
-    add("--chain_steps", type=whole_number(1), help="da: denoising steps of the attacked image-to-image. (4)")
-    add("--strength", type=strength, help="da: its noise level, up to 1. (0.8)")
-    add("--guidance_scale", type=positive_number, help="da: its classifier-free guidance. (7.5)")
+    add("--chain_steps", type=number(int, 1), help="da: denoising steps of the attacked image-to-image. (4)")
+    add("--strength", type=number(float, 0, 1, above=True), help="da: its noise level, up to 1. (0.8)")
+    add("--guidance_scale", type=number(float, 0, above=True), help="da: its classifier-free guidance. (7.5)")
     add("--mask_dir", help="Folder of masks, <stem>.png, white where a picture may be changed. (everywhere)")
-    add("--jpeg_quality", type=whole_number(1, 100), nargs="+", metavar="Q",
+    add("--jpeg_quality", type=number(int, 1, 100), nargs="+", metavar="Q",
         help="Attack through JPEG of this quality, or of a random one between two at every step.")
     add("--loss_mask_dir",
         help="Folder of masks, <stem>.png: attack only what training inside them will see.")
-    add("--mask_dilation", type=whole_number(0), default=16, help="Growth of the loss masks, in pixels. (16)")
+    add("--mask_dilation", type=number(int, 0), default=16, help="Growth of the loss masks, in pixels. (16)")
     add("--adaptive", choices=["szt"],
         help="--jpeg_quality 25 and --t_min 500; with --loss_mask_dir, all that Safe-Zone Training does.")
-    add("--resolution", type=whole_number(8), default=512,
+    add("--resolution", type=number(int, 8), default=512,
         help="Side of the square pictures, or with --keep_size the shorter side during the attack, in "
              "pixels. (512)")
     add("--keep_size", action="store_true",
         help="Do not crop: attack the whole picture at --resolution, enlarge the change, add it to the "
              "original.")
-    add("--batch_size", type=whole_number(1), default=1, help="Pictures attacked together. (1)")
+    add("--batch_size", type=number(int, 1), default=1, help="Pictures attacked together. (1)")
     add("--one_graph", action="store_true",
         help="adm+, adm-, da: keep the encoder's graph beside the U-Net's; faster by an encoding a step, for "
              "more memory.")

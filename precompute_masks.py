@@ -22,6 +22,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from szt_utils.arguments import number
 from szt_utils.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -29,30 +30,6 @@ if TYPE_CHECKING:
 
 SMALL, LARGE = 0.02, 0.8  # shares of a picture beyond which a mask is worth a look
 UNSURE = 0.3  # the same for the confidence of --auto
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share of the picture from 0 to 1")
-    return number
-
-
-def whole_number(lowest: int, highest: int):
-    """An argparse type: an integer from `lowest` to `highest`."""
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
-        if not lowest <= number <= highest:
-            raise argparse.ArgumentTypeError(f"{number} is not from {lowest} to {highest}")
-        return number
-    return convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,20 +45,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="SAM, SAM 2 or SAM 3 of transformers: folder or hub name.")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--auto", action="store_true", help="Find what all pictures show.")
-    way.add_argument("--point", type=share, nargs=2, action="append", metavar=("X", "Y"),
+    way.add_argument("--point", type=number(float, 0, 1), nargs=2, action="append", metavar=("X", "Y"),
                      help="A point in the concept in every picture, in shares of its size; may be repeated.")
-    way.add_argument("--box", type=share, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+    way.add_argument("--box", type=number(float, 0, 1), nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
                      help="A box around the concept in every picture, in shares of its size.")
     way.add_argument("--points_file", metavar="FILE", help="JSON of points and boxes, as above.")
     way.add_argument("--text", help="Words for the concept, where the model takes words.")
     way.add_argument("--ui", action="store_true", help="Click on a page that only this computer can open.")
-    add("--grid", type=whole_number(2, 64), default=12, help="--auto: clicks along each side. (12)")
+    add("--grid", type=number(int, 2, 64), default=12, help="--auto: clicks along each side. (12)")
     add("--preview", action="store_true",
         help="Write a contact sheet, preview/sheet.png in the output folder.")
-    add("--port", type=whole_number(0, 65535), default=0, help="--ui: port of the page. (any free one)")
-    add("--resolution", type=whole_number(8, 8192), default=512,
+    add("--port", type=number(int, 0, 65535), default=0, help="--ui: port of the page. (any free one)")
+    add("--resolution", type=number(int, 8, 8192), default=512,
         help="--preview, --ui: the training's --resolution. (512)")
-    add("--mask_dilation", type=whole_number(0, 4096),
+    add("--mask_dilation", type=number(int, 0, 4096),
         help="--preview, --ui: the training's --mask_dilation. (16 at 512, and in proportion)")
     add("--center_crop", action="store_true", help="--preview, --ui: the training's --center_crop.")
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ import hashlib
 import time
 from pathlib import Path
 
+from szt_utils.arguments import number
 from szt_utils.errors import InputError, exit_on_input_error
 
 METHODS = ("advclean", "jpeg", "regen", "pdmpure")
@@ -25,21 +26,6 @@ HEEDED_BY = {"jpeg_quality": ("jpeg",), "pretrained_model_name_or_path": ("regen
              "strength": ("regen", "pdmpure"), "steps": ("regen", "pdmpure"),
              "guidance_scale": ("regen", "pdmpure"), "prompt": ("regen", "pdmpure")}
 POCKET = {"regen": "diffusion", "pdmpure": "pixel"}  # names of the bundled networks, for a hint
-
-
-def number(kind, lowest, highest=1e6):
-    """An argparse type: an int or a finite float from `lowest` to `highest`; a float must be above
-    `lowest`."""
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' * (kind is int)}number") from None
-        if not (lowest <= value if kind is int else lowest < value) or not value <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is not {'from' if kind is int else 'above'} {lowest} "
-                                             f"and up to {highest:g}")
-        return value
-    return convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,11 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="Revision of the model on the hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
     add("--upscaler", help="pdmpure by IF: a StableDiffusionUpscalePipeline, folder or hub name.")
-    add("--strength", type=number(float, 0, 1),
+    add("--strength", type=number(float, 0, 1, above=True),
         help="regen, pdmpure: noise level, up to 1. (regen 0.06, pdmpure 0.12, by IF 0.45)")
     add("--steps", type=number(int, 1),
         help="regen, pdmpure: steps of the whole schedule, of which --strength is taken. (50, by IF 110)")
-    add("--guidance_scale", type=number(float, 0),
+    add("--guidance_scale", type=number(float, 0, above=True),
         help="regen, pdmpure by IF: classifier-free guidance. (regen 7.5, IF 7)")
     add("--prompt", help="regen, pdmpure by IF: the prompt. (regen '', IF 'a picture')")
     add("--resolution", type=number(int, 16),

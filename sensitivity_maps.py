@@ -21,23 +21,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from szt_utils.arguments import number
 from szt_utils.errors import InputError, exit_on_input_error
 
 MAPS_ONLY = ("prompt", "tokens", "embeddings", "cross_attention")
 DIAGNOSIS_ONLY = ("clean_dir", "calibration")
-
-
-def whole_number(lowest: int):
-    """An argparse type: an integer from `lowest` up."""
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"{number} is below {lowest}")
-        return number
-    return convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,17 +46,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     maps.add_argument("--tokens", nargs="+",
                       help="Words of the prompt, or <|startoftext|>; a word that occurs more than once "
                            "counts as a whole. (every word)")
-    maps.add_argument("--timesteps", type=whole_number(0), nargs="+", default=[100, 300, 500, 700, 900],
+    maps.add_argument("--timesteps", type=number(int, 0), nargs="+", default=[100, 300, 500, 700, 900],
                       help="Timesteps of the maps. (100 300 500 700 900)")
-    maps.add_argument("--replacements", type=whole_number(1), default=16,
+    maps.add_argument("--replacements", type=number(int, 1), default=16,
                       help="Random words in place of a token, in one U-Net batch. (16)")
-    maps.add_argument("--noise_draws", type=whole_number(1), default=1,
+    maps.add_argument("--noise_draws", type=number(int, 1), default=1,
                       help="Draws of noise to average over. (1)")
     maps.add_argument("--embeddings", nargs="+",
                       help="Learned embeddings, whose words the prompt may use: .safetensors or .bin; for "
                            "SDXL .safetensors with clip_l and clip_g, and the word is <file name>.")
     maps.add_argument("--cross_attention", action="store_true", help="Cross-attention maps as well.")
-    maps.add_argument("--batch_size", type=whole_number(1),
+    maps.add_argument("--batch_size", type=number(int, 1),
                       help="Most samples in a U-Net batch. (replacements + 1)")
 
     diagnosis = parser.add_argument_group("Diagnosis")
@@ -77,9 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                 "as like the others as can be.")
     diagnosis.add_argument("--calibration", help="A calibration.json of an earlier run, in their place.")
 
-    add("--resolution", type=whole_number(8),
+    add("--resolution", type=number(int, 8),
         help="Side of the pictures, their central square, in pixels. (the model's own)")
-    add("--seed", type=whole_number(0), default=0, help="Seed of noise and replacements. (0)")
+    add("--seed", type=number(int, 0), default=0, help="Seed of noise and replacements. (0)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
         help="Precision of the model. (no)")
     args = parser.parse_args(argv)

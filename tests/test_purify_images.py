@@ -112,9 +112,9 @@ def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
     (["--method", "regen"], "szt_utils.pocket --network diffusion"),
     (["--method", "pdmpure"], "szt_utils.pocket --network pixel"),
     (["--method", "jpeg", "--steps", "5"], "jpeg does not use it"),
-    (["--method", "jpeg", "--jpeg_quality", "0"], "0 is not from 1 and up to 100"),
-    (["--method", "regen", "--strength", "1.5"], "1.5 is not above 0 and up to 1"),
-    (["--method", "regen", "--strength", "nan"], "nan is not above 0 and up to 1"),
+    (["--method", "jpeg", "--jpeg_quality", "0"], "0 is not at least 1 and at most 100"),
+    (["--method", "regen", "--strength", "1.5"], "1.5 is not above 0 and at most 1"),
+    (["--method", "regen", "--strength", "nan"], "'nan' is not a number"),
 ])
 def test_wrong_usage_is_exit_code_2(run, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as error:

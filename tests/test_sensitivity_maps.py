@@ -161,7 +161,7 @@ def test_one_sentence_per_mistake(options, tmp_path, arguments, message):
     (["--diagnose", "x", "--tokens", "a"], "--tokens: not used"),
     (["--image", "x.png", "--prompt", "x", "--clean_dir", "d"], "--clean_dir: not used"),
     (["--diagnose", "x", "--clean_dir", "d", "--calibration", "c"], "--calibration: not used"),
-    (["--image", "x.png", "--prompt", "x", "--replacements", "0"], "0 is below 1"),
+    (["--image", "x.png", "--prompt", "x", "--replacements", "0"], "0 is not at least 1"),
     (["--image", "x.png", "--prompt", "x", "--timesteps", "soon"], "not a whole number"),
 ])
 def test_wrong_usage(arguments, message, capsys):
