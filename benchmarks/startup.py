@@ -37,9 +37,11 @@ def first_step() -> float:
 
 def main() -> None:
     scripts = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
+    three = "szt_utils.jpeg, szt_utils.masks, szt_utils.timesteps"  # what README's three lines need
     modules = ", ".join(f"szt_utils.{path.stem}" for path in sorted((ROOT / "szt_utils").glob("[a-z]*.py")))
     sides = {f"{script.name} --help": lambda script=script: wall(script, "--help") for script in scripts}
     sides |= {"import torch": lambda: wall("-c", "import torch"),
+              "import torch and jpeg, masks, timesteps": lambda: wall("-c", f"import torch; import {three}"),
               "import torch and all of szt_utils": lambda: wall("-c", f"import torch; import {modules}"),
               "first training step": first_step}
     report("startup", {"seconds": medians(alternate(sides, 5))})
