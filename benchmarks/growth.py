@@ -9,7 +9,6 @@ pictures are read and encoded, seconds per step, and the process's peak memory.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import training_step
-from timing import HONEST_MALLOC, RESULTS, peak_memory, report
+from timing import RESULTS, peak_memory, report
 
 from szt_utils.pocket import write_concept
 
@@ -76,7 +75,7 @@ def main() -> None:
         for value in values:
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--point", json.dumps({name: value})], check=True,
-                capture_output=True, text=True, env={**os.environ, **HONEST_MALLOC})
+                capture_output=True, text=True)
             points[f"{name}={value}"] = json.loads(done.stdout.splitlines()[-1])
             print(name, value, points[f"{name}={value}"], flush=True)
     report("growth", {"options": vars(options), "points": points})
