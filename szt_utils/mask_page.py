@@ -9,6 +9,7 @@ POST /save           {"pictures": {"<n>": {"include": ..., "exclude": ...}}}: sa
 """
 
 import base64
+import contextlib
 import io
 import json
 import threading
@@ -180,9 +181,6 @@ def serve(page: MaskPage, port: int = 0, ready: Callable[[str], None] = print) -
         server = ThreadingHTTPServer(("127.0.0.1", port), _handler(page))
     except OSError as error:
         raise InputError(f"Port {port} cannot be used ({error.strerror}); give another --port.") from None
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
         ready(f"http://127.0.0.1:{server.server_port}/")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+        server.serve_forever()
