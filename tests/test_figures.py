@@ -112,3 +112,27 @@ def test_the_area_under_the_roc_curve_of_two_diagnoses(module, monkeypatch, tmp_
     found = json.loads((tmp_path / "roc.json").read_text())
     assert found["ea"]["value"] == found["ea, photographs"]["value"] == pytest.approx(14 / 16)
     assert (tmp_path / "roc.png").exists() and "ea: 0.875" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder,name", [(".", "fig4"), (".", "fig5"), (".", "fig6"), ("five", "fig4"),
+                                         ("five", "spectra")])
+def test_the_committed_claims_follow_from_the_committed_json(folder, name, monkeypatch, tmp_path, capsys):
+    home = ROOT / "examples" / "figures" / "pocket" / folder
+    (tmp_path / f"{name}.json").write_text((home / f"{name}.json").read_text())
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--redraw", "--output_dir", str(tmp_path)])
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
+    runpy.run_path(str(ROOT / "examples" / "figures" / f"{name}.py"), run_name="__main__")
+    found, committed = (json.loads((where / f"{name}_claims.json").read_text()) for where in (tmp_path, home))
+    assert found.keys() == committed.keys() and len(found) > 3
+    for sentence, value in committed.items():
+        values = value if isinstance(value, dict) else {"value": value}
+        again = found[sentence] if isinstance(value, dict) else {"value": found[sentence]}
+        assert again == pytest.approx(values, rel=1e-6, abs=1e-9), sentence
+    assert Image.open(tmp_path / f"{name}.png").size[0] > 400
+
+
+def test_redrawing_without_a_json_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["fig6.py", "--redraw", "--output_dir", str(tmp_path)])
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
+    with pytest.raises(SystemExit, match=r"error: No such file or directory: .*fig6\.json"):
+        runpy.run_path(str(ROOT / "examples" / "figures" / "fig6.py"), run_name="__main__")

@@ -92,7 +92,8 @@ def figure(name: str, doc: str, measure: Callable, claims: Callable, draw: Calla
     """Run a figure's script: measure what `<name>.json` lacks, draw it, and print its claims.
 
     `measure(arguments, data)` gives the JSON of one data set, `claims(results)` a dict of sentences and
-    estimates, `draw(results, path)` the picture; `flags` are the script's own, with defaults.
+    estimates, `draw(results, path)` the picture; `flags` are the script's own, with defaults. `--redraw`
+    takes the JSON as it is.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -103,19 +104,19 @@ def figure(name: str, doc: str, measure: Callable, claims: Callable, draw: Calla
         help=f"folder for {name}.json, {name}.png and {name}_claims.json (figures)")
     add("--data", nargs="+", choices=data, help="data sets (those that are there)")
     add("--concepts", nargs="+", help="concepts (all)")
+    add("--redraw", action="store_true", help=f"measure nothing: draw what {name}.json holds")
     for flag, default in flags.items():
         several = isinstance(default, list)
         add(f"--{flag}", type=type(default[0] if several else default), default=default,
             nargs="+" if several else None)
     arguments = parser.parse_args()
     with exit_on_input_error():
-        if arguments.data is None:
-            arguments.data = [one for one in data if (arguments.data_dir[0] / one).is_dir()]
-        if "clean" not in arguments.data:
-            raise InputError(f"There is no folder 'clean' in '{arguments.data_dir[0]}', with which the "
-                             "others are compared; make it with world.py.")
-        results = resumed(arguments.output_dir / f"{name}.json", arguments, measure)
-        draw(results, arguments.output_dir / f"{name}.png")
+        path = arguments.output_dir / f"{name}.json"
+        if arguments.redraw:
+            results = json.loads(path.read_text())["results"]
+        else:
+            results = measured(path, arguments, measure, data)
+        draw(results, path.with_suffix(".png"))
         found = claims(results)
         write_json(arguments.output_dir / f"{name}_claims.json", found)
         for sentence, value in found.items():
@@ -130,20 +131,26 @@ def told(value) -> str:
     return f"{value:.3g}"
 
 
-def resumed(path: Path, arguments, measure: Callable) -> dict[str, Any]:
-    """The results of every data set: those in the file, if it is of the same arguments, and those missing."""
+def measured(path: Path, arguments, measure: Callable, names: tuple[str, ...]) -> dict[str, Any]:
+    """The results of every data set asked for, or there is: those in the file, if it is of the same
+    arguments, and those missing."""
+    wanted = arguments.data or [name for name in names if (arguments.data_dir[0] / name).is_dir()]
+    if "clean" not in wanted:
+        raise InputError(f"There is no folder 'clean' in '{arguments.data_dir[0]}', with which the "
+                         "others are compared; make it with world.py.")
+    arguments.data = wanted
     settings = {name: str(value) for name, value in vars(arguments).items()
-                if name not in ("data", "output_dir")}
+                if name not in ("data", "output_dir", "redraw")}
     results = {}
     if path.exists():
         before = json.loads(path.read_text())
         results = before["results"] if before["settings"] == settings else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for data in arguments.data:
+    for data in wanted:
         if data not in results:
             results[data] = measure(arguments, data)
             write_json(path, {"settings": settings, "results": results})
-    return {data: results[data] for data in arguments.data}
+    return {data: results[data] for data in wanted}
 
 
 def script(name: str, *flags, **options) -> None:
