@@ -51,7 +51,7 @@ def plot(points: dict, path: Path) -> None:
             axis.set_xscale("log", base=2 if name != "pictures" else 10)
             axis.set_xticks(values, [f"{value:,}" for value in values])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.12 * max(points[f"{name}={value}"][key] for value in values))
             axis.grid(alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
