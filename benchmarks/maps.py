@@ -6,12 +6,10 @@
 import argparse
 
 import torch
-from models import model_folder
+from models import DEVICE, model_folder
 from timing import alternate, medians, ratio, report, seconds
 
 from szt_utils.sensitivity import PromptedModel, draw_replacements, semantic_sensitivity
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ import torch
 
 from szt_utils import pocket
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def model_folder(size: str) -> tuple[str, int]:
     """A model's folder and its resolution; "sd15" is made on first use, in the system's temporary folder."""

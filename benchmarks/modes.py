@@ -12,11 +12,8 @@ import argparse
 from functools import partial
 
 import torch
-from models import model_folder
+from models import DEVICE, DTYPES, model_folder
 from timing import alternate, medians, ratio, report, seconds
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def unet_in(mode: str, options):

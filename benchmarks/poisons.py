@@ -17,15 +17,12 @@ import sys
 from dataclasses import replace
 
 import torch
-from models import model_folder
+from models import DEVICE, DTYPES, model_folder
 from timing import HONEST_MALLOC, added_memory, alternate, medians, ratio, report, seconds
 
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.objectives import POISONS, Attack, image_generator, image_gradient, target_pattern
 from szt_utils.pgd import pgd
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def ours(attack: Attack, images: torch.Tensor, name: str):

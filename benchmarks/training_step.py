@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import model_folder
+from models import DEVICE, DTYPES, model_folder
 from PIL import Image
 from timing import alternate, medians, ratio, report, seconds, synchronize
 
@@ -27,9 +27,6 @@ from szt_utils.captions import OBJECT_TEMPLATES
 from szt_utils.diffusion import LatentDiffusion
 from szt_utils.embeddings import add_placeholder, train_rows
 from szt_utils.pocket import write_concept
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(options, whole: bool) -> LatentDiffusion:
