@@ -83,16 +83,10 @@ class Picture:
 
 def find_pictures(image_dir: str) -> list[Picture]:
     """Every picture of the folder; two that would share a mask raise InputError."""
-    from szt_utils.images import list_images, read_image
+    from szt_utils.images import name_results, read_image
 
-    found = {}
-    for path in list_images(image_dir):
-        name = f"{path.stem}.png"
-        if name in found:
-            raise InputError(f"'{found[name].path.name}' and '{path.name}' would both get the mask '{name}'; "
-                             "rename one.")
-        found[name] = Picture(path, name, read_image(path))
-    return list(found.values())
+    return [Picture(path, name, read_image(path))
+            for name, path in name_results(image_dir, recursive=False).items()]
 
 
 def say_what(args: argparse.Namespace, pictures: list[Picture]) -> list:

@@ -37,11 +37,11 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     return paths
 
 
-def name_results(folder: str | Path) -> dict[str, Path]:
-    """Every picture of a folder and its sub-folders, by the name of the PNG that is made of it, relative to
+def name_results(folder: str | Path, recursive: bool = True) -> dict[str, Path]:
+    """Every picture of a folder (and its sub-folders), by the name of the PNG that is made of it, relative to
     the folder; InputError when two have one name."""
     named = {}
-    for path in list_images(folder, recursive=True):
+    for path in list_images(folder, recursive):
         name = path.relative_to(folder).with_suffix(".png").as_posix()
         if name in named:
             raise InputError(f"'{named[name].name}' and '{path.name}' would both become '{name}'; "

@@ -125,6 +125,12 @@ def test_words_foreign_folders_and_wrong_usage_are_refused(run, script, tmp_path
     (tmp_path / "masks" / "mine.txt").write_text("keep")
     with pytest.raises(SystemExit, match="not of this script"):
         run("--auto")
+    twins = tmp_path / "twins"
+    twins.mkdir()
+    for name in ("twin.png", "twin.bmp"):
+        Image.new("RGB", (8, 8)).save(twins / name)
+    with pytest.raises(SystemExit, match="would both become 'twin.png'"):
+        script.main(["--image_dir", str(twins), "--output_dir", str(tmp_path / "out"), "--auto"])
 
 
 @pytest.fixture
