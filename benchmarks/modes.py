@@ -5,7 +5,7 @@
 
 channels_last: the weights, and so the pictures, with their channels innermost; unfused: attention without
 scaled_dot_product_attention, by which Diffusers attends unless told otherwise; compile: torch.compile;
-cuda_graph (GPU only): torch.compile with mode="reduce-overhead".
+compile_channels_last: both; cuda_graph (GPU only): torch.compile with mode="reduce-overhead".
 """
 
 import argparse
@@ -23,11 +23,11 @@ def unet_in(mode: str, options):
     unet = UNet2DConditionModel.from_pretrained(model_folder(options.size)[0], subfolder="unet",
                                                 torch_dtype=DTYPES[options.precision])
     unet = unet.requires_grad_(False).eval().to(DEVICE)
-    if mode == "channels_last":
+    if mode.endswith("channels_last"):
         unet.to(memory_format=torch.channels_last)
     if mode == "unfused":
         unet.set_attn_processor(AttnProcessor())
-    if mode in ("compile", "cuda_graph"):
+    if mode.startswith("compile") or mode == "cuda_graph":
         unet.compile(mode="reduce-overhead" if mode == "cuda_graph" else None)
     return unet
 
@@ -44,7 +44,8 @@ def step(unet, batch_size: int, options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = ["eager", "channels_last", "unfused", "compile"] + ["cuda_graph"] * (DEVICE == "cuda")
+    modes = ["eager", "channels_last", "unfused", "compile", "compile_channels_last"]
+    modes += ["cuda_graph"] * (DEVICE == "cuda")
     parser.add_argument("--size", choices=["pocket", "sd15"], default="pocket")
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
