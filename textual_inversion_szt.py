@@ -482,6 +482,10 @@ def train(runs: list[argparse.Namespace]) -> None:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
+        except RuntimeError as error:  # no compiler, mostly
+            raise InputError(f"--compile cannot be used here: {str(error).splitlines()[0]}") from None
         model.unet.compile()
         model.text_encoder.compile()
     cell = 2 ** (len(model.vae.config.block_out_channels) - 1)

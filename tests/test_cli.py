@@ -223,6 +223,12 @@ def test_options_that_the_model_or_the_run_refuse(tiny_model, concept_folder, be
     assert message in refused(flags(tiny_model, concept_folder[0], before, **changes), before)
 
 
+def test_compile_without_a_compiler_is_told(tiny_model, concept_folder, tmp_path):
+    done = run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path / "out", compile=True), expect=1,
+                      PATH=str(tmp_path), CXX="", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert "error: --compile cannot be used here: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_models_that_are_missing_or_damaged(tiny_model, concept_folder, before, tmp_path):
     nowhere = tmp_path / "none"
     message = refused(flags(nowhere, concept_folder[0], before), before)

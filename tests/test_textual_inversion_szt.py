@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -403,3 +404,14 @@ def test_the_hub_token_is_in_no_file(tiny_model, concept_folder, tmp_path):
                    max_train_steps=1))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 6 and not [path for path in files if b"very_secret" in path.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_run_ends_where_an_eager_one_does(tiny_model, concept_folder, tmp_path):
+    ends = []
+    for name, compile in (("eager", None), ("compiled", True)):
+        run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path / name, compile=compile,
+                                  loss_mask_dir=concept_folder[1]))
+        ends.append(embedding(tmp_path / name))
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * ends[0].norm()
