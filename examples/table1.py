@@ -377,9 +377,18 @@ def plan(args, missing: list[tuple], concepts: dict[str, Concept]) -> str:
 # --- The table
 
 def read_cells(args) -> list[dict]:
-    """All finished cells of the table, or of the preset, also those of earlier runs."""
+    """All finished cells of the table, or of the preset, also those of earlier runs.
+
+    A preset shares cells with the table: it takes those of its data, and of the concepts and seeds that its
+    own variants have been trained on.
+    """
     cells = [json.loads(path.read_text()) for path in sorted((args.output_dir / "cells").glob("*.json"))]
-    return [cell for cell in cells if cell["defence"] in columns(args)]
+    cells = [cell for cell in cells if cell["defence"] in columns(args)]
+    if args.preset:
+        own = {(cell["concept"], cell["seed"]) for cell in cells if cell["defence"] not in DEFENCES}
+        cells = [cell for cell in cells if cell["data"] in args.data
+                 and (cell["concept"], cell["seed"]) in own]
+    return cells
 
 
 def columns(args) -> list[str]:

@@ -72,6 +72,19 @@ def test_presets_differ_from_the_table_and_have_settings_of_their_own(preset):
     assert len({json.dumps(TABLE1["VARIANTS"][name]) for name in args.defences}) == len(args.defences)
 
 
+def test_a_preset_takes_the_tables_cells_of_its_own_concepts_and_data(tmp_path):
+    (tmp_path / "cells").mkdir()
+    cells = [cell("ea", "nominal", 0.2, "star"), cell("ea", "jpeg50", 0.6, "star"),
+             cell("ea", "nominal", 0.9, "heart"), cell("ea", "nominal", 0.9, "star", seed=1),
+             cell("da", "nominal", 0.1, "star"), cell("ea", "szt", 0.7, "star")]
+    for i, content in enumerate(cells):
+        (tmp_path / "cells" / f"{i}.json").write_text(json.dumps(content))
+    args = TABLE1["parse_args"](["--output_dir", str(tmp_path), "--preset", "jpeg"])
+    assert TABLE1["read_cells"](args) == cells[:2]
+    assert TABLE1["read_cells"](TABLE1["parse_args"](["--output_dir", str(tmp_path)])) == [
+        c for c in cells if c["defence"] != "jpeg50"]
+
+
 def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_model, concept_folder):
     """Real scripts on a tiny model: poison, purify, train in one run, generate, score, tabulate."""
     for source, folder in zip(concept_folder, ("pictures", "masks"), strict=True):
