@@ -88,7 +88,8 @@ def machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         name = lines[0].split(":")[1].strip() if lines else name
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}"
+    return (f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads of "
+            f"{os.cpu_count()}, torch {torch.__version__}")
 
 
 def report(name: str, content: dict) -> None:
