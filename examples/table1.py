@@ -429,8 +429,8 @@ def poison_average(cells: list[dict], defences: list[str],
 
 
 def recovered(defended: float, nominal: float, clean: float) -> float | None:
-    """Share of what a poison took that a defence gives back; None where the poison took nothing."""
-    return (defended - nominal) / (clean - nominal) if clean - nominal > 0.02 else None
+    """Share of what a poison took that a defence gives back; None where it took less than 0.05."""
+    return (defended - nominal) / (clean - nominal) if clean - nominal > 0.05 else None
 
 
 def table(cells: list[dict], metric: str = "dino", order: list[str] = tuple(VARIANTS)) -> str:
