@@ -359,7 +359,7 @@ def passes(args, cells: list[tuple], concepts: dict[str, Concept]) -> dict[str, 
 def plan(args, missing: list[tuple], concepts: dict[str, Concept]) -> str:
     """The missing cells and what they cost."""
     costs = passes(args, missing, concepts)
-    rates = [cell["seconds"] / cell["passes"] for cell in read_cells(args) if cell.get("passes")]
+    rates = [cell["seconds"] / cell["passes"] for cell in finished_cells(args) if cell.get("passes")]
     rate = mean(rates) if rates else POCKET_SECONDS if args.dataset == "pocket" else None
     lines = [cell_name(*cell) for cell in missing]
     lines += [f"{stage:9s} {count:12,d} passes of a picture through the U-Net"
@@ -376,14 +376,17 @@ def plan(args, missing: list[tuple], concepts: dict[str, Concept]) -> str:
 
 # --- The table
 
+def finished_cells(args) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((args.output_dir / "cells").glob("*.json"))]
+
+
 def read_cells(args) -> list[dict]:
     """All finished cells of the table, or of the preset, also those of earlier runs.
 
     A preset shares cells with the table: it takes those of its data, and of the concepts and seeds that its
     own variants have been trained on.
     """
-    cells = [json.loads(path.read_text()) for path in sorted((args.output_dir / "cells").glob("*.json"))]
-    cells = [cell for cell in cells if cell["defence"] in columns(args)]
+    cells = [cell for cell in finished_cells(args) if cell["defence"] in columns(args)]
     if args.preset:
         own = {(cell["concept"], cell["seed"]) for cell in cells if cell["defence"] not in DEFENCES}
         cells = [cell for cell in cells if cell["data"] in args.data
