@@ -139,7 +139,9 @@ def page(concept_folder, tmp_path):
     command = [sys.executable, str(ROOT / "precompute_masks.py"), "--image_dir", str(concept_folder[0]),
                "--output_dir", str(tmp_path / "masks"), "--ui", "--resolution", "128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               # Tests in a shell's background inherit a SIGINT that is ignored.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     yield process.stdout.readline().split()[1].rstrip("/"), tmp_path / "masks"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
