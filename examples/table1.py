@@ -377,6 +377,7 @@ def plan(args, missing: list[tuple], concepts: dict[str, Concept]) -> str:
 # --- The table
 
 def finished_cells(args) -> list[dict]:
+    """What the files of all cells hold, whichever table or preset they are of."""
     return [json.loads(path.read_text()) for path in sorted((args.output_dir / "cells").glob("*.json"))]
 
 

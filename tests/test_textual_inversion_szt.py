@@ -189,7 +189,8 @@ def test_resuming_a_finished_run_trains_no_further(plain_run, tiny_model, concep
 
 
 def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model, concept_folder, tmp_path):
-    steps, last_kill = 200, 20  # far apart: a fast machine must not end the run before it is killed
+    # Far apart: a fast machine must not end the run before it is killed.
+    steps, moment = 200, random.randint(1, 20)
     options = dict(checkpointing_steps=1, max_train_steps=steps, checkpoints_total_limit=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_script(SCRIPT, *flags(tiny_model, concept_folder[0], whole, max_train_steps=steps))
@@ -197,11 +198,9 @@ def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model
                                 *flags(tiny_model, concept_folder[0], killed, **options)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline, moment = time.time() + 120, random.randint(1, last_kill)
-    while process.poll() is None and time.time() < deadline:
-        reached = list_checkpoints(killed)
-        if reached and int(reached[-1].name.split("-")[1]) >= moment:
-            break
+    deadline = time.time() + 120
+    while not any(int(checkpoint.name.split("-")[1]) >= moment for checkpoint in list_checkpoints(killed)):
+        assert process.poll() is None and time.time() < deadline, "no checkpoint to kill the run after"
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.05))  # anywhere in a step, or in the writing of a checkpoint
     process.send_signal(signal.SIGKILL)
