@@ -109,6 +109,11 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     assert len(rows) == 3 * 2 * 2 and {row["metric"] for row in rows} == {"dino", "clip"}
     assert (tmp_path / "out" / "sheets" / "star.png").exists() and (tmp_path / "out" / "table1.png").exists()
     assert "6 cells, 0 of them to do." in run_script(*command).stdout
+    before = (tmp_path / "out" / "table1.csv").read_bytes()
+    for name in ("data", "table1.csv"):  # the cells alone, as somebody else has sent them
+        (tmp_path / "out" / name).rename(tmp_path / name)
+    run_script(*command)
+    assert (tmp_path / "out" / "table1.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("flags, message", [
