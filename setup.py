@@ -1,14 +1,16 @@
 """Install the library, the scripts as importable modules, and the pocket model: pip install ."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "szt_utils" / "__init__.py").read_text())[1]
 
 setup(
     name="szt-utils",
-    version="0.1.0",
+    version=VERSION,
     description="Safe-Zone Training for textual inversion: learn concepts from images that may be poisoned",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -17,8 +19,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["szt_utils", "szt_utils.*"]),
     py_modules=["textual_inversion_szt", "poison_images", "purify_images", "precompute_masks",
-                "sensitivity_maps", "evaluate"],
-    package_data={"szt_utils": ["*.html"], "szt_utils.pocket": ["weights/**/*"]},
+                "diagnose_images", "sensitivity_maps", "evaluate"],
+    package_data={"szt_utils": ["*.html", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={"test": ["pytest>=8", "ruff>=0.8", "scikit-image"], "metrics": ["torch-fidelity"]},
 )

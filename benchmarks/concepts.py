@@ -1,55 +1,47 @@
-"""K concepts in one run against K separate runs, ours and upstream's algorithm: seconds per concept-step.
+"""K concepts in one run against K separate runs, ours and upstream's loop: seconds per concept and step.
 
     python benchmarks/concepts.py --concepts 1 2 4 8 16 --batch_size 1
 
-A separate run's step is that of a run alone, so K of them take K times as long.
+A step of a separate run is that of a run alone, so K of them take K times as long.
 """
 
-import argparse
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
-import training_step
-from PIL import Image
 from timing import alternate, medians, ratio, report
+from training_step import Settings, ours, upstream, write_images
 
-from szt_utils.pocket import write_concept
+from szt_utils.arguments import script_parser
 
 
-def together(options, folder: Path, count: int) -> float:
+def together(settings: Settings, images: Path, count: int) -> float:
     """Seconds per step of a run of `count` concepts."""
-    concepts = folder / f"concepts-{count}.json"
+    concepts = images.parent / f"concepts-{count}.json"
     concepts.write_text(json.dumps([{"placeholder_token": f"<new-{i}>"} for i in range(count)]))
-    return training_step.ours(options, folder / "pictures", "--concepts", str(concepts),
-                              "--concepts_per_batch", str(count))
+    return ours(settings, images, concepts=concepts, concepts_per_batch=count)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    training_step.add_options(parser)
-    options = parser.parse_args()
-
-    results = {}
+    Settings.add_flags(parser)
+    args = parser.parse_args()
+    settings, results = Settings.of(args), {}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        write_concept("teal-striped-star", folder / "pictures", folder / "masks")
-        for picture in (folder / "pictures").iterdir():
-            Image.open(picture).resize((options.picture_size,) * 2).save(picture)
-        upstream = training_step.Upstream(options, folder / "pictures")
-        for count in options.concepts:
-            sides = {"upstream": upstream.run,
-                     "ours alone": lambda: training_step.ours(options, folder / "pictures"),
-                     "ours together": lambda count=count: together(options, folder, count) / count}
-            durations = alternate(sides, options.rounds)
+        images = write_images(settings, Path(folder))
+        for count in args.concepts:
+            sides = {"upstream": lambda: upstream(settings, images),
+                     "ours alone": lambda: ours(settings, images),
+                     "ours together": lambda count=count: together(settings, images, count) / count}
+            durations = alternate(sides, settings.rounds)
             results[count] = {"seconds per concept-step": medians(durations),
                               "upstream / ours together": ratio(durations, "upstream", "ours together"),
                               "ours alone / ours together": ratio(durations, "ours alone", "ours together")}
             print(count, json.dumps(results[count]), flush=True)
-    report(f"concepts_{options.size}_batch{options.batch_size}_{options.precision}",
-           {"options": vars(options), "concepts": results})
+    report(f"concepts_{settings.size}_batch{settings.batch_size}_{settings.precision}",
+           {"options": {"concepts": args.concepts, **asdict(settings)}, "concepts": results})
 
 
 if __name__ == "__main__":

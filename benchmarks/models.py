@@ -5,12 +5,14 @@ import json
 import string
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from szt_utils import pocket
+from szt_utils.devices import best_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = best_device()
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,8 +26,8 @@ def model_folder(size: str) -> tuple[str, int]:
     return str(folder), 512
 
 
-def big_tokenizer(folder: Path):
-    """A CLIP tokenizer of Stable Diffusion's 49,408 tokens: single characters, and filling."""
+def big_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer with the 49,408 tokens of Stable Diffusion's: single characters and fillers."""
     from transformers import CLIPTokenizer
 
     tokens = [c + end for c in string.ascii_lowercase + string.digits + string.punctuation
@@ -40,6 +42,7 @@ def big_tokenizer(folder: Path):
 
 
 def make_sd15(folder: Path) -> None:
+    """Write a Stable Diffusion 1.5 with random weights, in Diffusers format."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

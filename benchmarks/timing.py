@@ -1,4 +1,4 @@
-"""Fair ratios: the sides take turns in one process, and medians of their rounds are compared."""
+"""Fair comparisons: the sides alternate in one process; ratios are medians over the rounds."""
 
 import gc
 import json
@@ -11,18 +11,19 @@ from statistics import median
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-# For processes whose memory is measured: freed memory goes back to the system.
+RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
+# Environment of a process whose memory is measured: freed memory returns to the system at once.
 HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Mean duration of `repeats` calls, waiting for the GPU at both ends only."""
+    """Mean duration of `repeats` calls; waits for the GPU before and after them."""
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -32,10 +33,10 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, list[float]]:
-    """Durations of every side, one per round; each call of a side returns one. A first round warms up."""
+    """Durations that the sides return, one per round, by side. A first round, which is not kept, warms up."""
     durations = {name: [] for name in sides}
     for number in range(rounds + 1):
-        # A machine that slows down must not always hit the same side.
+        # The order alternates, so that a machine that slows down does not always slow the same side.
         for name in list(sides) if number % 2 else list(sides)[::-1]:
             duration = sides[name]()
             if number:
@@ -44,19 +45,19 @@ def alternate(sides: dict[str, Callable[[], float]], rounds: int = 5) -> dict[st
 
 
 def medians(durations: dict[str, list[float]]) -> dict[str, float]:
+    """Median duration of every side."""
     return {name: median(values) for name, values in durations.items()}
 
 
 def ratio(durations: dict[str, list[float]], slower: str, faster: str) -> float:
-    """Median over the rounds of one side's duration over the other's: both saw the same machine."""
+    """Median over the rounds of one side's duration divided by the other's in the same round."""
     return median(a / b for a, b in zip(durations[slower], durations[faster], strict=True))
 
 
 def added_memory(work: Callable[[], object]) -> int:
-    """Bytes that `work` holds at its peak beyond what is held before it: of the process on Linux, of torch on
-    a GPU.
+    """Peak memory of `work` beyond what is held before it, in bytes: torch's on a GPU, else the process's.
 
-    On a CPU run it in a process with `HONEST_MALLOC` in its environment, which gives freed memory back.
+    Without a GPU it needs Linux and a process with `HONEST_MALLOC` in its environment.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -64,14 +65,14 @@ def added_memory(work: Callable[[], object]) -> int:
         work()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held at once, on Linux, or that torch has held on a GPU."""
+    """Peak memory so far in bytes: torch's on a GPU, else the process's (Linux)."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 
@@ -81,7 +82,7 @@ def _resident(name: str) -> int:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Name of the GPU or CPU, number of threads and version of torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
@@ -93,8 +94,8 @@ def machine() -> str:
 
 
 def report(name: str, content: dict) -> None:
-    """Print a result and keep it in `results/<name>.json`."""
+    """Print a result and write it to `results/benchmarks/<name>.json`."""
     content = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **content}
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(content, indent=2))

@@ -1,185 +1,178 @@
-"""A training step of ours against upstream's algorithm and against a bare loop of the networks.
+"""A training step of ours, against upstream's loop and against a bare loop of the networks.
 
     python benchmarks/training_step.py --batch_size 1
     python benchmarks/training_step.py --batch_size 1 --compile
-    python benchmarks/training_step.py --size sd15 --precision bf16 --picture_size 4000
+    python benchmarks/training_step.py --size sd15 --precision bf16 --image_size 4000
 
-upstream: the picture read and resized at every step, pixels through the VAE, AdamW on the whole embedding
-matrix and its old rows put back, the loss read at every step. bare: the text encoder and the U-Net forward
-and backward on tensors that lie ready, and nothing else. ours: the real script.
+upstream: the loop of the Diffusers example in plain code, tests/upstream.py. At every step it reads and
+resizes the images, sends the pixels through the VAE, runs AdamW on the whole embedding matrix and restores
+the old rows. bare: text encoder and U-Net forward and backward on prepared tensors, and nothing else. ours:
+the training script.
 """
 
 import argparse
-import random
+import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from models import DEVICE, DTYPES, model_folder
 from PIL import Image
 from timing import alternate, medians, ratio, report, seconds, synchronize
 
 import textual_inversion_szt
-from szt_utils.captions import OBJECT_TEMPLATES
-from szt_utils.diffusion import LatentDiffusion
+from szt_utils.arguments import command_line, script_parser
 from szt_utils.embeddings import add_placeholder, train_rows
+from szt_utils.models import load_model, tokenize
 from szt_utils.pocket import write_concept
+from szt_utils.training_run import Run
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from upstream import upstream as upstream_loop
+
+WARMUP = 3  # steps of every training that are not timed
 
 
-def load(options, whole: bool) -> LatentDiffusion:
-    """The model with a row for a new token; the text encoder stays float32, as upstream keeps it."""
-    from transformers import CLIPTextModel
+@dataclass(frozen=True)
+class Settings:
+    """A training to measure; each field is a flag."""
 
-    path, _ = model_folder(options.size)
-    model = LatentDiffusion.load(path, dtype=DTYPES[options.precision], device=DEVICE)
-    model.text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder")
-    add_placeholder(model.tokenizer, model.text_encoder, "<new>", "object")
-    if whole:
-        model.text_encoder.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
-    else:
-        train_rows(model.text_encoder, 1)
-    model.text_encoder.to(DEVICE).train()
-    return model
+    size: str = "pocket"
+    batch_size: int = 1
+    steps: int = 20  # of a round
+    rounds: int = 7
+    precision: str = "no"
+    compile: bool = False
+    image_size: int = 128  # side of the images on disk
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--size", choices=["pocket", "sd15"], default="pocket")
+        add("--batch_size", type=int, default=1)
+        add("--steps", type=int, default=20, help="steps of a round")
+        add("--rounds", type=int, default=7)
+        add("--precision", choices=DTYPES, default="no")
+        add("--compile", action="store_true")
+        add("--image_size", type=int, default=128, help="side of the images on disk")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Settings":
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a training, warmup included."""
+        return self.steps + WARMUP
 
 
-class Upstream:
-    """Upstream's algorithm, told plainly."""
+class StepClock:
+    """Measures the seconds per step of a training; call it after every step."""
 
-    def __init__(self, options, folder: Path):
-        self.model, self.options = load(options, whole=True), options
-        self.resolution = model_folder(options.size)[1]
-        self.paths = sorted(folder.iterdir())
-        self.weight = self.model.text_encoder.get_input_embeddings().weight
-        self.original = self.weight.data.clone()
-        self.optimizer = torch.optim.AdamW([self.weight], lr=1e-4, weight_decay=1e-2)
+    def __init__(self, settings: Settings):
+        self.steps, self.count, self.times = settings.steps, 0, []
 
-    def __len__(self) -> int:
-        return 100 * len(self.paths)
+    def __call__(self, *_: object) -> None:
+        self.count += 1
+        if self.count in (WARMUP, WARMUP + self.steps):
+            synchronize()
+            self.times.append(time.perf_counter())
 
-    def __getitem__(self, i: int) -> dict:
-        image = Image.open(self.paths[i % len(self.paths)]).convert("RGB")
-        image = image.resize((self.resolution,) * 2, Image.Resampling.BICUBIC)
-        if random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = (np.array(image).astype(np.uint8) / 127.5 - 1).astype(np.float32)
-        ids = self.model.tokenizer(random.choice(OBJECT_TEMPLATES).format("<new>"), padding="max_length",
-                                   truncation=True, return_tensors="pt").input_ids[0]
-        return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1), "ids": ids}
+    @property
+    def seconds_per_step(self) -> float:
+        start, end = self.times
+        return (end - start) / self.steps
 
-    def run(self) -> float:
-        loader = iter(torch.utils.data.DataLoader(self, batch_size=self.options.batch_size, shuffle=True))
-        return seconds(lambda: self.step(next(loader)), self.options.steps)
 
-    def step(self, batch: dict) -> None:
-        model, dtype = self.model, self.model.dtype
-        latents = model.vae.encode(batch["pixels"].to(DEVICE, dtype)).latent_dist.sample().detach()
-        latents = latents * model.vae.config.scaling_factor
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, 1000, (len(latents),), device=DEVICE)
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            states = model.text_encoder(batch["ids"].to(DEVICE))[0].float().to(dtype)
-        noised = model.scheduler.add_noise(latents, noise, timesteps)
-        prediction = model.unet(noised, timesteps, states).sample
-        loss = F.mse_loss(prediction.float(), noise.float())
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            old = torch.ones(len(self.weight), dtype=torch.bool)
-            old[-1] = False
-            self.weight[old] = self.original[old]
-        loss.item()
+def upstream(settings: Settings, folder: Path) -> float:
+    """Seconds per step of upstream's loop on a folder of images."""
+    path, resolution = model_folder(settings.size)
+    clock = StepClock(settings)
+    upstream_loop(path, folder, token="<new>", initializer="object", batch_size=settings.batch_size,
+                  steps=settings.all_steps, repeats=100, lr=1e-4, resolution=resolution,
+                  mixed_precision=settings.precision, on_step=clock)
+    return clock.seconds_per_step
+
+
+def ours(settings: Settings, folder: Path, **flags: object) -> float:
+    """Seconds per step of the training script on a folder of images, with more `flags`."""
+    path, resolution = model_folder(settings.size)
+    clock, original = StepClock(settings), Run.step
+
+    def step(self, *args):
+        original(self, *args)
+        clock()
+
+    AcceleratorState._reset_state(True)  # a process has one; every training is a run of its own
+    with tempfile.TemporaryDirectory() as output_dir, mock.patch.object(Run, "step", step):
+        textual_inversion_szt.main(command_line(**{
+            "pretrained_model_name_or_path": path, "train_data_dir": folder, "output_dir": output_dir,
+            "placeholder_token": "<new>", "initializer_token": "object", "resolution": resolution,
+            "train_batch_size": settings.batch_size, "max_train_steps": settings.all_steps,
+            "mixed_precision": settings.precision, "compile": settings.compile, **flags}))
+    return clock.seconds_per_step
 
 
 class Bare:
-    """The networks alone: what no training of the embedding can do without."""
+    """The networks alone: what no training of an embedding can leave out."""
 
-    def __init__(self, options):
-        self.model, self.options = load(options, whole=False), options
-        if options.compile:
-            self.model.unet.compile()
-            self.model.text_encoder.compile()
-        side = model_folder(options.size)[1] // 8
-        size, dtype = options.batch_size, self.model.dtype
-        self.noise = torch.randn(size, 4, side, side, device=DEVICE, dtype=dtype)
+    def __init__(self, settings: Settings):
+        path, resolution = model_folder(settings.size)
+        self.model, self.steps = load_model(path, dtype=DTYPES[settings.precision], device=DEVICE,
+                                            text_dtype=torch.float32), settings.steps
+        (tokenizer,), (encoder,) = self.model.tokenizers, self.model.text_encoders
+        add_placeholder(tokenizer, encoder, "<new>", "object")
+        train_rows(encoder, 1)
+        encoder.to(DEVICE).train()
+        if settings.compile:
+            self.model.network.compile()
+            encoder.compile()
+        size, side = settings.batch_size, resolution // self.model.vae_scale_factor
+        self.noise = torch.randn(size, 4, side, side, device=DEVICE, dtype=self.model.dtype)
         self.timesteps = torch.randint(0, 1000, (size,), device=DEVICE)
-        self.ids = self.model.tokenizer(["a photo of a <new>"] * size, padding="max_length",
-                                        return_tensors="pt").input_ids.to(DEVICE)
+        self.ids = [ids.to(DEVICE) for ids in tokenize(self.model, ["a photo of a <new>"] * size)]
 
     def run(self) -> float:
-        return seconds(self.step, self.options.steps)
+        return seconds(self.step, self.steps)
 
     def step(self) -> None:
         dtype = self.model.dtype
-        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-            states = self.model.text_encoder(self.ids)[0].float().to(dtype)
-        prediction = self.model.unet(self.noise, self.timesteps, states).sample
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            condition = self.model.condition(self.ids)
+        prediction = self.model.predict(self.noise, self.timesteps, condition)
         (prediction.float() - self.noise.float()).square().mean().backward()
 
 
-def ours(options, folder: Path, *more: str) -> float:
-    """Seconds per step of the real script, between its third step and its last."""
-    path, resolution = model_folder(options.size)
-    stamps, draw = {}, textual_inversion_szt.Concept.draw
-
-    def stamped(self, *arguments):
-        if self.step not in stamps:  # the first of the concepts that share the step
-            if self.step in (2, 2 + options.steps):
-                synchronize()
-            stamps[self.step] = time.perf_counter()
-        return draw(self, *arguments)
-
-    textual_inversion_szt.Concept.draw = stamped
-    try:
-        with tempfile.TemporaryDirectory() as output:
-            textual_inversion_szt.main([
-                "--pretrained_model_name_or_path", path, "--train_data_dir", str(folder),
-                "--output_dir", output, "--placeholder_token", "<new>", "--initializer_token", "object",
-                "--resolution", str(resolution), "--train_batch_size", str(options.batch_size),
-                "--max_train_steps", str(options.steps + 3), "--mixed_precision", options.precision,
-                *(["--compile"] if options.compile else []), *more])
-    finally:
-        textual_inversion_szt.Concept.draw = draw
-    return (stamps[2 + options.steps] - stamps[2]) / options.steps
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", choices=["pocket", "sd15"], default="pocket")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20, help="steps of a round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--precision", choices=DTYPES, default="no")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--picture_size", type=int, default=128, help="side of the pictures on disk")
+def write_images(settings: Settings, folder: Path) -> Path:
+    """Write five images of the pocket world, enlarged to `image_size`; returns their folder."""
+    for path in write_concept("teal-striped-star", folder / "images"):
+        Image.open(path).resize((settings.image_size,) * 2).save(path)
+    return folder / "images"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    options = parser.parse_args()
-
+    parser = script_parser(__doc__)
+    Settings.add_flags(parser)
+    settings = Settings.of(parser.parse_args())
     with tempfile.TemporaryDirectory() as folder:
-        write_concept("teal-striped-star", Path(folder) / "pictures", Path(folder) / "masks")
-        pictures = Path(folder) / "pictures"
-        for picture in pictures.iterdir():
-            Image.open(picture).resize((options.picture_size,) * 2).save(picture)
-        upstream, bare = Upstream(options, pictures), Bare(options)
-        sides = {"upstream": upstream.run, "ours": lambda: ours(options, pictures), "bare": bare.run}
-        if options.compile:
-            sides["bare eager"] = Bare(argparse.Namespace(**{**vars(options), "compile": False})).run
-        durations = alternate(sides, options.rounds)
-    name = "_".join(["training_step", options.size, f"batch{options.batch_size}", options.precision,
-                     *(["compiled"] if options.compile else []),
-                     *([f"{options.picture_size}px"] if options.picture_size != 128 else [])])
+        images = write_images(settings, Path(folder))
+        sides = {"upstream": lambda: upstream(settings, images), "ours": lambda: ours(settings, images),
+                 "bare": Bare(settings).run}
+        if settings.compile:
+            sides["bare eager"] = Bare(replace(settings, compile=False)).run
+        durations = alternate(sides, settings.rounds)
     ratios = {"upstream / ours": ratio(durations, "upstream", "ours"),
               "ours / bare": ratio(durations, "ours", "bare")}
-    if options.compile:
+    if settings.compile:
         ratios["bare eager / ours"] = ratio(durations, "bare eager", "ours")
-    report(name, {"options": vars(options), "seconds per step": medians(durations), "ratios": ratios})
+    name = "_".join(["training_step", settings.size, f"batch{settings.batch_size}", settings.precision,
+                     *(["compiled"] if settings.compile else []),
+                     *([f"{settings.image_size}px"] if settings.image_size != 128 else [])])
+    report(name, {"options": asdict(settings), "seconds per step": medians(durations), "ratios": ratios})
 
 
 if __name__ == "__main__":

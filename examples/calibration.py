@@ -1,20 +1,21 @@
-"""Clean pictures that the bundled calibration of `sensitivity_maps.py --diagnose` is made of, and others to
-test it with.
+"""Clean images that the bundled calibration of `diagnose_images.py` is made of, and others to test it with.
 
-    python examples/calibration.py --output_dir clean
-    python sensitivity_maps.py --pretrained_model_name_or_path $(python -m szt_utils.pocket) \
-        --clean_dir clean/calibrate --diagnose clean/test --output_dir diagnosis
+    python examples/calibration.py --output_dir images
+    python diagnose_images.py --pretrained_model_name_or_path $(python -m szt_utils.pocket) \
+        --clean_dir images/calibrate --image_dir images/test --output_dir diagnosis
 
-Writes to `calibrate` and to `test` drawn scenes and scikit-image's photographs, 128 px: every second scene
-and every second photograph, in squares of four sizes, so that no picture of one is a part of the other.
+Writes drawn scenes and scikit-image's photographs, 128 px, to the folders `calibrate` and `test`. Scenes and
+photographs go to the two folders in turns, and every photograph gives squares of four sizes, so that no image
+of one folder is a part of an image of the other.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
+import skimage
 from PIL import Image
 
+from szt_utils.arguments import number, script_parser
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import read_image, save_png
 from szt_utils.pocket.scenes import draw_scene, training_attributes
@@ -22,24 +23,13 @@ from szt_utils.pocket.scenes import draw_scene, training_attributes
 PHOTOGRAPHS = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
                "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
                "motorcycle_left.png", "retina.jpg", "rocket.jpg")
-SIDE, FIRST_SEED = 128, 5_000_000  # seeds that neither training nor held-out scenes have
+SIDE, FIRST_SEED = 128, 5_000_000  # neither training nor held-out scenes have these seeds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("clean"))
-    parser.add_argument("--scenes", type=int, default=80, help="drawn scenes, half of them to test with (80)")
-    arguments = parser.parse_args()
-    with exit_on_input_error():
-        write(arguments)
-
-
-def write(arguments) -> None:
-    import skimage
-
-    halves = [arguments.output_dir / name for name in ("calibrate", "test")]
-    for i in range(arguments.scenes):
+def write_images(output_dir: Path, scenes: int) -> list[Path]:
+    """Write `scenes` drawn scenes and all photographs; returns the two folders."""
+    halves = [output_dir / name for name in ("calibrate", "test")]
+    for i in range(scenes):
         scene = draw_scene(FIRST_SEED + i, training_attributes(np.random.default_rng(FIRST_SEED + i)))
         save_png(Image.fromarray(scene.image), halves[i % 2] / "scenes" / f"{i:03d}.png")
     for i, name in enumerate(PHOTOGRAPHS):
@@ -47,10 +37,21 @@ def write(arguments) -> None:
         for share in (1, 0.7, 0.5, 0.35):  # from the whole central square to a detail of it
             side = int(share * min(photograph.size))
             left, top = ((length - side) // 2 for length in photograph.size)
-            square = photograph.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.BICUBIC)
-            save_png(square, halves[i % 2] / "photographs" / f"{Path(name).stem}-{round(100 * share)}.png")
-    for half in halves:
-        print(half)
+            square = photograph.crop((left, top, left + side, top + side))
+            save_png(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC),
+                     halves[i % 2] / "photographs" / f"{Path(name).stem}-{round(100 * share)}.png")
+    return halves
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("images"))
+    parser.add_argument("--scenes", type=number(int, 0), default=80,
+                        help="drawn scenes, half of them to test with (80)")
+    args = parser.parse_args(argv)
+    with exit_on_input_error():
+        for folder in write_images(args.output_dir, args.scenes):
+            print(folder)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The paper's setting (Sec. 5.1.2) on Stable Diffusion 1.5, 512 px: poison a folder, then train with and without the defence.
-# Usage: bash examples/sd15.sh PICTURES MASKS OUTPUT "<token>" word
+# Usage: bash examples/sd15.sh IMAGES MASKS OUTPUT "<token>" word
 set -euo pipefail
-pictures=$1 masks=$2 output=$3 token=$4 word=$5
+images=$1 masks=$2 output=$3 token=$4 word=$5
 model=stable-diffusion-v1-5/stable-diffusion-v1-5
 
-python poison_images.py --pretrained_model_name_or_path $model --image_dir "$pictures" --output_dir "$output/poisoned" \
+python poison_images.py --pretrained_model_name_or_path $model --image_dir "$images" --output_dir "$output/poisoned" \
   --method adm+ --eps 16 --step_size 1 --steps 100 --mixed_precision bf16
 
 for defence in "" "--szt --loss_mask_dir $masks"; do

@@ -1,27 +1,176 @@
-"""Numbers on a command line: argparse types that refuse what is out of range in one sentence."""
+"""Command lines: number types, the flags that several scripts share, and command lines made of flags.
+
+The only argparse of the library. It imports nothing heavy, so that `--help` and usage errors come at once.
+"""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-__all__ = ["number"]
+from .errors import InputError
+
+__all__ = ["EntryParser", "add_diffusers_flags", "add_model_flags", "add_safe_zone_flags", "command_line",
+           "number", "refuse_unused", "script_parser"]
 
 
 def number(kind: type, lowest: float, highest: float | None = None, *, above: bool = False,
-           unit: str = "") -> Callable[[str], float]:
-    """An argparse type: a finite `int` or `float` from `lowest`, or with `above` from above it, up to
-    `highest`; `unit` says what is counted, as in " of 1/255 levels"."""
+           below: bool = False, unit: str = "") -> Callable[[str], float]:
+    """An argparse type: a finite `int` or `float` in [lowest, highest].
+
+    `above` and `below` exclude the lower and the upper end; `unit` says what is counted, as in " of 1/255
+    levels".
+    """
     def convert(text: str) -> float:
         try:
             value = kind(text)
             if not math.isfinite(value):
                 raise ValueError
-        except ValueError:
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(
                 f"'{text}' is not a {'whole ' * (kind is int)}number{unit}") from None
-        if value < lowest or (above and value == lowest) or (highest is not None and value > highest):
+        too_low = value < lowest or (above and value == lowest)
+        if too_low or (highest is not None and (value > highest or (below and value == highest))):
             least = f"above {lowest:g}" if above else f"at least {lowest:g}"
-            most = "" if highest is None else f" and at most {highest:g}"
+            most = "" if highest is None else f" and {'below' if below else 'at most'} {highest:g}"
             raise argparse.ArgumentTypeError(f"{text} is not {least}{most}")
         return value
     return convert
+
+
+class EntryParser(argparse.ArgumentParser):
+    """A parser of one entry of a file: an InputError, which names the entry by `prog`, for usage errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}.")
+
+
+def script_parser(doc: str, parser: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+                  **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help begins with the script's docstring as it is."""
+    return parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def command_line(**flags: Any) -> list[str]:
+    """The command line of flags by name.
+
+    None and False are left out, True is a flag without a value, a list or tuple is one with several.
+    """
+    arguments = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, method: str,
+                  used_by: Mapping[str, Sequence[str]]) -> None:
+    """End with a usage error for a flag that `method` does not use; `used_by` names the methods that do."""
+    for name, methods in used_by.items():
+        if getattr(args, name) is not None and method not in methods:
+            parser.error(f"argument --{name}: {method} does not use it, only {', '.join(methods)}")
+
+
+def add_model_flags(parser: argparse._ActionsContainer, model: str, required: bool = True) -> None:
+    """The flags of a script that loads a model; `model` is the help of its path."""
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=required, help=model)
+    add("--revision", help="Revision of the model on the Hub.")
+    add("--variant", help="Variant of the model files, such as fp16.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
+        help="Precision of the model. (no)")
+
+
+def add_safe_zone_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a `SafeZone`, all without a default, and of its masks, as the first group of the help."""
+    group = parser.add_argument_group("Safe-Zone Training")
+    add = group.add_argument
+    add("--szt", action="store_true",
+        help="use the paper's value for each of these flags that is not set: --jpeg_quality 25, --t_min at "
+             "the signal-to-noise ratio 0.382 (500 of 1000 for Stable Diffusion), --mask_dilation 16 (at "
+             "512 px, scaled with --resolution)")
+    add("--jpeg_quality", type=number(int, 1, 100),
+        help="JPEG quality, 1 to 100, at the training resolution (default: no JPEG)")
+    add("--t_min", type=number(int, 0), help="lowest timestep to train at, inclusive (default: 0)")
+    add("--t_max", type=number(int, 1), help="end of the timesteps, exclusive (default: the model's, 1000)")
+    add("--loss_mask_dir", help="folder of masks, <image's stem>.png, same size, white = the concept")
+    add("--mask_dilation", type=number(int, 0),
+        help="grow the masks by this many pixels at the training resolution (default: 0)")
+    add("--mask_mode", choices=["loss", "image", "latent", "image_and_loss", "none"],
+        help="what the mask multiplies (Sec. 5.2.3): the loss, the image (around mid-grey), the noised "
+             "latent, the image and the loss, or nothing: then stats.jsonl only records the loss inside and "
+             "outside (default: loss)")
+    add("--mask_normalization", choices=["none", "area"],
+        help="mean of the masked loss over all elements, as in Eq. 7, or over the mask (default: none)")
+    add("--t_distribution", choices=["uniform", "power", "tanh"],
+        help="how timesteps are drawn from [t_min, t_max) (default: uniform)")
+    add("--t_power", type=number(float, -math.inf),
+        help="exponent k of the power distribution, p(t) ~ (t / T)^k (default: 1)")
+    add("--t_center", type=number(float, -math.inf),
+        help="center of p(t) ~ 1 + tanh((t - center) / width) (default: 500)")
+    add("--t_width", type=number(float, -math.inf), help="width of the tanh distribution (default: 100)")
+
+
+def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the Diffusers example `textual_inversion.py`, with its defaults."""
+    add = parser.add_argument_group("As in the Diffusers example").add_argument
+    count = number(int, 1)
+    add("--pretrained_model_name_or_path", required=True, help="Diffusers folder, or id on the Hub")
+    add("--revision", help="revision of the model on the Hub")
+    add("--variant", help="variant of the model files, e.g. fp16")
+    add("--tokenizer_name", help="another tokenizer's folder or id, if it is not the model's")
+    add("--train_data_dir", help="folder of the training images (required)")
+    add("--placeholder_token", help="the new word for the concept, e.g. <my-concept> (required)")
+    add("--initializer_token", help="one word near the concept, whose embedding is the start (required)")
+    add("--learnable_property", choices=["object", "style"], default="object",
+        help="which captions to train with")
+    add("--repeats", type=count, default=100, help="how often an epoch shows each image")
+    add("--num_vectors", type=count, default=1, help="number of embedding vectors for the concept")
+    add("--output_dir", default="text-inversion-model", help="where embeddings and checkpoints go")
+    add("--seed", type=int, help="seed of all random draws (default: a new one, recorded in options.json)")
+    add("--resolution", type=count, default=512, help="images are resized to a square of this many pixels")
+    add("--center_crop", action="store_true", help="cut out the central square before resizing")
+    add("--train_batch_size", type=count, default=16, help="images per step and process")
+    add("--num_train_epochs", type=count,
+        help="number of epochs; takes effect only without --max_train_steps (default: 100)")
+    add("--max_train_steps", type=count, help="number of optimizer steps (default: 5000)")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step")
+    add("--gradient_checkpointing", action="store_true", help="less memory, slower backward pass")
+    add("--learning_rate", type=number(float, 0, 1e36, below=True), default=1e-4,
+        help="learning rate after warmup")  # float32 ends a little above 1e36
+    add("--scale_lr", action="store_true",
+        help="multiply the learning rate by processes, accumulation and batch size")
+    add("--lr_scheduler", default="constant",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+                 "constant_with_warmup"])
+    add("--lr_warmup_steps", type=int, default=500, help="warmup steps of the schedules that have a warmup")
+    add("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
+    add("--dataloader_num_workers", type=int, default=0,
+        help="accepted for compatibility: images are read once, before the training")
+    add("--adam_beta1", type=number(float, 0, 1, below=True), default=0.9)
+    add("--adam_beta2", type=number(float, 0, 1, below=True), default=0.999)
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2)
+    add("--adam_epsilon", type=number(float, 0), default=1e-8)
+    add("--push_to_hub", action="store_true", help="upload the output folder to the Hub")
+    add("--hub_token", help="token for the upload")
+    add("--hub_model_id", help="name of the repository to upload to (default: the output folder's name)")
+    add("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
+        help="precision of the frozen networks")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs since Ampere")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, or all")
+    add("--validation_prompt", help="prompt with the placeholder, generated from during the training")
+    add("--num_validation_images", type=count, default=4)
+    add("--validation_steps", type=count, default=100, help="generate validation images every so many steps")
+    add("--validation_epochs", type=count, help="deprecated: the same in epochs")
+    add("--local_rank", type=int, default=-1, help="set by launchers")
+    add("--checkpointing_steps", type=count, default=500,
+        help="save a checkpoint to resume from every so many steps")
+    add("--checkpoints_total_limit", type=count, help="keep only so many checkpoints")
+    add("--resume_from_checkpoint", help='a folder checkpoint-N of --output_dir, or "latest"')
+    add("--enable_xformers_memory_efficient_attention", action="store_true")
+    add("--no_safe_serialization", action="store_true", help="write .bin files instead of .safetensors")
+    add("--save_steps", type=count, default=500, help="save the embedding every so many steps")
+    add("--save_as_full_pipeline", action="store_true",
+        help="save the whole pipeline with the new token as well")

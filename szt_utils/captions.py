@@ -1,11 +1,15 @@
-"""Training captions: the template lists of Textual Inversion (Gal et al. 2022),
-in the order upstream draws them; and the prompts that evaluate.py asks."""
+"""Prompt templates: the training captions of Textual Inversion (Gal et al. 2022), and prompts of evaluate.py.
+
+The captions are in upstream's order, because its random draw is an index. Every template has one `{}`, for
+the concept.
+"""
 
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["EVALUATION_PROMPTS", "OBJECT_TEMPLATES", "STYLE_TEMPLATES", "read_prompts", "templates_for"]
+__all__ = ["EVALUATION_PROMPTS", "OBJECT_TEMPLATES", "STYLE_TEMPLATES", "read_prompt_templates",
+           "templates_for"]
 
 # Six places, six surfaces, six lights and weathers, six compositions.
 EVALUATION_PROMPTS = (
@@ -38,7 +42,7 @@ STYLE_TEMPLATES = tuple(f"{text} in the style of {{}}" for text in (
 
 
 def templates_for(learnable_property: str) -> tuple[str, ...]:
-    """The 27 templates for an "object" or the 19 for a "style"; each has one `{}` for the placeholder."""
+    """The 27 caption templates of an "object" or the 19 of a "style"; InputError for another property."""
     templates = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
     if learnable_property not in templates:
         raise InputError(f"Unknown learnable property '{learnable_property}'; "
@@ -46,9 +50,8 @@ def templates_for(learnable_property: str) -> tuple[str, ...]:
     return templates[learnable_property]
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a prompts file, each with one `{}` for the concept; empty lines and those that start
-    with # are passed over.
+def read_prompt_templates(path: str | Path) -> list[str]:
+    """Read a prompts file, one template a line; empty lines and lines that start with # are ignored.
 
     `{0} {1}`, token and class word in DreamBooth's list, counts as `{}`. InputError names a line without it.
     """

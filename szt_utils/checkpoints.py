@@ -1,5 +1,5 @@
-"""Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`,
-whole or absent, one random state a rank."""
+"""Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`, renamed into place when
+complete, with the random state of every rank."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .records import write_torch
+from .files import write_torch
 
 __all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "save_checkpoint"]
 
@@ -20,7 +20,7 @@ def _step(folder: Path) -> int:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; other files and folders are passed over."""
+    """The complete checkpoints of a run, oldest first; other files and folders are ignored."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and _step(p) >= 0]
     return sorted(folders, key=_step)
 

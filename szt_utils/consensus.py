@@ -1,8 +1,7 @@
-"""Masks without a prompt: what do all the pictures of a set show?
+"""Masks without a prompt: the regions that all images of a set have in common.
 
-Every picture gives candidate masks, from a grid of clicks. Chosen is the combination, one mask in each
-picture, whose regions look most alike, by the model's own features, and which are stable, sure, central and
-of a sensible size.
+Every image gives candidate masks, from a grid of clicks. The chosen combination has one mask per image. Its
+regions look most alike by the model's own features, and the masks are stable, central and of a typical size.
 """
 
 from dataclasses import dataclass
@@ -10,20 +9,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .segment import SamCheckpoint, SamModel, Seen
+from .segment import EmbeddedImage, SamCheckpoint, SamModel
 
-__all__ = ["Candidates", "Choice", "candidates", "choose"]
+__all__ = ["Candidates", "Choice", "SMALLEST_AREA", "LARGEST_AREA", "candidate_masks", "centrality",
+           "choose_masks", "pairwise_iou"]
 
-# Shares of the picture that a concept has; what is smaller or larger is passed over if possible.
-_SIZES = (0.02, 0.8)
+SMALLEST_AREA, LARGEST_AREA = 0.02, 0.8  # of a concept, as shares of its image
 _STABILITY_OFFSET = 1.0  # in logits, as in Segment Anything's own automatic masks
 _AGREEMENT_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """M possible masks of one picture: `logits` (M, h, w) of the model's square, what is inside the picture
-    of them, bool `masks` (M, h', w'), unit `features` (M, C), and each one's own `merit` (M,)."""
+    """M possible masks of one image.
+
+    `logits` (M, h, w) cover the square of the model's input, bool `masks` (M, h', w') the image only;
+    `features` (M, C) are the mean of the image's features inside each mask minus that of the whole image;
+    `merit` (M,) is the quality of each mask, whatever the other images show.
+    """
 
     logits: torch.Tensor
     masks: torch.Tensor
@@ -33,14 +36,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which candidate, and how sure that is, from 0 to 1: whether its like is in the other pictures, and how
-    far the best different candidate is behind."""
+    """The chosen candidate and a confidence in [0, 1]: its lead over the best candidate that overlaps it by
+    less than half."""
 
     index: int
     confidence: float
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def pairwise_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Intersection over union of all pairs of masks, bool (M, h, w) and (N, h, w): float (M, N)."""
     a, b = a.flatten(1).float(), b.flatten(1).float()
     both = a @ b.T
@@ -48,8 +51,11 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def centrality(masks: torch.Tensor) -> torch.Tensor:
-    """How far from the picture's edge the masks lie: 1 in the centre, 0 at the edge, mean over a mask's
-    pixels; less the share of the edge itself that it covers; float (M,)."""
+    """How far masks, bool (M, h, w), lie from the image's edge: float (M,) up to 1.
+
+    It is the mean over a mask's pixels of a value that is 1 in the center and 0 at the edge, minus the share
+    of the edge that the mask covers.
+    """
     h, w = masks.shape[-2:]
     y, x = torch.linspace(-1, 1, h).abs(), torch.linspace(-1, 1, w).abs()
     inner = 1 - torch.maximum(y[:, None], x[None])
@@ -63,81 +69,93 @@ def centrality(masks: torch.Tensor) -> torch.Tensor:
 def _distinct(masks: torch.Tensor, merit: torch.Tensor, limit: float = 0.85) -> torch.Tensor:
     """Indices of masks, best first, without those that repeat a better one."""
     kept: list[int] = []
-    overlaps = overlap(masks, masks)
+    overlaps = pairwise_iou(masks, masks)
     for i in merit.argsort(descending=True).tolist():
         if not kept or overlaps[i, kept].max() < limit:
             kept.append(i)
     return torch.tensor(kept)
 
 
-@torch.no_grad()
-def candidates(segmenter: SamCheckpoint | SamModel, seen: Seen, grid: int = 12, batch_size: int = 48,
-               most: int = 40) -> Candidates:
-    """The masks that `grid` x `grid` clicks give in one picture, without repetitions, `most` at most."""
-    width, height = seen.image.size
-    clicks = seen.to_input([[(x + 0.5) * width / grid, (y + 0.5) * height / grid]
-                            for y in range(grid) for x in range(grid)])
+def _decode_grid(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage, grid: int,
+                 batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask logits (M, h, w) and scores (M,), three for each of `grid` x `grid` clicks."""
+    width, height = embedded.image.size
+    clicks = embedded.to_input([[(x + 0.5) * width / grid, (y + 0.5) * height / grid]
+                                for y in range(grid) for x in range(grid)])
     logits, scores = [], []
     for points in clicks.split(batch_size):
         labels = torch.ones(len(points), 1, dtype=torch.long)
-        found, guessed = segmenter.decode(seen, points[:, None], labels, None, several=True)
-        logits.append(found.flatten(0, 1))
-        scores.append(guessed.flatten())
-    logits, scores = torch.cat(logits), torch.cat(scores).clamp(0, 1)
-    h, w = (max(1, round(n * cells / seen.side))
-            for n, cells in zip(seen.inside, logits.shape[-2:], strict=True))
+        three_logits, three_scores = segmenter.decode(embedded, points[:, None], labels, None, multimask=True)
+        logits.append(three_logits.flatten(0, 1))
+        scores.append(three_scores.flatten())
+    return torch.cat(logits), torch.cat(scores).clamp(0, 1)
+
+
+@torch.no_grad()
+def candidate_masks(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage, grid: int = 12,
+                    batch_size: int = 48, most: int = 40) -> Candidates:
+    """The masks of `grid` x `grid` clicks in one image, without repetitions, `most` at most.
+
+    Masks of an untypical size are dropped, unless there are no others; a model that finds nothing gives the
+    whole image.
+    """
+    logits, scores = _decode_grid(segmenter, embedded, grid, batch_size)
+    h, w = (max(1, round(n * cells / embedded.input_side))
+            for n, cells in zip(embedded.input_size, logits.shape[-2:], strict=True))
     inside = logits[:, :h, :w]
     masks = inside > 0
     area = masks.float().mean((1, 2))
-    sensible = (area >= _SIZES[0]) & (area <= _SIZES[1])
-    sensible = sensible if sensible.any() else masks.flatten(1).any(1)
-    if not sensible.any():  # a model that finds nothing anywhere: the whole picture
-        sensible, masks = torch.ones(1, dtype=torch.bool), torch.ones_like(masks[:1])
+    usable = (area >= SMALLEST_AREA) & (area <= LARGEST_AREA)
+    usable = usable if usable.any() else masks.flatten(1).any(1)
+    if not usable.any():
+        usable, masks = torch.ones(1, dtype=torch.bool), torch.ones_like(masks[:1])
         logits, inside, scores = torch.ones_like(logits[:1]), torch.ones_like(inside[:1]), torch.zeros(1)
-    logits, inside, masks, scores = (part[sensible] for part in (logits, inside, masks, scores))
-    surely, perhaps = ((inside > offset).sum((1, 2)) for offset in (_STABILITY_OFFSET, -_STABILITY_OFFSET))
-    stability = surely / perhaps.clamp(min=1)
+    logits, inside, masks, scores = (part[usable] for part in (logits, inside, masks, scores))
+    strict, loose = ((inside > offset).sum((1, 2)) for offset in (_STABILITY_OFFSET, -_STABILITY_OFFSET))
+    stability = strict / loose.clamp(min=1)
     merit = scores * stability + centrality(masks)
     kept = _distinct(masks, merit)[:most]
-    masks = masks[kept]
-    share = F.interpolate(masks[:, None].float(), seen.features.shape[-2:], mode="area").flatten(1)
-    features = share @ seen.features.flatten(1).T / share.sum(1, keepdim=True).clamp(min=1e-6)
-    return Candidates(logits[kept], masks, features - seen.features.flatten(1).mean(1), merit[kept])
+    masks, features = masks[kept], embedded.features.flatten(1)
+    share = F.interpolate(masks[:, None].float(), embedded.features.shape[-2:], mode="area").flatten(1)
+    inside_mean = share @ features.T / share.sum(1, keepdim=True).clamp(min=1e-6)
+    return Candidates(logits[kept], masks, inside_mean - features.mean(1), merit[kept])
 
 
-def choose(pictures: list[Candidates]) -> list[Choice]:
-    """One candidate in every picture, so that the merits and the agreement among the pictures are highest.
+def choose_masks(images: list[Candidates]) -> list[Choice]:
+    """One candidate per image, so that the sum of merits and of agreements between the images is highest.
 
-    From every candidate as a seed, the pictures take turns to choose what goes best with the others, until
-    none changes its mind; the best end counts.
+    Coordinate ascent from every candidate as a seed: the images in turn take the candidate that goes best
+    with the choices of the others, until nothing changes; the best end counts.
     """
-    features = [F.normalize(picture.features, dim=1) for picture in pictures]
+    features = [F.normalize(image.features, dim=1) for image in images]
 
     def values(i: int, chosen: list[int]) -> torch.Tensor:
-        """Of picture i's candidates, given the other pictures' choices."""
-        others = [features[j][chosen[j]] for j in range(len(pictures)) if j != i]
+        """The value of each candidate of image i, given the choices in the other images."""
+        others = [features[j][chosen[j]] for j in range(len(images)) if j != i]
         agreement = features[i] @ torch.stack(others).T if others else torch.zeros(len(features[i]), 1)
-        return pictures[i].merit + _AGREEMENT_WEIGHT * agreement.mean(1)
+        return images[i].merit + _AGREEMENT_WEIGHT * agreement.mean(1)
 
-    best, best_total = [0] * len(pictures), float("-inf")
-    for i, of_seed in enumerate(features):
-        for seed in range(len(of_seed)):
-            chosen = [int((p.merit + _AGREEMENT_WEIGHT * (f @ of_seed[seed])).argmax())
-                      for p, f in zip(pictures, features, strict=True)]
+    best, best_total = [0] * len(images), float("-inf")
+    for i, seeds in enumerate(features):
+        for seed, seed_features in enumerate(seeds):
+            chosen = [int((image.merit + _AGREEMENT_WEIGHT * (f @ seed_features)).argmax())
+                      for image, f in zip(images, features, strict=True)]
             chosen[i] = seed
             for _ in range(10):
                 before = list(chosen)
-                for j in range(len(pictures)):
+                for j in range(len(images)):
                     chosen[j] = int(values(j, chosen).argmax())
                 if chosen == before:
                     break
             total = sum(values(j, chosen)[c].item() for j, c in enumerate(chosen))
             if total > best_total + 1e-6:
                 best, best_total = chosen, total
-    return [_sureness(i, pictures[i], values(i, best), best[i]) for i in range(len(pictures))]
+    return [Choice(best[i], _confidence(image.masks, values(i, best), best[i]))
+            for i, image in enumerate(images)]
 
 
-def _sureness(i: int, picture: Candidates, values: torch.Tensor, index: int) -> Choice:
-    other = overlap(picture.masks[index:index + 1], picture.masks)[0] < 0.5
-    lead = (values[index] - values[other].max()).item() if other.any() else 1.0
-    return Choice(index, min(1.0, max(0.0, lead)))
+def _confidence(masks: torch.Tensor, values: torch.Tensor, index: int) -> float:
+    """The lead of the candidate `index`, as in `Choice`; 1 without a different candidate."""
+    different = pairwise_iou(masks[index:index + 1], masks)[0] < 0.5
+    lead = (values[index] - values[different].max()).item() if different.any() else 1.0
+    return min(1.0, max(0.0, lead))

@@ -1,5 +1,4 @@
-"""The learned token embeddings: placeholder tokens, training of the new rows only,
-files that any tool loads."""
+"""Learned token embeddings: placeholder tokens, training of the new rows only, files that any tool loads."""
 
 import contextlib
 import re
@@ -12,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
-from .records import write_bytes, write_torch
+from .files import write_bytes, write_torch
 
-__all__ = ["NewRows", "add_placeholder", "add_tokens", "join_rows", "load_embedding", "ordinary_embedding",
-           "ordinary_words_with", "placeholder_prompt", "safe_file_name", "save_embedding", "take_rows",
-           "train_rows"]
+__all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "join_rows", "load_embedding",
+           "ordinary_embedding", "ordinary_words_with", "placeholder_prompt", "safe_file_name",
+           "save_embedding", "take_rows", "train_rows"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
@@ -29,7 +28,8 @@ def _tokens(placeholder: str, num_vectors: int) -> list[str]:
     return [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
 
 
-def add_tokens(tokenizer, placeholder: str, initializer: str, num_vectors: int = 1) -> tuple[list[int], int]:
+def add_tokens(tokenizer: Any, placeholder: str, initializer: str,
+               num_vectors: int = 1) -> tuple[list[int], int]:
     """Add `placeholder` (and `placeholder_1`, ... up to `num_vectors`) to the tokenizer;
     ids of the new tokens, and of the initializer.
 
@@ -59,7 +59,7 @@ def add_tokens(tokenizer, placeholder: str, initializer: str, num_vectors: int =
     return tokenizer.convert_tokens_to_ids(tokens), initializer_ids[0]
 
 
-def add_placeholder(tokenizer, text_encoder, placeholder: str, initializer: str,
+def add_placeholder(tokenizer: Any, text_encoder: torch.nn.Module, placeholder: str, initializer: str,
                     num_vectors: int = 1) -> list[int]:
     """`add_tokens`, and rows for them in the text encoder that copy the initializer's; ids of the new rows,
     which are the last of its embedding.
@@ -108,7 +108,7 @@ class NewRows(torch.nn.Module):
         return torch.where(new.unsqueeze(-1) >= 0, F.embedding(new.clamp(min=0), self.rows), frozen)
 
 
-def train_rows(text_encoder, num_rows: int) -> NewRows:
+def train_rows(text_encoder: torch.nn.Module, num_rows: int) -> NewRows:
     """Freeze the text encoder and make the last `num_rows` of its token embedding trainable;
     returns the new embedding."""
     text_encoder.requires_grad_(False)
@@ -119,7 +119,7 @@ def train_rows(text_encoder, num_rows: int) -> NewRows:
 
 
 @contextlib.contextmanager
-def ordinary_embedding(text_encoder, rows: torch.Tensor) -> Iterator[None]:
+def ordinary_embedding(text_encoder: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
     """For a while the text encoder has an ordinary torch embedding that ends in `rows` (n, D),
     in place of its NewRows."""
     trained = text_encoder.get_input_embeddings()
@@ -182,3 +182,48 @@ def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
         held = len(content) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
     return next(iter(content.items()))
+
+
+def add_embedding(tokenizers: list, text_encoders: list[torch.nn.Module],
+                  path: str | Path) -> tuple[str, int]:
+    """Add a learned embedding to a model's tokenizers and text encoders; its token and number of vectors.
+
+    A model with one text encoder takes a file of one token, (n, D). One with two (SDXL) takes rows `clip_l`
+    (n, D) and `clip_g` (n, D2), and the token is the file's name in angle brackets. InputError for an
+    embedding of another model.
+    """
+    token, rows = _rows_for(path, len(text_encoders))
+    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in text_encoders]
+    if [part.dim() for part in rows] != [2] * len(widths) or [part.shape[1] for part in rows] != widths:
+        raise InputError(f"The embedding '{path}' has vectors of shape "
+                         f"{' and '.join(str(tuple(part.shape)) for part in rows)}, but the model's are "
+                         f"{' and '.join(map(str, widths))} wide; it was learned with another model.")
+    tokens = _tokens(token, len(rows[0]))
+    for tokenizer, encoder, part in zip(tokenizers, text_encoders, rows, strict=True):
+        if f"{token}</w>" in tokenizer.get_vocab() or tokenizer.add_tokens(tokens) != len(tokens):
+            raise InputError(f"The token '{token}' of the embedding '{path}' is already in the model's "
+                             "vocabulary.")
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        if ids[-1] >= len(encoder.get_input_embeddings().weight):
+            encoder.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+        with torch.no_grad():
+            weight = encoder.get_input_embeddings().weight
+            weight[ids] = part.to(weight)
+        encoder.requires_grad_(False)
+    return token, len(tokens)
+
+
+def _rows_for(path: str | Path, num_encoders: int) -> tuple[str, list[torch.Tensor]]:
+    """The token of an embedding file and its rows for each text encoder."""
+    if num_encoders == 1:
+        token, rows = load_embedding(path)
+        return token, [rows]
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = load_file(path)
+        return f"<{Path(path).stem.lower()}>", [content["clip_l"], content["clip_g"]]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"The embedding '{path}' cannot be read as one of an SDXL model, "
+                         f"with rows clip_l and clip_g ({error}).") from None

@@ -1,5 +1,4 @@
-"""JPEG as a purifier (paper Sec. 4.4): the real codec,
-once as a picture function and once with a gradient."""
+"""JPEG as a purifier (paper Sec. 4.4): the real codec, on an image and on a batch with a gradient."""
 
 import io
 
@@ -19,8 +18,8 @@ def check_quality(quality: int) -> None:
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """Compress an RGB picture in memory and decode it again,
-    with the 4:2:0 chroma subsampling of common encoders."""
+    """Compress an RGB image in memory and decode it again, with the 4:2:0 chroma subsampling of common
+    encoders."""
     check_quality(quality)
     buffer = io.BytesIO()
     # libjpeg would choose 4:4:4 above quality 95: one rule for every quality keeps sweeps comparable.
@@ -34,6 +33,5 @@ def jpeg_tensor(images: torch.Tensor, quality: int) -> torch.Tensor:
 
 
 def jpeg_straight_through(images: torch.Tensor, quality: int) -> torch.Tensor:
-    """The JPEG round trip going forward, the identity going backward (Bengio et al. 2013),
-    for adaptive attacks."""
+    """The JPEG round trip forward and the identity backward (Bengio et al. 2013), for adaptive attacks."""
     return images + (jpeg_tensor(images, quality) - images).detach()

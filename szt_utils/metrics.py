@@ -1,9 +1,8 @@
-"""How well generated pictures show the concept and follow their prompts (paper Sec. 5.1.3).
+"""How well generated images show the concept and follow their prompts (paper Sec. 5.1.3).
 
-Similarity is the cosine of image-encoder features; always read it beside its anchor, that of the real
-pictures among themselves: more than that is copying. FID, KID and FD-DINOv2 compare the two sets as wholes,
-CLIP score the pictures with their prompts. Networks are folders or Hub ids; nothing is downloaded that was
-not named.
+Similarity is the cosine of image-encoder features; compare it with the similarity of the real images to each
+other, its anchor: more than that is copying. FID, KID and FD-DINOv2 compare the two sets as wholes, CLIP
+score each image with its prompt. Networks are folders or Hub ids; only those named are downloaded.
 """
 
 import functools
@@ -11,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,20 +18,19 @@ from PIL import Image
 from .errors import InputError
 from .images import from_pil
 
-__all__ = ["METRICS", "Networks", "clip_scores", "evaluate_embedding", "frechet_distance", "image_features",
-           "inception_features", "kernel_distance", "measure", "pairwise_similarity", "similarity"]
+__all__ = ["METRICS", "Networks", "clip_scores", "frechet_distance", "image_features", "inception_features",
+           "kernel_distance", "pairwise_similarity", "score_images", "similarity"]
 
 METRICS = ("dino", "fid", "kid", "fd_dino", "clip")
-FEW_PICTURES = 2048  # below the size of Inception's features their covariance has no full rank
+FEW_IMAGES = 2048  # below the size of Inception's features their covariance has no full rank
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What the metrics look with: `dino`, a Dinov2Model; `clip`, a CLIPModel; `inception`, the file of
-    InceptionV3 weights that torch-fidelity publishes, for FID and KID.
+    """Networks of the metrics: `dino`, a Dinov2Model, `clip`, a CLIPModel, and `inception` for FID and KID.
 
-    Without `inception`, FID and KID take the image features of `clip`, as CLIP-FID does (Kynkaanniemi et al.
-    2023).
+    `inception` is the file of InceptionV3 weights that torch-fidelity publishes; without it, FID and KID use
+    the image features of `clip`, as CLIP-FID does (Kynkaanniemi et al. 2023).
     """
 
     dino: str
@@ -40,7 +39,7 @@ class Networks:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(network: str, device: str):
+def _load(network: str, device: str) -> tuple[Any, torch.nn.Module]:
     """The processor and the frozen model of a folder or Hub id."""
     from transformers import AutoImageProcessor, AutoModel
 
@@ -55,8 +54,10 @@ def _load(network: str, device: str):
 @torch.no_grad()
 def image_features(images: list[Image.Image], network: str, batch_size: int = 32,
                    device: torch.device | str = "cpu", normalized: bool = True) -> torch.Tensor:
-    """Features (N, D) of a Dinov2Model's CLS token or of a CLIPModel's projected pictures, each picture
-    prepared as the network's processor says; of unit length if `normalized`."""
+    """Features (N, D) of a Dinov2Model's CLS token or of a CLIPModel's projected images.
+
+    The network's processor prepares the images. Features have unit length if `normalized`.
+    """
     processor, model = _load(str(network), str(device))
     features = []
     for start in range(0, len(images), batch_size):
@@ -73,16 +74,18 @@ def image_features(images: list[Image.Image], network: str, batch_size: int = 32
 @torch.no_grad()
 def inception_features(images: list[Image.Image], weights: str | Path, batch_size: int = 32,
                        device: torch.device | str = "cpu") -> torch.Tensor:
-    """InceptionV3 features (N, 2048) by torch-fidelity, whose network FID is defined with;
-    `weights` is its file."""
+    """InceptionV3 features (N, 2048) by torch-fidelity, the network that FID is defined with.
+
+    InputError when torch-fidelity or the file `weights` is missing.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise InputError("FID by InceptionV3 needs torch-fidelity: "
                          'pip install "szt-utils[metrics]".') from None
     if not Path(weights).is_file():
-        raise InputError(f"The InceptionV3 weights '{weights}' are no file; "
-                         "torch-fidelity's release page has it.")
+        raise InputError(f"The InceptionV3 weights '{weights}' do not exist; "
+                         "download the file from torch-fidelity's release page.")
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
                                               feature_extractor_weights_path=str(weights)).to(device)
@@ -91,47 +94,48 @@ def inception_features(images: list[Image.Image], weights: str | Path, batch_siz
                          f"{str(error).splitlines()[0]}") from None
     levels = [(from_pil(image) * 255).round().to(torch.uint8) for image in images]
     if len({image.shape for image in levels}) > 1:
-        batch_size = 1  # pictures of several sizes: the network resizes them itself
+        batch_size = 1  # images of several sizes: the network resizes them itself
     return torch.cat([network(torch.cat(levels[i:i + batch_size]).to(device))[0].float().cpu()
                       for i in range(0, len(levels), batch_size)])
 
 
 def similarity(generated: torch.Tensor, real: torch.Tensor) -> float:
-    """Mean cosine similarity over all pairs of a generated and a real picture's features,
-    (N, D) and (M, D)."""
+    """Mean cosine similarity over all pairs of a generated and a real image's features, (N, D) and (M, D)."""
     return (generated @ real.T).mean().item()
 
 
 def pairwise_similarity(features: torch.Tensor) -> float:
-    """Mean cosine similarity over all pairs of different pictures, (N, D):
-    the real-real anchor; needs N >= 2."""
+    """Mean cosine similarity over all pairs of different images, (N, D); InputError for N < 2."""
     n = len(features)
     if n < 2:
-        raise InputError("The similarity among real pictures needs at least two of them.")
+        raise InputError("The similarity of real images to each other needs at least two of them.")
     return ((features @ features.T).sum() - n).item() / (n * (n - 1))
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Distance of the Gaussians fitted to two sets of features, (N, D) and (M, D), each of two at least:
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017).
+    """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017); InputError for a set of one.
     The last trace is the sum of the singular values of X_a X_b^T for C = X^T X: a matrix of N x M numbers,
     without the root of a singular matrix.
     """
     a, b = a.double(), b.double()
     if min(len(a), len(b)) < 2:
-        raise InputError("A Frechet distance needs at least two pictures on either side.")
+        raise InputError("A Frechet distance needs at least two images in each set.")
     x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
     shared = torch.linalg.svdvals(x @ y.T).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * shared).item()
 
 
 def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Squared maximum mean discrepancy of two sets of features, (N, D) and (M, D), each of two at least,
-    with the kernel (x . y / D + 1)^3: KID, unbiased, over all pictures at once (Binkowski et al. 2018)."""
+    """KID: squared maximum mean discrepancy of two sets of features, (N, D) and (M, D).
+
+    Unbiased, over all images at once, with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018). InputError
+    for a set of one.
+    """
     a, b = a.double(), b.double()
     if min(len(a), len(b)) < 2:
-        raise InputError("A kernel distance needs at least two pictures on either side.")
+        raise InputError("A kernel distance needs at least two images in each set.")
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -146,29 +150,32 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def clip_scores(images: list[Image.Image], texts: Sequence[str], network: str, batch_size: int = 32,
                 device: torch.device | str = "cpu") -> torch.Tensor:
-    """100 times the cosine of each picture and its text, not below 0, (N,) (Hessel et al. 2021, as
-    torchmetrics scales it)."""
+    """CLIP scores (N,): 100 times the cosine of each image and its text, at least 0 (Hessel et al. 2021).
+
+    The scale is that of torchmetrics. InputError for a network that is no CLIPModel.
+    """
     from transformers import AutoTokenizer
 
     _, model = _load(str(network), str(device))
     if not hasattr(model, "text_projection"):
-        raise InputError(f"The network '{network}' is no CLIPModel: it has no texts.")
+        raise InputError(f"The network '{network}' is no CLIPModel: it has no text encoder.")
     distinct = list(dict.fromkeys(texts))
     ids = AutoTokenizer.from_pretrained(network)(distinct, padding=True, truncation=True, max_length=
                                                  model.config.text_config.max_position_embeddings,
                                                  return_tensors="pt").to(device)
     texts_of = model.text_projection(model.text_model(**ids).pooler_output).float().cpu()
     texts_of = torch.nn.functional.normalize(texts_of, dim=1)[[distinct.index(text) for text in texts]]
-    pictures = image_features(images, network, batch_size, device)
-    return (100 * (pictures * texts_of).sum(1)).clamp(min=0)
+    images_of = image_features(images, network, batch_size, device)
+    return (100 * (images_of * texts_of).sum(1)).clamp(min=0)
 
 
-def measure(generated: list[Image.Image], real: list[Image.Image], texts: Sequence[str], networks: Networks,
-            metrics: Iterable[str] = METRICS, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Scores of generated pictures, each with the text that it should show, against the clean real ones.
+def score_images(generated: list[Image.Image], real: list[Image.Image], texts: Sequence[str],
+                 networks: Networks, metrics: Iterable[str] = METRICS,
+                 device: torch.device | str = "cpu") -> dict[str, float]:
+    """Scores of generated images, one of `texts` for each, against real (clean) images of the concept.
 
-    "dino" brings "real_real" with it when there are two real pictures; a warning tells when a distance of
-    sets rests on few pictures.
+    "dino" is accompanied by "real_real" when there are at least two real images. Warns when FID or FD-DINOv2
+    is of few images. InputError for an unknown metric.
     """
     metrics, scores = list(metrics), {}
     if unknown := [name for name in metrics if name not in METRICS]:
@@ -189,33 +196,10 @@ def measure(generated: list[Image.Image], real: list[Image.Image], texts: Sequen
                         for images in (real, generated))
         scores |= {"fid": frechet_distance(ours, theirs)} if "fid" in metrics else {}
         scores |= {"kid": kernel_distance(ours, theirs)} if "kid" in metrics else {}
-    if {"fid", "fd_dino"} & set(metrics) and min(len(real), len(generated)) < FEW_PICTURES:
-        warnings.warn(f"FID and FD-DINOv2 rest on {len(generated)} generated and {len(real)} real pictures: "
-                      f"with fewer than {FEW_PICTURES} their value is mostly the number's doing, so compare "
-                      "only equal numbers.", stacklevel=2)
+    if {"fid", "fd_dino"} & set(metrics) and min(len(real), len(generated)) < FEW_IMAGES:
+        warnings.warn(f"FID and FD-DINOv2 rest on {len(generated)} generated and {len(real)} real images: "
+                      f"with fewer than {FEW_IMAGES} their values depend mostly on the number of images, so "
+                      "compare them only at equal numbers.", stacklevel=2)
     if "clip" in metrics:
         scores["clip"] = clip_scores(generated, texts, networks.clip, device=device).mean().item()
     return scores
-
-
-def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image], prompts: Sequence[str],
-                       networks: Networks, *, images_per_prompt: int = 1, class_word: str = "object",
-                       metrics: Iterable[str] = ("dino",), seed: int = 100, folder: str | Path | None = None,
-                       device: torch.device | str = "cpu", pipeline_options: dict | None = None,
-                       **sampling) -> tuple[list[Image.Image], dict[str, float]]:
-    """Generate with a learned embedding and measure: the pictures, `images_per_prompt` of the first prompt,
-    then of the next, and their scores.
-
-    `prompts` hold `{}` where the token goes, which for the CLIP score is `class_word`; `real` are the clean
-    pictures. `sampling` and `folder` go to `generation.generate`.
-    """
-    from .embeddings import load_embedding
-    from .generation import generate, load_pipeline
-
-    token, _ = load_embedding(embedding)
-    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    pipeline = load_pipeline(model, embedding, device, **(pipeline_options or {}))
-    generated = generate(pipeline, [prompt.format(token) for prompt in repeated], seed=seed, folder=folder,
-                         **sampling)
-    return generated, measure(generated, real, [prompt.format(class_word) for prompt in repeated], networks,
-                              metrics, device)

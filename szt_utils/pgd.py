@@ -1,14 +1,13 @@
-"""The one projected-gradient loop:
-move pictures uphill or downhill within a budget (paper Eq. 4 and 5).
+"""The one projected-gradient loop: move images uphill or downhill within a budget (paper Eq. 4 and 5).
 
     delta <- Project(delta +- step_size * direction(gradient(x + delta))),  0 <= x + delta <= 1,
                                                                             0 off the mask
 
     linf:  direction = sign(g)        |delta| <= eps everywhere
-    l2:    direction = g / rms(g)     rms(delta) <= eps, the root mean square over the picture's elements
+    l2:    direction = g / rms(g)     rms(delta) <= eps, the root mean square over the image's elements
 
-Budgets count levels: 1 level = 1/255, one step of an 8-bit picture. Both norms hold in whole levels, as an
-8-bit file will have them. What is attacked is the `gradient` callable's business.
+Budgets count levels: 1 level = 1/255, one step of an 8-bit image. Both norms hold in whole levels, as an
+8-bit file stores them. The `gradient` callable decides what is attacked.
 """
 
 import warnings
@@ -24,25 +23,23 @@ __all__ = ["NORMS", "SCHEDULES", "Gradient", "add_within_budget", "pgd", "projec
 NORMS = ("linf", "l2")
 SCHEDULES = ("constant", "linear")
 
-# Pictures (B, 3, H, W) -> the objective's gradient with respect to them, same shape,
-# and its value per picture, (B,).
+# Images (B, 3, H, W) -> the objective's gradient with respect to them, same shape, and its value per image,
+# (B,).
 Gradient = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each sample, (B, 1, 1, 1);
-    in float64, so that a budget is not missed by rounding."""
+    """Root mean square of each sample, (B, 1, 1, 1), in float64, so that rounding does not break a budget."""
     return x.double().square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
 def project_linf(delta: torch.Tensor, eps: float) -> torch.Tensor:
-    """The nearest perturbation with every |element| <= eps levels;
-    `delta` in units of the picture, [0, 1]."""
+    """The nearest perturbation with every |element| <= eps levels; `delta` is in units of [0, 1]."""
     return delta.clamp(-eps / 255, eps / 255)
 
 
 def project_l2(delta: torch.Tensor, eps: float) -> torch.Tensor:
-    """The nearest perturbation with a root mean square of at most eps levels, per picture."""
+    """The nearest perturbation with a root mean square of at most eps levels, per image."""
     return delta * (eps / 255 / rms(delta).clamp(min=1e-12)).clamp(max=1).to(delta)
 
 
@@ -59,7 +56,7 @@ def project_box(delta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 def round_to_levels(delta: torch.Tensor, eps: float | None = None) -> torch.Tensor:
     """The nearest perturbation of whole levels, so that an 8-bit file holds it exactly.
 
-    With `eps`, each picture's perturbation is first scaled down as little as its root mean square needs to be
+    With `eps`, each image's perturbation is first scaled down as little as its root mean square needs to be
     at most eps levels after rounding too.
     """
     rounded = (delta * 255).round() / 255
@@ -75,22 +72,20 @@ def round_to_levels(delta: torch.Tensor, eps: float | None = None) -> torch.Tens
 
 
 def add_within_budget(images: torch.Tensor, delta: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
-    """Pictures of whole levels plus a perturbation within the budget, in whole levels, within it still."""
+    """Images of whole levels plus a perturbation within the budget, rounded to whole levels within it."""
     # |k / 255| <= eps / 255 for whole k and eps, and a whole level + k stays in 0..255:
-    # both bounds outlive the rounding.
+    # both bounds survive the rounding.
     return (images + round_to_levels(delta, eps if norm == "l2" else None)).clamp(0, 1)
 
 
 def random_start(images: torch.Tensor, eps: float, generators: list[torch.Generator]) -> torch.Tensor:
-    """Uniform in [-eps, eps] levels, drawn on the CPU from every picture's own generator;
-    shape and device of `images`."""
+    """Uniform in [-eps, eps] levels, from each image's own CPU generator; shape and device of `images`."""
     uniform = torch.stack([torch.rand(images.shape[1:], generator=generator) for generator in generators])
     return (2 * uniform - 1).to(images) * (eps / 255)
 
 
 def warn_if_unmoved(before: torch.Tensor, after: torch.Tensor, ascend: bool = True) -> None:
-    """Warn about pictures whose objective, (B,) each,
-    went the wrong way or nowhere between two measurements."""
+    """Warn about images whose objective, (B,), did not move as it should between two measurements."""
     for first, last in zip(before.tolist(), after.tolist(), strict=True):
         if not (last > first if ascend else last < first):
             warnings.warn(f"The objective did not {'rise' if ascend else 'fall'}: "
@@ -102,14 +97,13 @@ def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float,
         ascend: bool = True, norm: str = "linf", schedule: str = "constant",
         mask: torch.Tensor | None = None, generators: list[torch.Generator] | None = None,
         on_step: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
-    """Perturb pictures by projected gradient steps; float32 (B, 3, H, W) in [0, 1],
-    whole levels away from `images`.
+    """Perturb images by projected gradient steps; float32 (B, 3, H, W) in [0, 1], whole levels from `images`.
 
-    `images` is float32 (B, 3, H, W), whole levels of 1/255, `mask` (B, 1, H, W) of 0 and 1, where 1 may
+    `images` are float32 (B, 3, H, W), whole levels of 1/255, `mask` (B, 1, H, W) of 0 and 1, where 1 may
     change; pixels of 0 come back bit-identical. `eps` and `step_size` are in levels; the "linear" schedule
-    lets the step fall from `step_size` to a hundredth of it. One CPU generator per picture gives a uniform
-    random start, none gives a start at zero; with 0 steps the pictures come back bit-identical. `on_step`
-    sees the values of each step, (B,). Raises InputError for an impossible budget or a gradient that is not
+    reduces the step from `step_size` to a hundredth of it. One CPU generator per image gives a uniform
+    random start, none gives a start at zero; with 0 steps the images come back bit-identical. `on_step` is
+    called with the values of each step, (B,). InputError for an impossible budget or a gradient that is not
     finite; warns about a gradient of zero.
     """
     _check(images, eps, step_size, steps, norm, schedule, generators)
@@ -138,7 +132,7 @@ def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float,
         if on_step is not None:
             on_step(values)
     if zero_steps:
-        warnings.warn(f"The gradient of a picture was zero in {zero_steps} of {steps} steps.", stacklevel=2)
+        warnings.warn(f"The gradient of an image was zero in {zero_steps} of {steps} steps.", stacklevel=2)
     return add_within_budget(images, delta, eps, norm)
 
 
@@ -148,7 +142,7 @@ def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, norm: s
         if value not in choices:
             raise InputError(f"Unknown {name} '{value}'; choose from: {', '.join(choices)}.")
     if images.dtype != torch.float32:
-        raise InputError(f"The pictures must be float32, but are {images.dtype}.")
+        raise InputError(f"The images must be float32, but are {images.dtype}.")
     if int(eps) != eps or not 0 <= eps <= 255:
         raise InputError("The budget eps must be a whole number of 1/255 levels from 0 to 255, "
                          f"but is {eps}.")
@@ -157,5 +151,5 @@ def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, norm: s
     if steps < 0:
         raise InputError(f"The number of steps must not be negative, but is {steps}.")
     if generators is not None and len(generators) != len(images):
-        raise InputError(f"Each of the {len(images)} pictures needs its own generator, "
+        raise InputError(f"Each of the {len(images)} images needs its own generator, "
                          f"but {len(generators)} were given.")

@@ -1,5 +1,6 @@
-"""Pictures of numbers. The only user of matplotlib: every function takes plain arrays and writes one PNG."""
+"""Plots. The only user of matplotlib: every function takes plain arrays."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ from PIL import Image
 
 from .images import save_png
 
-__all__ = ["band_plot", "bar_plot", "line_plot", "map_grid", "save_figure", "score_sweep", "score_table",
-           "step_plot", "subplots"]
+__all__ = ["COLORS", "band_plot", "map_grid", "save_figure", "score_sweep", "score_table", "step_plot",
+           "subplots"]
 
-# Clean is black; hues of one family for a poison and its opposite (Okabe and Ito's colours).
-COLOURS = {"clean": "#000000", "adm+": "#D55E00", "adm-": "#E69F00", "sds+": "#0072B2", "sds-": "#56B4E9",
-           "ea": "#009E73", "da": "#CC79A7"}
+# Clean is black; hues of one family for a poison and its opposite (the colors of Okabe and Ito).
+COLORS = {"clean": "#000000", "adm+": "#D55E00", "adm-": "#E69F00", "sds+": "#0072B2", "sds-": "#56B4E9",
+          "ea": "#009E73", "da": "#CC79A7"}
 
 
-def subplots(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: float = 3.4, **kwargs: Any):
-    """A figure without a display and its axes, an array (rows, columns); `width` and `height` in inches per
-    plot."""
+def subplots(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: float = 3.4,
+             **kwargs: Any) -> tuple[Any, np.ndarray]:
+    """A figure without a display and its axes, an array (rows, columns).
+
+    `width` and `height` are inches per plot; `kwargs` go to matplotlib's `Figure.subplots`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,30 +31,31 @@ def subplots(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: flo
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def save_figure(figure, path: str | Path, dpi: int = 110) -> None:
-    """Write the figure as a PNG, whole or not at all; the folder is made when missing."""
+def save_figure(figure: Any, path: str | Path, dpi: int = 110) -> None:
+    """Write the figure as a PNG atomically; a missing folder is created."""
     figure.set_dpi(dpi)
     figure.canvas.draw()
     save_png(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"), path)
 
 
-def map_grid(path: str | Path, picture: Image.Image | list[Image.Image], maps: np.ndarray, tokens: list[str],
+def map_grid(path: str | Path, image: Image.Image | list[Image.Image], maps: np.ndarray, tokens: list[str],
              timesteps: list[int], title: str = "") -> None:
-    """Maps (tokens, timesteps, h, w) laid over the grey picture: tokens downwards, timesteps to the right.
+    """Write a PNG of maps (tokens, timesteps, h, w) over the gray image, a row per token, a column per t.
 
-    All maps of a row share one colour scale, so that a row shows when its token acts as well as where; its
-    end stands beside the token, each map's mean below the map. `picture` is one for all rows or one per row.
+    All maps of a row share one color scale, so that a row shows when its token acts as well as where. The
+    label of a row gives the maximum of its scale, the label of a map its mean. `image` is one for all rows or
+    one per row.
     """
     rows, columns = maps.shape[:2]
     figure, axes = subplots(rows, columns + 1, width=1.5, height=1.62)
     for r, token in enumerate(tokens):
-        image = picture[r] if isinstance(picture, list) else picture
+        photo = image[r] if isinstance(image, list) else image
         top = max(float(np.quantile(maps[r], 0.995)), 1e-12)
-        axes[r, 0].imshow(image)
+        axes[r, 0].imshow(photo)
         axes[r, 0].set_ylabel(f"{token}\nscale to {top:.2g}", fontsize=9)
         for c, t in enumerate(timesteps):
-            axis, extent = axes[r, c + 1], (0, image.width, image.height, 0)
-            axis.imshow(np.asarray(image.convert("L")), cmap="gray", vmin=0, vmax=255, extent=extent)
+            axis, extent = axes[r, c + 1], (0, photo.width, photo.height, 0)
+            axis.imshow(np.asarray(photo.convert("L")), cmap="gray", vmin=0, vmax=255, extent=extent)
             axis.imshow(maps[r, c], cmap="inferno", vmin=0, vmax=top, alpha=0.72, extent=extent,
                         interpolation="nearest")
             axis.set_xlabel(f"{maps[r, c].mean():.2g}", fontsize=7, labelpad=1)
@@ -63,37 +68,25 @@ def map_grid(path: str | Path, picture: Image.Image | list[Image.Image], maps: n
     save_figure(figure, path, dpi=80)
 
 
-def band_plot(axis, x: list[float], samples: np.ndarray, label: str, colour: str) -> None:
-    """Median of samples (N, len(x)) as a line within bands of the middle 50 % and 95 %."""
+def band_plot(axis: Any, x: Sequence[float], samples: np.ndarray, label: str, color: str) -> None:
+    """Plot the median of samples (N, len(x)) as a line, and bands of their middle 50 % and 95 %."""
     low, first, middle, third, high = np.quantile(samples, [0.025, 0.25, 0.5, 0.75, 0.975], axis=0)
-    axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    axis.fill_between(x, first, third, color=colour, alpha=0.3, linewidth=0)
-    axis.plot(x, middle, color=colour, label=label, linewidth=1.6)
+    axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    axis.fill_between(x, first, third, color=color, alpha=0.3, linewidth=0)
+    axis.plot(x, middle, color=color, label=label, linewidth=1.6)
 
 
-def line_plot(axis, x: list[float], curves: dict[str, np.ndarray], *, dashes: str = "-", suffix: str = "",
-              colours: dict[str, str] = COLOURS) -> None:
-    """Lines of one value per x, by name."""
-    for name, values in curves.items():
-        axis.plot(x, values, dashes, color=colours.get(name, "#777777"), label=f"{name}{suffix}",
-                  linewidth=1.6)
-
-
-def step_plot(axis, edges: np.ndarray, counts: np.ndarray, label: str, colour: str) -> None:
-    """A histogram's outline: `edges` (n + 1,), `counts` (n,)."""
-    axis.stairs(counts, edges, color=colour, label=label, linewidth=1.4)
-
-
-def bar_plot(axis, names: list[str], estimates: list[dict[str, float]], colours: list[str]) -> None:
-    """Bars with intervals, of estimates {"value", "low", "high"}."""
-    values = np.array([estimate["value"] for estimate in estimates])
-    ends = np.array([[e["value"] - e["low"], e["high"] - e["value"]] for e in estimates]).T
-    axis.bar(names, values, yerr=ends.clip(min=0), color=colours, capsize=3)
+def step_plot(axis: Any, edges: np.ndarray, counts: np.ndarray, label: str, color: str) -> None:
+    """Plot the outline of a histogram: `edges` (n + 1,), `counts` (n,)."""
+    axis.stairs(counts, edges, color=color, label=label, linewidth=1.4)
 
 
 def score_table(path: str | Path, rows: list[str], columns: list[str], means: list[list[float | None]],
                 errors: list[list[float | None]], title: str) -> None:
-    """A table of scores coloured by value, `means[row][column]` with its standard error; None stays blank."""
+    """Write a PNG of a table of scores, colored by value.
+
+    A cell shows `means[row][column]` and its standard error; None leaves it blank.
+    """
     figure, ((axes,),) = subplots(width=1.0 + 0.85 * len(columns), height=1.3 + 0.42 * len(rows))
     values = np.array(means, dtype=float)
     axes.imshow(values, cmap="RdYlGn", aspect="auto")
@@ -113,8 +106,10 @@ def score_table(path: str | Path, rows: list[str], columns: list[str], means: li
 
 def score_sweep(path: str | Path, settings: list[str], lines: dict[str, list[float | None]],
                 errors: dict[str, list[float | None]], title: str, ylabel: str) -> None:
-    """Scores over the settings of an ablation, one line per data set with its standard errors; None is a
-    gap."""
+    """Write a PNG of scores over the settings of an ablation, one line per data set with standard errors.
+
+    None is a gap in a line.
+    """
     figure, ((axes,),) = subplots(width=2.5 + 0.55 * len(settings), height=3.6)
     for name, values in lines.items():
         axes.errorbar(range(len(settings)), [float("nan") if v is None else v for v in values],

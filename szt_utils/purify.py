@@ -1,30 +1,32 @@
-"""Purifiers, the other defences of the paper's Table 1: pictures in, pictures of the same size out.
+"""Purifiers, the other defences of the paper's Table 1: images in, images of the same size out.
 
-AdvClean filters, JPEG compresses (szt_utils.jpeg), Regen sends a picture through a latent diffusion model at
-little noise, PDMPure through a diffusion model of pixels, which poisons made for latent ones do not fool.
-Pictures are float32 (B, 3, H, W) in [0, 1].
+AdvClean filters, JPEG compresses (szt_utils.jpeg), Regen passes an image through a latent diffusion model at
+low noise, PDMPure through a pixel-space diffusion model, which poisons made for latent ones do not fool.
+Images are float32 (B, 3, H, W) in [0, 1].
 
 The filters are written here because no light library has them: those of OpenCV's contrib build weigh 70 MB
-and exclude its other builds, and scikit-image's bilateral filter measures colour in another way. The test
-holds figures of OpenCV's.
+and exclude its other builds, and scikit-image's bilateral filter measures color in another way. The test
+holds OpenCV's figures.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .errors import InputError
+from .jpeg import jpeg_tensor
 
-__all__ = ["DEFAULTS", "advclean", "bilateral_filter", "check_strength", "guided_filter", "pdmpure",
-           "pdmpure_if", "regen"]
+__all__ = ["DEFAULTS", "PURIFIERS", "advclean", "bilateral_filter", "check_strength", "guided_filter",
+           "pdmpure", "pdmpure_if", "regen"]
 
-# What the sources do: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000; Xue et al. 2024
-# (PDM-Pure), whose 50 steps below t = 500 begin 5 steps late. A small model of pixels has no text and no
-# second stage: there it starts at t = 100, the least of DiffPure's range (Nie et al. 2022).
+# As in the sources: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000; Xue et al. 2024
+# (PDM-Pure), whose 50 steps below t = 500 begin 5 steps late. A small pixel-space model has no text and no
+# second stage: it starts at t = 100, the lowest of DiffPure's range (Nie et al. 2022).
 DEFAULTS = {
-    "advclean": dict(iterations=64, diameter=5, sigma_colour=8.0, sigma_space=8.0,
-                     guided_iterations=4, radius=4, regularisation=16.0),
+    "advclean": dict(iterations=64, diameter=5, sigma_color=8.0, sigma_space=8.0,
+                     guided_iterations=4, radius=4, regularization=16.0),
     "jpeg": dict(quality=25),
     "regen": dict(strength=0.06, steps=50, guidance_scale=7.5, prompt=""),
     "pdmpure": dict(strength=0.12, steps=50),
@@ -33,12 +35,11 @@ DEFAULTS = {
 }
 
 
-def bilateral_filter(images: torch.Tensor, diameter: int = 5, sigma_colour: float = 8.0,
+def bilateral_filter(images: torch.Tensor, diameter: int = 5, sigma_color: float = 8.0,
                      sigma_space: float = 8.0) -> torch.Tensor:
-    """Mean of the pixels in a disc, weighted by nearness in place and colour, as OpenCV's bilateralFilter
-    does.
+    """Mean of the pixels in a disc, weighted by nearness in place and color, as OpenCV's bilateralFilter.
 
-    `images` (B, C, H, W) are in levels of 255, `sigma_colour` in levels of the channels' summed absolute
+    `images` (B, C, H, W) are in levels of 255, `sigma_color` in levels of the channels' summed absolute
     difference, `diameter` (odd) and `sigma_space` in pixels; borders are mirrored.
     """
     radius, (height, width) = diameter // 2, images.shape[-2:]
@@ -50,19 +51,21 @@ def bilateral_filter(images: torch.Tensor, diameter: int = 5, sigma_colour: floa
                 continue
             shifted = padded[..., radius + dy:radius + dy + height, radius + dx:radius + dx + width]
             distance = (shifted - images).abs().sum(1, keepdim=True)
-            weight = (-squared / (2 * sigma_space**2) - distance.square() / (2 * sigma_colour**2)).exp()
+            weight = (-squared / (2 * sigma_space**2) - distance.square() / (2 * sigma_color**2)).exp()
             total.addcmul_(shifted, weight)
             weights.add_(weight)
     return total / weights
 
 
 def guided_filter(guide: torch.Tensor, images: torch.Tensor, radius: int = 4,
-                  regularisation: float = 16.0) -> torch.Tensor:
-    """The colour guided filter (He et al. 2013): in each window of 2 radius + 1 pixels, `images` as the
-    affine function of `guide` that fits best, averaged over the windows of a pixel.
+                  regularization: float = 16.0) -> torch.Tensor:
+    """The color guided filter (He et al. 2013).
 
-    Both are (B, 3, H, W) in levels of 255, `regularisation` in squared levels; borders are mirrored, the last
-    pixel twice, as in OpenCV's.
+    In each window of 2 radius + 1 pixels, `images` is fitted by an affine function of `guide`; the fits are
+    averaged over the windows of a pixel.
+
+    Both are (B, 3, H, W) in levels of 255, `regularization` in squared levels; borders are mirrored with the
+    last pixel twice, as in OpenCV's.
     """
     rows, columns = (_mirrored(n, radius).to(images.device) for n in images.shape[-2:])
 
@@ -79,50 +82,55 @@ def guided_filter(guide: torch.Tensor, images: torch.Tensor, radius: int = 4,
     variance = products(guide, guide) - guide_mean[:, :, None] * guide_mean[:, None]
     covariance = products(guide, images) - guide_mean[:, :, None] * images_mean[:, None]
     variance, covariance = (x.permute(0, 3, 4, 1, 2) for x in (variance, covariance))
-    slope = torch.linalg.solve(variance + regularisation * torch.eye(3).to(variance), covariance)
+    slope = torch.linalg.solve(variance + regularization * torch.eye(3).to(variance), covariance)
     slope = slope.permute(0, 3, 4, 1, 2)  # (B, 3 of the guide, 3 of the result, H, W)
     offset = images_mean - (slope * guide_mean[:, :, None]).sum(1)
     slope = mean(slope.flatten(1, 2)).unflatten(1, (3, 3))
     return ((slope * guide[:, :, None]).sum(1) + mean(offset)).to(dtype)
 
 
-def advclean(images: torch.Tensor, *, iterations: int = 64, diameter: int = 5, sigma_colour: float = 8.0,
+def advclean(images: torch.Tensor, *, iterations: int = 64, diameter: int = 5, sigma_color: float = 8.0,
              sigma_space: float = 8.0, guided_iterations: int = 4, radius: int = 4,
-             regularisation: float = 16.0) -> torch.Tensor:
-    """Wipe small changes away with many bilateral filters,
-    then bring edges back with guided ones, whose guide is the picture that came in (AdverseCleaner)."""
+             regularization: float = 16.0) -> torch.Tensor:
+    """Smooth with many bilateral filters, then restore edges with guided ones (AdverseCleaner).
+
+    The guide is the input. InputError for images that are smaller than the filters.
+    """
     guide = images.float() * 255
     if min(guide.shape[-2:]) <= max(diameter // 2, radius):
-        raise InputError(f"A picture of {guide.shape[-1]} x {guide.shape[-2]} pixels "
+        raise InputError(f"An image of {guide.shape[-1]} x {guide.shape[-2]} pixels "
                          "is too small for AdvClean.")
     cleaned = guide
     for _ in range(iterations):
-        cleaned = bilateral_filter(cleaned, diameter, sigma_colour, sigma_space)
+        cleaned = bilateral_filter(cleaned, diameter, sigma_color, sigma_space)
     for _ in range(guided_iterations):
-        cleaned = guided_filter(guide, cleaned, radius, regularisation)
+        cleaned = guided_filter(guide, cleaned, radius, regularization)
     return (cleaned / 255).clamp(0, 1)
 
 
 @torch.no_grad()
-def regen(images: torch.Tensor, pipeline, *, generators: Sequence[torch.Generator], strength: float = 0.06,
-          steps: int = 50, guidance_scale: float = 7.5, prompt: str = "") -> torch.Tensor:
-    """Noise each picture's latent to `strength` of the schedule and denoise it again: image-to-image at
-    little noise, by any Diffusers pipeline that can (Zhao et al. 2024); one CPU generator per picture."""
+def regen(images: torch.Tensor, pipeline: Any, *, generators: Sequence[torch.Generator],
+          strength: float = 0.06, steps: int = 50, guidance_scale: float = 7.5,
+          prompt: str = "") -> torch.Tensor:
+    """Noise each latent to `strength` of the schedule and denoise it again (Zhao et al. 2024).
+
+    `pipeline` is any image-to-image pipeline of Diffusers; there is one CPU generator per image.
+    """
     check_strength(strength, steps)
     height, width = images.shape[-2:]
-    result = pipeline([prompt] * len(images), image=_extended(images, pipeline.vae_scale_factor),
+    result = pipeline([prompt] * len(images), image=_padded(images, pipeline.vae_scale_factor),
                       strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
                       generator=list(generators), output_type="pt").images
     return result.float().cpu()[..., :height, :width].clamp(0, 1)
 
 
 @torch.no_grad()
-def pdmpure(images: torch.Tensor, pipeline, *, generators: Sequence[torch.Generator], strength: float = 0.12,
-            steps: int = 50) -> torch.Tensor:
-    """Noise each picture to `strength` of the schedule and denoise it again with a diffusion model of pixels,
-    a DDPMPipeline (Xue et al. 2024, on a model without text); one CPU generator per picture.
+def pdmpure(images: torch.Tensor, pipeline: Any, *, generators: Sequence[torch.Generator],
+            strength: float = 0.12, steps: int = 50) -> torch.Tensor:
+    """Noise each image to `strength` of the schedule and denoise it again in pixel space.
 
-    A U-Net of 3 k^2 channels sees blocks of k x k pixels.
+    Xue et al. 2024, with a DDPMPipeline, which has no text; there is one CPU generator per image. A U-Net of
+    3 k^2 channels sees blocks of k x k pixels. InputError for other channels.
     """
     from diffusers import DDPMScheduler
 
@@ -134,7 +142,7 @@ def pdmpure(images: torch.Tensor, pipeline, *, generators: Sequence[torch.Genera
         raise InputError(f"The model takes {channels} channels; "
                          "PDMPure needs one of RGB pixels or of square blocks of them.")
     height, width = images.shape[-2:]
-    padded = _extended(images, block * 2 ** (len(unet.config.block_out_channels) - 1))
+    padded = _padded(images, block * 2 ** (len(unet.config.block_out_channels) - 1))
     x = F.pixel_unshuffle(2 * padded - 1, block)
     noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
     x, noise = x.to(unet.device, unet.dtype), noise.to(unet.device, unet.dtype)
@@ -147,16 +155,16 @@ def pdmpure(images: torch.Tensor, pipeline, *, generators: Sequence[torch.Genera
 
 
 @torch.no_grad()
-def pdmpure_if(images: torch.Tensor, pipeline, upscaler, *, generators: Sequence[torch.Generator],
+def pdmpure_if(images: torch.Tensor, pipeline: Any, upscaler: Any, *, generators: Sequence[torch.Generator],
                strength: float = 0.45, steps: int = 110, guidance_scale: float = 7.0, noise_level: int = 250,
                prompt: str = "a picture", upscale_steps: int = 50, upscale_guidance_scale: float = 4.0,
                upscale_noise_level: int = 20, prompt_embeds: torch.Tensor | None = None,
                negative_prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
-    """PDM-Pure as published (Xue et al. 2024): the picture at the second stage's size goes through
-    IFImg2ImgSuperResolutionPipeline, conditioned on itself, then through StableDiffusionUpscalePipeline,
-    and back to its own size; one CPU generator per picture.
+    """PDM-Pure as published (Xue et al. 2024), with DeepFloyd IF's second stage and an upscaler.
 
-    Embeddings of the prompts, (1, L, D), spare the text encoder.
+    The image at the second stage's size passes IFImg2ImgSuperResolutionPipeline, conditioned on itself, then
+    StableDiffusionUpscalePipeline, and is resized to its own size; there is one CPU generator per image.
+    Embeddings of the prompts, (1, L, D), replace the text encoder.
     """
     check_strength(strength, steps)
     count, size, side = len(images), images.shape[-2:], pipeline.unet.config.sample_size
@@ -174,21 +182,27 @@ def pdmpure_if(images: torch.Tensor, pipeline, upscaler, *, generators: Sequence
     return F.interpolate(third.float().cpu(), size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
+# Functions of (images, **settings), or of (images, *pipelines, generators=..., **settings), with settings as
+# in DEFAULTS.
+PURIFIERS = {"advclean": advclean, "jpeg": jpeg_tensor, "regen": regen, "pdmpure": pdmpure,
+             "pdmpure_if": pdmpure_if}
+
+
 def check_strength(strength: float, steps: int) -> None:
-    """Raise InputError unless `strength` of `steps` is one step at least."""
+    """Raise InputError unless `strength` of `steps` is at least one step."""
     if not 0 < strength <= 1 or int(strength * steps) < 1:
         raise InputError(f"A strength of {strength} of {steps} steps leaves no step to take; "
                          "raise one of them, the strength up to 1.")
 
 
-def _extended(images: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pictures whose sides are multiples of what a model needs, by more of their right and lower borders."""
+def _padded(images: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Pad right and bottom to multiples of `multiple`, repeating the edge."""
     height, width = images.shape[-2:]
     return F.pad(images, [0, -width % multiple, 0, -height % multiple], mode="replicate")
 
 
 def _mirrored(n: int, radius: int) -> torch.Tensor:
-    """Indices from `radius` before to `radius` after 0 .. n - 1, mirrored at both ends, the ends twice."""
+    """Indices from `radius` before to `radius` after 0 .. n - 1, mirrored with both ends twice."""
     index = torch.arange(-radius, n + radius)
     index = torch.where(index < 0, -1 - index, index)
     return torch.where(index >= n, 2 * n - 1 - index, index)

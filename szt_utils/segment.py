@@ -1,13 +1,14 @@
-"""Masks with Segment Anything: a click, a box or a word in, the concept's mask out.
+"""Masks with Segment Anything: points, a box or words in, the concept's mask out.
 
-Two kinds of models behind one small interface: checkpoints of the `segment-anything` package, and the SAM
-family of transformers. `see` embeds a picture, once; `decode` answers any number of prompts about it; what
-comes out is as large as the model makes it, and `enlarge` brings it to the picture's size.
+Two kinds of models with one interface: checkpoints of the `segment-anything` package, and the SAM family of
+transformers. `embed` embeds an image, once; `decode` answers any number of prompts about it with mask logits
+at the model's own resolution; `resize_to_image` resizes these to the image's size.
 
-Prompts are in pixels of the picture, (x, y) from its upper left corner.
+Prompts are in pixels of the image, (x, y) from its upper left corner.
 """
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,56 +20,59 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .errors import InputError
-from .prompts import Prompt
+from .sam_prompts import SamPrompt
 
-__all__ = ["SamCheckpoint", "SamModel", "Seen", "enlarge", "load_segmenter", "sam_from_state", "segment"]
+__all__ = ["EmbeddedImage", "SamCheckpoint", "SamModel", "load_segmenter", "resize_to_image",
+           "sam_from_state", "segment"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A picture as a model has seen it: `image`; `inside`, the height and width that it takes in the model's
-    input, a square of `side` pixels; `embedding`, the model's own; `features` (C, h, w), its part that covers
-    the picture."""
+class EmbeddedImage:
+    """An image and its embedding by a model, whose input is a square of `input_side` pixels.
+
+    `input_size` is the height and width of the image within that square; `embedding` is in the model's own
+    format; `features` (C, h, w) are the part of it that covers the image.
+    """
 
     image: Image.Image
-    inside: tuple[int, int]
-    side: int
+    input_size: tuple[int, int]
+    input_side: int
     embedding: Any
-    features: torch.Tensor
+    features: torch.Tensor | None
 
-    def to_input(self, coordinates) -> torch.Tensor:
-        """Pixels of the picture, (..., 2), as the model counts them."""
-        scale = [self.inside[1] / self.image.width, self.inside[0] / self.image.height]
+    def to_input(self, coordinates: Sequence[Any]) -> torch.Tensor:
+        """Pixels (..., 2) of the image as pixels of the model's input."""
+        scale = [self.input_size[1] / self.image.width, self.input_size[0] / self.image.height]
         return torch.tensor(coordinates, dtype=torch.float32) * torch.tensor(scale)
 
 
-def _seen(image: Image.Image, inside, side: int, embedding, grid: torch.Tensor) -> Seen:
+def _embedded(image: Image.Image, input_size: Sequence[int], side: int, embedding: Any,
+              grid: torch.Tensor) -> EmbeddedImage:
     """`grid` (1, C, h, w) covers the square; the padding at its right and bottom is cut off."""
-    h, w = (-(-n * cells // side) for n, cells in zip(inside, grid.shape[-2:], strict=True))
-    return Seen(image, tuple(inside), side, embedding, grid[0, :, :h, :w].float().cpu())
+    h, w = (-(-n * cells // side) for n, cells in zip(input_size, grid.shape[-2:], strict=True))
+    return EmbeddedImage(image, tuple(input_size), side, embedding, grid[0, :, :h, :w].float().cpu())
 
 
-def enlarge(logits: torch.Tensor, seen: Seen) -> torch.Tensor:
-    """Mask logits (N, M, h, w) of the model's square as (N, M, H, W) of the picture; above 0 is inside."""
-    height, width = seen.inside
-    whole = F.interpolate(logits, (seen.side, seen.side), mode="bilinear")[..., :height, :width]
-    return F.interpolate(whole, seen.image.size[::-1], mode="bilinear")
+def resize_to_image(logits: torch.Tensor, embedded: EmbeddedImage) -> torch.Tensor:
+    """Mask logits (N, M, h, w) of the model's square as (N, M, H, W) of the image; above 0 is inside."""
+    height, width = embedded.input_size
+    square = F.interpolate(logits, (embedded.input_side, embedded.input_side), mode="bilinear")
+    return F.interpolate(square[..., :height, :width], embedded.image.size[::-1], mode="bilinear")
 
 
 def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """How many of the names pattern.format(0), pattern.format(1) and so on there are."""
+    """The number of consecutive names pattern.format(0), pattern.format(1), ... in a state dict."""
     n = 0
     while pattern.format(n) in state:
         n += 1
     return n
 
 
-def sam_from_state(state: Mapping[str, torch.Tensor]):
-    """Build the `Sam` that a state dict is of, of whatever size, from the shapes in it; KeyError names a
-    missing one.
+def sam_from_state(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """The `Sam` of the segment-anything package that a state dict belongs to, of any size.
 
-    Only the number of heads of the mask decoder leaves no trace in shapes: it is 8, as in all published
-    models.
+    Its sizes are inferred from the shapes, except for the mask decoder's number of heads: 8, as in all
+    published models. KeyError names a missing tensor.
     """
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
@@ -103,14 +107,14 @@ def sam_from_state(state: Mapping[str, torch.Tensor]):
 
 
 class SamCheckpoint:
-    """A model of the `segment-anything` package from its .pth file, of any size; no code in the file is
-    run."""
+    """A model of the `segment-anything` package from its .pth file, of any size.
+
+    No code in the file is executed. InputError when it is no such checkpoint.
+    """
 
     takes_text = False
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
-        import pickle
-
         self.name, self.device = str(path), torch.device(device)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,28 +126,30 @@ class SamCheckpoint:
                              f"it has no {error}.") from None
         except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError,
                 EOFError) as error:
-            why = (str(error) or type(error).__name__).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"'{path}' cannot be used as a checkpoint of the segment-anything package: "
-                             f"{why}") from None
+                             f"{reason}") from None
 
     @torch.no_grad()
-    def see(self, image: Image.Image) -> Seen:
-        """Embed an RGB picture."""
+    def embed(self, image: Image.Image) -> EmbeddedImage:
+        """Embed an RGB image."""
         from segment_anything.utils.transforms import ResizeLongestSide
 
         side = self.sam.image_encoder.img_size
         resized = ResizeLongestSide(side).apply_image(np.asarray(image))
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(self.device)
         embedding = self.sam.image_encoder(self.sam.preprocess(pixels))
-        return _seen(image, resized.shape[:2], side, embedding, embedding)
+        return _embedded(image, resized.shape[:2], side, embedding, embedding)
 
     @torch.no_grad()
-    def decode(self, seen: Seen, points: torch.Tensor | None, labels: torch.Tensor | None,
-               boxes: torch.Tensor | None, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask logits (N, M, h, w) and guessed overlaps with the truth (N, M) for N prompts of one kind; M is
-        3 if `several`, else 1.
+    def decode(self, embedded: EmbeddedImage, points: torch.Tensor | None,
+               labels: torch.Tensor | None, boxes: torch.Tensor | None, multimask: bool
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits (N, M, h, w) and predicted IoUs (N, M) for N prompts of one kind; M is 3 if
+        `multimask`, else 1.
 
-        points (N, P, 2) with labels (N, P), 1 inside and 0 outside, and boxes (N, 4), in the model's pixels.
+        points (N, P, 2) with labels (N, P), 1 inside and 0 outside, and boxes (N, 4), in pixels of the
+        model's input.
         """
         def move(tensor):
             return None if tensor is None else tensor.to(self.device)
@@ -151,13 +157,13 @@ class SamCheckpoint:
         sparse, dense = self.sam.prompt_encoder(
             points=None if points is None else (move(points), move(labels)), boxes=move(boxes), masks=None)
         logits, scores = self.sam.mask_decoder(
-            image_embeddings=seen.embedding, image_pe=self.sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=several)
+            image_embeddings=embedded.embedding, image_pe=self.sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=multimask)
         return logits.cpu(), scores.cpu()
 
 
 class SamModel:
-    """A model of transformers' SAM family, by folder or Hub id: SAM, SAM 2, SAM 3 and their kin."""
+    """A model of transformers' SAM family, by folder or Hub id: SAM, SAM 2, SAM 3 and their variants."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
@@ -165,9 +171,9 @@ class SamModel:
         self.name, self.device = name, torch.device(device)
         try:
             kind = AutoConfig.from_pretrained(name).model_type
-            # What finds words and what answers clicks are two models in one file.
+            # SAM 3 is two models in one file: one for text, one for points and boxes.
             self.takes_text = kind in ("sam3", "sam3_video", "sam3_lite_text")
-            self._finder = None
+            self._text_model = None
             self.model = None
             self.processor = AutoImageProcessor.from_pretrained(name)
             if kind not in ("sam3", "sam3_lite_text"):
@@ -177,59 +183,63 @@ class SamModel:
                              f"{str(error).strip().splitlines()[0]}") from None
 
     @torch.no_grad()
-    def see(self, image: Image.Image) -> Seen:
-        """Embed an RGB picture."""
+    def embed(self, image: Image.Image) -> EmbeddedImage:
+        """Embed an RGB image."""
         inputs = self.processor(images=image, return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         side = pixels.shape[-1]
-        inside = [side, side]
+        input_size = [side, side]
         if "reshaped_input_sizes" in inputs:  # SAM pads; its successors stretch
-            inside = inputs["reshaped_input_sizes"][0].tolist()
-        if self.model is None:  # it only takes words, and its finder embeds for itself
-            return _seen(image, inside, side, None, torch.zeros(1, 1, 1, 1))
+            input_size = inputs["reshaped_input_sizes"][0].tolist()
+        if self.model is None:  # the text model embeds the image itself
+            return _embedded(image, input_size, side, None, torch.zeros(1, 1, 1, 1))
         embedding = self.model.get_image_embeddings(pixels)
-        # SAM 2 and 3 give several sizes; the last is the coarsest and has the most meaning.
+        # SAM 2 and 3 embed at several resolutions; the last, the coarsest, is the most semantic.
         grid = embedding[-1] if isinstance(embedding, list | tuple) else embedding
-        return _seen(image, inside, side, embedding, grid)
+        return _embedded(image, input_size, side, embedding, grid)
 
     @torch.no_grad()
-    def decode(self, seen: Seen, points: torch.Tensor | None, labels: torch.Tensor | None,
-               boxes: torch.Tensor | None, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, embedded: EmbeddedImage, points: torch.Tensor | None,
+               labels: torch.Tensor | None, boxes: torch.Tensor | None, multimask: bool
+               ) -> tuple[torch.Tensor, torch.Tensor]:
         """As SamCheckpoint.decode."""
         if self.model is None:
-            raise InputError(f"The model '{self.name}' finds words only; give --text.")
+            raise InputError(f"The model '{self.name}' takes only text; give --text.")
 
         def move(tensor):
             return None if tensor is None else tensor[None].to(self.device)
 
-        done = self.model(input_points=move(points), input_boxes=move(boxes),
-                          input_labels=None if labels is None else move(labels.int()),
-                          image_embeddings=seen.embedding, multimask_output=several)
-        return done.pred_masks[0].float().cpu(), done.iou_scores[0].float().cpu()
+        output = self.model(input_points=move(points), input_boxes=move(boxes),
+                            input_labels=None if labels is None else move(labels.int()),
+                            image_embeddings=embedded.embedding, multimask_output=multimask)
+        return output.pred_masks[0].float().cpu(), output.iou_scores[0].float().cpu()
 
     @torch.no_grad()
-    def find(self, image: Image.Image, text: str, threshold: float = 0.5) -> tuple[torch.Tensor, float]:
-        """Everything in the picture that the words name, bool (H, W), and the surest one's score; InputError
-        when nothing scores `threshold`."""
+    def segment_text(self, image: Image.Image, text: str,
+                     threshold: float = 0.5) -> tuple[torch.Tensor, float]:
+        """The mask of all instances of `text` in an RGB image, bool (H, W), and the highest score.
+
+        InputError when no instance has a score above `threshold`.
+        """
         from transformers import AutoProcessor, Sam3Model
 
-        if self._finder is None:
-            self._finder = (AutoProcessor.from_pretrained(self.name),
-                            Sam3Model.from_pretrained(self.name).eval().to(self.device))
-        processor, model = self._finder
+        if self._text_model is None:
+            self._text_model = (AutoProcessor.from_pretrained(self.name),
+                                Sam3Model.from_pretrained(self.name).eval().to(self.device))
+        processor, model = self._text_model
         inputs = processor(images=image, text=text, return_tensors="pt").to(self.device)
-        found = processor.post_process_instance_segmentation(
+        instances = processor.post_process_instance_segmentation(
             model(**{name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}),
             threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        if not len(found["scores"]):
-            raise InputError(f"found no '{text}'")
-        return found["masks"].bool().any(0).cpu(), found["scores"].max().item()
+        if not len(instances["scores"]):
+            raise InputError(f"found no '{text}'; try other words")
+        return instances["masks"].bool().any(0).cpu(), instances["scores"].max().item()
 
 
 def load_segmenter(checkpoint: str | Path | None = None, model: str | None = None,
                    device: torch.device | str = "cpu") -> SamCheckpoint | SamModel:
-    """The model of a .pth file, or of a transformers folder or id, or else the bundled one of the pocket
-    world."""
+    """The model of a .pth file, or of a transformers folder or Hub id; by default the bundled one, which only
+    works on pocket-world images."""
     if model is not None:
         return SamModel(model, device)
     if checkpoint is None:
@@ -239,24 +249,26 @@ def load_segmenter(checkpoint: str | Path | None = None, model: str | None = Non
     return SamCheckpoint(checkpoint, device)
 
 
-def segment(segmenter: SamCheckpoint | SamModel, seen: Seen, prompt: Prompt) -> tuple[torch.Tensor, float]:
-    """The mask that a prompt means, bool (H, W), and the model's guess of its overlap with the truth.
+def segment(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage,
+            prompt: SamPrompt) -> tuple[torch.Tensor, float]:
+    """The mask of a prompt, bool (H, W), and the model's own score of it: for points and boxes the predicted
+    IoU.
 
-    A single click may mean a thing or a part of it: the model gives three masks, and the one it is surest of
-    counts.
+    A single point is ambiguous (an object or a part of it): of the model's three masks the one with the
+    highest score is returned. InputError for a prompt that the model does not take.
     """
     if prompt.text is not None:
         if not segmenter.takes_text:
-            raise InputError(f"The model '{segmenter.name}' takes no words; give points or a box, "
-                             "or take a SAM 3 model.")
-        return segmenter.find(seen.image, prompt.text)
-    clicks = [*prompt.include, *prompt.exclude]
-    if not clicks and prompt.box is None:
-        raise InputError("nothing says what the concept is: give a point or a box")
+            raise InputError(f"The model '{segmenter.name}' takes no text; give points or a box, "
+                             "or use a SAM 3 model.")
+        return segmenter.segment_text(embedded.image, prompt.text)
+    points = [*prompt.include, *prompt.exclude]
+    if not points and prompt.box is None:
+        raise InputError("nothing marks the concept; give a point or a box")
     labels = torch.tensor([[1] * len(prompt.include) + [0] * len(prompt.exclude)])
     logits, scores = segmenter.decode(
-        seen, seen.to_input([clicks]) if clicks else None, labels if clicks else None,
-        None if prompt.box is None else seen.to_input([prompt.box[:2], prompt.box[2:]]).reshape(1, 4),
-        several=len(clicks) == 1 and prompt.box is None)
+        embedded, embedded.to_input([points]) if points else None, labels if points else None,
+        None if prompt.box is None else embedded.to_input([prompt.box[:2], prompt.box[2:]]).reshape(1, 4),
+        multimask=len(points) == 1 and prompt.box is None)
     best = int(scores[0].argmax())
-    return enlarge(logits[:, best:best + 1], seen)[0, 0] > 0, scores[0, best].item()
+    return resize_to_image(logits[:, best:best + 1], embedded)[0, 0] > 0, scores[0, best].item()

@@ -1,4 +1,4 @@
-"""The order of training samples: which picture, mirrored or not, with which caption.
+"""The order of training samples: which image, mirrored or not, with which caption.
 
 Draws exactly what the Diffusers example draws through its DataLoader, from generators of the run's own, and
 can be stopped and continued at any batch: its whole state is a few numbers.
@@ -44,7 +44,7 @@ class Generators:
 
 @dataclass
 class Batch:
-    """`indices` of pictures, `flips` (mirror it?) and caption `templates` of one batch;
+    """`indices` of images, `flips` (mirror it?) and caption `templates` of one batch;
     is it the epoch's last?"""
 
     indices: list[int]
@@ -54,7 +54,7 @@ class Batch:
 
 
 class SampleStream:
-    """Endless batches; every epoch shows each of `num_images` pictures `repeats` times in a new order.
+    """Endless batches; every epoch shows each of `num_images` images `repeats` times in a new order.
 
     With several ranks, rank r gets every `num_ranks`-th batch of one common order; `agree` makes the order's
     seed common (it gets this rank's seed and returns rank 0's). The last batches are filled from the epoch's

@@ -9,7 +9,8 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["DISTRIBUTIONS", "check_range", "noise_level", "sample_timesteps", "timestep_weights"]
+__all__ = ["DISTRIBUTIONS", "check_range", "first_timestep", "noise_level", "sample_timesteps",
+           "timestep_weights"]
 
 DISTRIBUTIONS = ("uniform", "power", "tanh")
 
@@ -60,8 +61,11 @@ def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000,
     return t_min + torch.multinomial(weights.to(device), batch_size, replacement=True, generator=generator)
 
 
-def noise_level(alphas_cumprod: torch.Tensor, t: int) -> tuple[float, float]:
-    """The noise share sqrt(1 - abar_t), in [0, 1],
-    and the log signal-to-noise ratio ln(abar_t / (1 - abar_t)) at t."""
-    abar = alphas_cumprod[t].double()
-    return (1 - abar).sqrt().item(), (abar.log() - (1 - abar).log()).item()
+def noise_level(log_snr: torch.Tensor) -> torch.Tensor:
+    """The share of noise sqrt(1 - abar), in [0, 1], at a log signal-to-noise ratio ln(abar / (1 - abar))."""
+    return (-log_snr).sigmoid().sqrt()
+
+
+def first_timestep(log_snr: torch.Tensor, value: float) -> int:
+    """The first timestep whose log signal-to-noise ratio is at most `value`; `log_snr` (T,) falls with t."""
+    return int((log_snr > value).sum())

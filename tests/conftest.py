@@ -1,5 +1,5 @@
-"""Fixtures: tiny models with random weights for what only needs the shapes, pictures of the pocket world, and
-runners for the real scripts."""
+"""Fixtures and runners: tiny models with random weights for what only needs the shapes, images of the pocket
+world, the real scripts."""
 
 import os
 import subprocess
@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from szt_utils.arguments import command_line
+from szt_utils.embeddings import load_embedding
+
 ROOT = Path(__file__).parent.parent
+SCRIPT = "textual_inversion_szt.py"
+TOKEN = "<star>"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub
 # Tiny models gain nothing from threads, and a subprocess must add up in the same order for equal bits.
 torch.set_num_threads(1)
@@ -26,6 +31,31 @@ def run_script(name: str, *arguments, expect: int | None = 0, **environment) -> 
     return done
 
 
+def two_ranks(*arguments, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run the training script in two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def flags(model, images, output_dir, **changes) -> list[str]:
+    """The command line of a short training; None drops a flag, True gives it no value."""
+    return command_line(**{
+        "pretrained_model_name_or_path": model, "train_data_dir": images, "output_dir": output_dir,
+        "placeholder_token": TOKEN, "initializer_token": "star", "resolution": 64, "train_batch_size": 4,
+        "max_train_steps": 6, "learning_rate": 5e-2, "repeats": 2, "seed": 3, **changes})
+
+
+def embedding(folder: Path, name: str = "learned_embeds.safetensors") -> torch.Tensor:
+    """The rows of an embedding file of `TOKEN`."""
+    token, rows = load_embedding(folder / name)
+    assert token == TOKEN
+    return rows
+
+
 def run_here(arguments: list) -> None:
     """Run the training script in this process: the command line's main(), without its seconds of imports."""
     from accelerate.state import AcceleratorState
@@ -38,7 +68,7 @@ def run_here(arguments: list) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A Stable-Diffusion-shaped folder of random weights: 64-px pictures, 8x8x4 latents, pocket tokenizer."""
+    """A Stable-Diffusion-shaped folder of random weights: 64-px images, 8x8x4 latents, pocket tokenizer."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "epsilon", "epsilon")
 
 
@@ -80,7 +110,7 @@ def build_tiny_model(folder: Path, prediction_type: str) -> Path:
 
 def build_tiny_sdxl(folder: Path) -> Path:
     """An SDXL-shaped folder of random weights:
-    two text encoders, pooled text and time ids, 64-px pictures."""
+    two text encoders, pooled text and time ids, 64-px images."""
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,
@@ -118,9 +148,15 @@ def build_tiny_sdxl(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def concept_folder(tmp_path_factory) -> tuple[Path, Path]:
-    """Five pictures of a novel concept and their masks, 128 px."""
+    """Five images of a novel concept and their masks, 128 px."""
     from szt_utils.pocket import write_concept
 
     images, masks = tmp_path_factory.mktemp("star"), tmp_path_factory.mktemp("star-masks")
     write_concept("teal-striped-star", images, masks)
     return images, masks
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    """The folder of `build_tiny_sdxl`."""
+    return build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")

@@ -1,10 +1,10 @@
-"""Captions: the published lists of Textual Inversion, in upstream's order: the random draw is an index."""
+"""Templates: the published lists of Textual Inversion, in upstream's order; and files of prompts."""
 
 import hashlib
 
 import pytest
 
-from szt_utils.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, templates_for
+from szt_utils.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES, read_prompt_templates, templates_for
 from szt_utils.errors import InputError
 
 
@@ -26,3 +26,15 @@ def test_order_is_upstreams():
 def test_an_unknown_property_lists_the_choices():
     with pytest.raises(InputError, match="'person'; choose from: object, style"):
         templates_for("person")
+
+
+def test_a_prompts_file_is_read_without_comments_and_in_dreambooths_notation(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# places\n\n a {} on sand \na {0} {1} in the sky\n")
+    assert read_prompt_templates(path) == ["a {} on sand", "a {} in the sky"]
+    for content, message in (("a {} here\nno place", "Line 2"), ("# none", "holds no prompt")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_prompt_templates(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompt_templates(tmp_path / "none.txt")

@@ -12,7 +12,7 @@ from szt_utils.checkpoints import (
 )
 from szt_utils.errors import InputError
 
-FINGERPRINT = {"placeholder_token": "<s>", "num_vectors": 1, "pictures": ["a.png", "b.png"]}
+FINGERPRINT = {"placeholder_token": "<s>", "num_vectors": 1, "images": ["a.png", "b.png"]}
 
 
 def save(folder, step, value=1.0, **options):
@@ -85,7 +85,7 @@ def test_a_save_cut_short_leaves_the_old_checkpoint_and_the_next_save_cleans_up(
 
 
 @pytest.mark.parametrize("key, value",
-                         [("placeholder_token", "<t>"), ("num_vectors", 2), ("pictures", ["a.png"]),
+                         [("placeholder_token", "<t>"), ("num_vectors", 2), ("images", ["a.png"]),
                                         ("batch", 4)])
 def test_another_runs_checkpoint_is_refused_with_both_values(tmp_path, key, value):
     folder = save(tmp_path, 1)

@@ -1,5 +1,6 @@
 """Bad input to the training script gets one line that names it, the right exit code, and touches no file."""
 
+import functools
 import resource
 import shutil
 import subprocess
@@ -8,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, SCRIPT, embedding, flags, run_here, run_script
 from PIL import Image
-from test_textual_inversion_szt import SCRIPT, embedding, flags
 
 import textual_inversion_szt
-from szt_utils.records import read_stats
+from szt_utils.files import read_stats
+from szt_utils.safe_zone import SafeZone
+from szt_utils.training_images import TrainingImages
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +59,37 @@ def refused(arguments, output_dir=None) -> str:
     return message
 
 
-# --- Pictures
+# --- Images
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:300])
 
 
 @pytest.mark.parametrize("damage",
-                         [truncate, lambda p: p.write_text("not a picture"), lambda p: p.write_bytes(b"")])
-def test_a_picture_that_cannot_be_read(tiny_model, images, before, damage):
+                         [truncate, lambda p: p.write_text("not a image"), lambda p: p.write_bytes(b"")])
+def test_a_image_that_cannot_be_read(tiny_model, images, before, damage):
     damage(images / "teal-striped-star-02.png")
     message = refused(flags(tiny_model, images, before), before)
     assert "teal-striped-star-02.png" in message and "cannot be read" in message
     assert "replace or remove it" in message
 
 
-def test_folders_without_pictures(tiny_model, before, tmp_path):
+def test_folders_without_images(tiny_model, before, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert f"'{empty}' holds no picture" in refused(flags(tiny_model, empty, before), before)
+    assert f"'{empty}' holds no image" in refused(flags(tiny_model, empty, before), before)
     (empty / "notes.txt").write_text("x")
     (empty / "sub.png").mkdir()
-    assert f"'{empty}' holds no picture" in refused(flags(tiny_model, empty, before), before)
+    assert f"'{empty}' holds no image" in refused(flags(tiny_model, empty, before), before)
     none = tmp_path / "none"
     assert f"'{none}' does not exist" in refused(flags(tiny_model, none, before), before)
     assert not (tmp_path / "fresh").exists() and refused(flags(tiny_model, empty, tmp_path / "fresh"))
     assert not (tmp_path / "fresh").exists(), "a run that cannot start makes no folder"
 
 
-def test_every_kind_of_picture_is_handled(tiny_model, tmp_path, capsys):
-    """Expected pixels are exact: every picture is flat, or has two flat halves, at the training size."""
-    side, folder = 64, tmp_path / "pictures"
+def test_every_kind_of_image_is_handled(tiny_model, tmp_path, capsys):
+    """Expected pixels are exact: every image is flat, or has two flat halves, at the training size."""
+    side, folder = 64, tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     exif, halves = Image.Exif(), np.zeros((side, side, 3), np.uint8)
     exif[0x0112], halves[:32] = 6, (200, 40, 10)  # the coloured half is above, and belongs to the right
@@ -112,15 +114,17 @@ def test_every_kind_of_picture_is_handled(tiny_model, tmp_path, capsys):
     expected = [turned, (9, 99, 199), (0, 255, 255), (156,) * 3, (77,) * 3, (255,) * 3, (0, 0, 255),
                 (0, 0, 255)]
     arguments = flags(tiny_model, folder, tmp_path / "out", max_train_steps=1)
-    args = textual_inversion_szt.parse_args(arguments)
-    pictures = textual_inversion_szt.Pictures(args)
-    assert len(pictures) == len(expected) == 8 and pictures.latent_masks([8, 8]) is None
-    for (picture, _), pixels in zip(pictures.kept.values(), expected, strict=True):
-        assert picture.mode == "RGB" and picture.size == (side, side)
-        assert (np.asarray(picture) == pixels).all()
+    settings, (concept,) = textual_inversion_szt.read_settings(
+        textual_inversion_szt.parse_args(arguments), arguments)
+    found = TrainingImages(concept, SafeZone(),
+                           functools.partial(textual_inversion_szt.prepare, settings, concept))
+    assert len(found) == len(expected) == 8 and found.latent_masks([8, 8]) is None
+    for (image, _), pixels in zip(found.kept.values(), expected, strict=True):
+        assert image.mode == "RGB" and image.size == (side, side)
+        assert (np.asarray(image) == pixels).all()
 
     run_here(arguments)
-    assert "8 pictures" in capsys.readouterr().out
+    assert "8 images" in capsys.readouterr().out
     assert embedding(tmp_path / "out").isfinite().all()
 
 
@@ -148,7 +152,7 @@ def test_masks_that_do_not_fit(tiny_model, images, masks, before, tmp_path):
     original.save(masks / name)
     (images / name).unlink()
     message = refused(arguments, before)
-    assert f"'{masks / name}' has no picture" in message
+    assert f"'{masks / name}' has no image" in message
 
     nowhere = flags(tiny_model, images, before, loss_mask_dir=tmp_path / "none")
     assert str(tmp_path / "none") in refused(nowhere, before)
@@ -184,8 +188,8 @@ def test_a_mask_below_a_latent_cell_needs_dilation(tiny_model, images, masks, be
     (dict(t_max=0), "--t_max"), (dict(jpeg_quality=0), "--jpeg_quality"),
     (dict(jpeg_quality=101), "--jpeg_quality"),
     (dict(jpeg_quality="high"), "--jpeg_quality"), (dict(num_vectors=0), "--num_vectors"),
-    (dict(mask_dilation=4), "--mask_dilation needs --loss_mask_dir"),
-    (dict(mask_mode="latent"), "--mask_mode needs"),
+    (dict(mask_dilation=4), "--mask_dilation: needs --loss_mask_dir"),
+    (dict(mask_mode="latent"), "--mask_mode: needs"),
     (dict(loss_mask_dir="m", mask_dilation=-1), "--mask_dilation"), (dict(mask_mode="all"), "--mask_mode"),
     (dict(t_distribution="normal"), "--t_distribution"), (dict(learning_rate=-1), "--learning_rate"),
     (dict(learning_rate="nan"), "--learning_rate"), (dict(learning_rate=1e38), "--learning_rate"),
@@ -330,8 +334,9 @@ def test_one_line_and_the_exit_code_in_a_real_process(tiny_model, images, before
     done = run_script(SCRIPT, *flags(tiny_model, images, before), expect=1)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
     path = images / "teal-striped-star-02.png"
-    assert done.stderr.startswith(f"error: The picture '{path}' cannot be read")
+    assert done.stderr.startswith(f"error: The image '{path}' cannot be read")
     done = run_script(SCRIPT, *flags(tiny_model, images, before, jpeg_quality=0), expect=2)
     assert done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith("error: --jpeg_quality must be from 1 to 100, but is 0")
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: argument --jpeg_quality: 0 is not at least 1 and at most 100")
     assert contents(before) == whole

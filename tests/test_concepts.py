@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_here, run_script
-from test_textual_inversion_szt import SCRIPT, flags, two_ranks
+from conftest import SCRIPT, flags, run_here, run_script, two_ranks
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.embeddings import load_embedding
+from szt_utils.files import read_stats
 from szt_utils.pocket import write_concept
-from szt_utils.records import read_stats
 
 # The same random numbers and another batch size: the sums within it are rounded otherwise.
 TOLERANCE = 1e-4
@@ -20,7 +19,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def heart(tmp_path_factory):
-    """Three pictures and masks of another concept: another epoch than that of the star's five."""
+    """Three images and masks of another concept: another epoch than that of the star's five."""
     images, masks = tmp_path_factory.mktemp("heart"), tmp_path_factory.mktemp("heart-masks")
     write_concept("red-dotted-heart", images, masks)
     for path in sorted(images.iterdir())[3:]:
@@ -119,7 +118,8 @@ def test_checkpoints_and_pipelines_hold_one_concept_each(tiny_model, entries, tm
                       validation_steps=2, num_validation_images=1))
     for name in ("star", "heart"):
         state = torch.load(tmp_path / name / "checkpoint-2" / "training_state.pt", weights_only=True)
-        assert torch.equal(state["rows"], rows(tmp_path / name)) and state["rows"].shape == (2, 32)
+        (saved,) = state["rows"]  # of one text encoder
+        assert torch.equal(saved, rows(tmp_path / name)) and saved.shape == (2, 32)
         assert state["optimizer"]["state"][0]["exp_avg"].shape == (2, 32)
         pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
         weight = pipeline.text_encoder.get_input_embeddings().weight
@@ -129,17 +129,17 @@ def test_checkpoints_and_pipelines_hold_one_concept_each(tiny_model, entries, tm
 
 
 def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, monkeypatch):
-    draw, count = textual_inversion_szt.Concept.draw, []
+    draw, count = textual_inversion_szt.draw, []
 
-    def poisoned(self, scaling_factor):
-        sample = draw(self, scaling_factor)
-        if self.name == "heart":
+    def poisoned(concept, model):
+        sample = draw(concept, model)
+        if concept.name == "heart":
             count.append(1)
             if len(count) > 3:
                 sample.noise = sample.noise * float("nan")
         return sample
 
-    monkeypatch.setattr(textual_inversion_szt.Concept, "draw", poisoned)
+    monkeypatch.setattr(textual_inversion_szt, "draw", poisoned)
     with pytest.raises(SystemExit) as caught:
         run_here(together(tiny_model, tmp_path, entries, max_train_steps=12, save_steps=2))
     assert caught.value.code.startswith("error: heart: The loss is not a number at step 4")
@@ -168,7 +168,7 @@ def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
     ('[{"t_min": "low"}]', "Concept 1 of .*--t_min"),
     ('[{"t_min": [1]}]', "Concept 1 of .*--t_min"),
     ('[{"train_data_dir": "x", "placeholder_token": "<a>", "initializer_token": "star", "jpeg_quality": 0}]',
-     "Concept 1 of .*--jpeg_quality must be from 1 to 100"),
+     "Concept 1 of .*--jpeg_quality: 0 is not at least 1 and at most 100"),
     ('[{"placeholder_token": "<a>", "train_data_dir": "x", "initializer_token": "star"},'
      ' {"placeholder_token": "<a>", "train_data_dir": "y", "initializer_token": "star"}]',
      "Concept 2 of .*is that of another")])

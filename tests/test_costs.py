@@ -3,8 +3,7 @@ a slow machine must not fail it, a regression must."""
 
 import pytest
 import torch
-from conftest import run_here
-from test_textual_inversion_szt import flags
+from conftest import flags, run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from szt_utils.embeddings import load_embedding
@@ -79,7 +78,7 @@ def test_several_concepts_share_every_call_of_the_networks(monkeypatch, tiny_mod
     counts = costs(monkeypatch, tiny_model, concept_folder[0], tmp_path / "out", max_train_steps=6,
                    placeholder_token=None, initializer_token=None, concepts=tmp_path / "concepts.json")
     assert counts["UNet2DConditionModel"] == counts["CLIPTextModel"] == 6
-    # A picture's latents are encoded for every concept that shows it: their JPEG or masks may differ.
+    # An image's latents are encoded for every concept that shows it: their JPEG or masks may differ.
     assert counts["AutoencoderKL"] == 4 * 3
 
 

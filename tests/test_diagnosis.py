@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_sdxl
 from scipy.spatial.distance import mahalanobis
 
 from szt_utils.diagnosis import (
@@ -10,20 +11,22 @@ from szt_utils.diagnosis import (
     calibrate,
     deviations,
     explain,
+    image_signals,
     percentile,
     read_calibration,
+    report,
     score,
-    signals,
 )
-from szt_utils.diffusion import LatentDiffusion
 from szt_utils.errors import InputError
 from szt_utils.images import from_pil, read_image, to_pil
 from szt_utils.jpeg import jpeg
+from szt_utils.models import load_model, residual, tokenize
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return LatentDiffusion.load(str(tiny_model))
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def model(request, tiny_model, tmp_path_factory):
+    return load_model(str(tiny_model if request.param == "sd"
+                          else build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")))
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +40,30 @@ def rows(count: int) -> np.ndarray:
 
 
 def test_signals_are_what_they_say(model, image):
-    found = dict(zip(SIGNALS, signals(model, image, draws=1), strict=True))
+    found = dict(zip(SIGNALS, image_signals(model, image, draws=1), strict=True))
     compressed = from_pil(jpeg(to_pil(image)[0], 25))
     change = (image - compressed).double()
     assert found["pixel_change"] == pytest.approx(change.square().mean().sqrt().log().item())
-    centred = change - change.mean()
+    centered = change - change.mean()
     assert found["evenness"] == pytest.approx(
-        -((centred**4).mean() / centred.square().mean() ** 2).log().item(), abs=1e-6)
+        -((centered**4).mean() / centered.square().mean() ** 2).log().item(), abs=1e-6)
     with torch.no_grad():
         before, after = model.encode(image), model.encode(compressed)
         shift = (before - after).square().mean().sqrt()
         gain = (shift / change.square().mean().sqrt()).log().item()
         assert found["latent_gain"] == pytest.approx(gain, abs=1e-4)
         generator, losses = torch.Generator().manual_seed(0), [0, 0]
+        condition = model.condition(tokenize(model, ""))
         for t in (50, 150, 250):
             noise = torch.randn(before.shape, generator=generator)
             for i, latents in enumerate((before, after)):
-                losses[i] += model.loss(latents, noise, torch.tensor([t]), model.embed_text("")).mean().item()
+                error = residual(model, latents, noise, torch.tensor([t]), condition)
+                losses[i] += error.square().mean().item()
     assert found["loss_change"] == pytest.approx(np.log(losses[0] / losses[1]), abs=1e-5)
 
 
-def test_a_plain_picture_has_finite_signals(model):
-    assert np.isfinite(signals(model, torch.full((1, 3, 64, 64), 128 / 255))).all()
+def test_a_plain_image_has_finite_signals(model):
+    assert np.isfinite(image_signals(model, torch.full((1, 3, 64, 64), 128 / 255))).all()
 
 
 def test_the_score_is_mahalanobis_distance():
@@ -73,28 +78,42 @@ def test_the_score_is_mahalanobis_distance():
     assert np.allclose(away, 1)
 
 
-def test_fresh_clean_pictures_have_uniform_percentiles_and_poisoned_ones_are_named():
+def test_fresh_clean_images_have_uniform_percentiles_and_poisoned_ones_are_named():
     clean = rows(1400)
     calibration = calibrate(clean[:400])
     shares = percentile(calibration, score(calibration, clean[400:]))
     assert abs(shares.mean() - 0.5) < 0.05 and abs((shares >= 0.95).mean() - 0.05) < 0.03
     poisoned = clean[0].copy()
     poisoned[4] += 40
-    told = explain(calibration, poisoned)
-    assert told["suspect"] and "loss_change (+" in told["sentence"] and told["percentile"] == 1
+    found = explain(calibration, poisoned)
+    assert found["suspect"] and "loss_change (+" in found["sentence"] and found["percentile"] == 1
     assert not explain(calibration, clean[:400].mean(0))["suspect"]
 
 
-def test_scores_of_the_calibration_leave_their_own_picture_out():
-    """Of 12 pictures, the odd one would hide itself within a covariance that it made."""
+def test_a_set_is_poisoned_when_more_images_are_suspect_than_chance_explains():
+    clean = rows(60)
+    calibration = calibrate(clean[:40])
+    scores = score(calibration, clean)
+    usual = [clean[i] for i in scores[:40].argsort()[:30]]  # none of them suspect
+    odd = clean[0] + 40
+    for count, poisoned in ((0, False), (5, False), (8, True)):
+        found = report(calibration, {str(i): row for i, row in enumerate([odd] * count + usual)})
+        assert (found["suspects"], found["poisoned"]) == (count, poisoned)
+        assert found["sentence"].startswith(f"{count} of {count + 30} images look poisoned")
+        assert ("probably poisoned" in found["sentence"]) == poisoned
+    assert found["images"]["0"]["signals"] == dict(zip(SIGNALS, odd, strict=True))
+
+
+def test_scores_of_the_calibration_leave_their_own_image_out():
+    """Of 12 images, the odd one would hide itself within a covariance that it made."""
     clean = rows(12)
     clean[7] += 30
     calibration = calibrate(clean)
     assert calibration["scores"][-1] > 3 * score(calibration, clean[7])[0]
 
 
-def test_what_is_no_calibration_is_told(tmp_path):
-    with pytest.raises(InputError, match="at least 10 clean pictures"):
+def test_what_is_no_calibration_is_refused(tmp_path):
+    with pytest.raises(InputError, match="at least 10 clean images"):
         calibrate(rows(9))
     for content in ("", "[]", '{"signals": ["other"], "scores": [1], "mean": [0]}'):
         (tmp_path / "c.json").write_text(content)

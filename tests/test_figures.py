@@ -1,9 +1,10 @@
-"""The figures' scripts: their claims against closed forms, and every one of them from pictures to picture."""
+"""The figures' scripts: their claims against closed forms, and every figure from images to plot."""
 
 import importlib
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from PIL import Image
 from szt_utils.embeddings import save_embedding
 from szt_utils.pocket import write_concept
 
-FIGURES = {"fig2": ["--timesteps", 500, "--replacements", 2, "--pictures", 1],
-           "fig3": ["--timesteps", 300, 700, "--replacements", 2, "--pictures", 1],
+FIGURES = {"fig2": ["--timesteps", 500, "--replacements", 2, "--images", 1],
+           "fig3": ["--timesteps", 300, 700, "--replacements", 2, "--images", 1],
            "fig4": ["--timesteps", 3], "fig5": ["--timesteps", 3, "--draws", 1],
-           "fig6": ["--steps", 1, 2, "--draws", 1], "fig7": [], "spectra": ["--bands", 4]}
+           "fig6": ["--saved_steps", 1, 2, "--draws", 1], "fig7": [], "spectra": ["--bands", 4]}
 CONCEPTS = ("teal-striped-star", "red-dotted-heart")
 
 
@@ -25,7 +26,7 @@ CONCEPTS = ("teal-striped-star", "red-dotted-heart")
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
     yield importlib.import_module
-    for name in ("world", "roc", *FIGURES):
+    for name in ("common", "make_data", "roc", *FIGURES):
         sys.modules.pop(name, None)
 
 
@@ -46,26 +47,32 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_goes_from_pictures_to_json_to_picture(name, module, monkeypatch, data_dir, tiny_model,
-                                                            tmp_path, capsys):
-    def run():
-        command = [f"{name}.py", "--pretrained_model_name_or_path", tiny_model, "--data_dir", data_dir,
-                   "--output_dir", tmp_path, *FIGURES[name]]
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+def run_figure(name: str, *arguments) -> None:
+    """Run a figure's script in this process, as a command line would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        patch.syspath_prepend(str(ROOT / "examples" / "figures"))
         runpy.run_path(str(ROOT / "examples" / "figures" / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_goes_from_images_to_json_to_plot(name, module, monkeypatch, data_dir, tiny_model,
+                                                       tmp_path, capsys):
+    def run():
+        run_figure(name, "--pretrained_model_name_or_path", tiny_model, "--data_dir", data_dir,
+                   "--output_dir", tmp_path, *FIGURES[name])
         return capsys.readouterr().out.splitlines()
 
-    said = run()
+    printed = run()
     found = json.loads((tmp_path / f"{name}_claims.json").read_text())
-    assert len(said) == len(found) > 2
+    assert len(printed) == len(found) > 2
     results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
     assert list(results) == (["clean"] if name == "fig2" else ["clean", "adm+"])
     assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")))) > 20
     # Again from the JSON alone, without a model.
     (tmp_path / f"{name}.png").unlink()
-    monkeypatch.setattr("szt_utils.sensitivity.PromptedModel.load", None)
-    assert run() == said and (tmp_path / f"{name}.png").exists()
+    monkeypatch.setattr("szt_utils.models.StableDiffusion.load", None)
+    assert run() == printed and (tmp_path / f"{name}.png").exists()
 
 
 def test_fig4_finds_the_timestep_below_which_the_increase_lies(module):
@@ -79,9 +86,9 @@ def test_fig4_finds_the_timestep_below_which_the_increase_lies(module):
     assert found["adm+: relative loss increase at t < 500"]["value"] == pytest.approx(1)
     assert found["adm+: relative loss increase at t >= 700"]["value"] == pytest.approx(0)
     share = np.cumsum(clean[0, :10]) / clean[0, :10].sum()
-    wanted = np.interp(0.9, share, timesteps[:10])
-    told = found["adm+: timestep below which 90 % of the loss change lies"]
-    assert told["value"] == pytest.approx(wanted) and told["low"] == pytest.approx(told["high"])
+    expected = np.interp(0.9, share, timesteps[:10])
+    below = found["adm+: timestep below which 90 % of the loss change lies"]
+    assert below["value"] == pytest.approx(expected) and below["low"] == pytest.approx(below["high"])
     assert found["clean: Spearman correlation of median loss and timestep"] == pytest.approx(-1)
 
 
@@ -94,21 +101,20 @@ def test_fig6_compares_relative_reductions(module):
 
 
 def test_fig7_moments_of_a_histogram_are_those_of_its_values(module):
-    from szt_utils.evidence import bimodality, excess_kurtosis
+    from szt_utils.statistics import bimodality, excess_kurtosis
 
     values = np.random.default_rng(0).choice([-16, -15, 0, 3, 16], 5000)
     counts = np.bincount(values + 64, minlength=129).astype(float)
     assert module("fig7").moments(counts) == pytest.approx((excess_kurtosis(values), bimodality(values)))
 
 
-def test_the_area_under_the_roc_curve_of_two_diagnoses(module, monkeypatch, tmp_path, capsys):
+def test_the_area_under_the_roc_curve_of_two_diagnoses(module, tmp_path, capsys):
     for name, scores in (("clean", [1, 2, 3, 4]), ("ea", [2.5, 5, 6, 7])):
         (tmp_path / name).mkdir()
-        pictures = {f"photo-{i}.png": {"score": score} for i, score in enumerate(scores)}
-        (tmp_path / name / "diagnosis.json").write_text(json.dumps({"pictures": pictures}))
-    monkeypatch.setattr(sys, "argv", ["roc.py", "--clean", str(tmp_path / "clean"), "--poisoned",
-                                      str(tmp_path / "ea"), "--output_dir", str(tmp_path)])
-    module("roc").main()
+        images = {f"photo-{i}.png": {"score": score} for i, score in enumerate(scores)}
+        (tmp_path / name / "diagnosis.json").write_text(json.dumps({"images": images}))
+    module("roc").main(["--clean", str(tmp_path / "clean"), "--poisoned", str(tmp_path / "ea"),
+                        "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "roc.json").read_text())
     assert found["ea"]["value"] == found["ea, photographs"]["value"] == pytest.approx(14 / 16)
     assert (tmp_path / "roc.png").exists() and "ea: 0.875" in capsys.readouterr().out
@@ -116,12 +122,10 @@ def test_the_area_under_the_roc_curve_of_two_diagnoses(module, monkeypatch, tmp_
 
 @pytest.mark.parametrize("folder,name", [(".", "fig4"), (".", "fig5"), (".", "fig6"), ("five", "fig4"),
                                          ("five", "spectra")])
-def test_the_committed_claims_follow_from_the_committed_json(folder, name, monkeypatch, tmp_path, capsys):
-    home = ROOT / "examples" / "figures" / "pocket" / folder
+def test_the_committed_claims_follow_from_the_committed_json(folder, name, module, tmp_path, capsys):
+    home = ROOT / "results" / "figures" / folder
     (tmp_path / f"{name}.json").write_text((home / f"{name}.json").read_text())
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--redraw", "--output_dir", str(tmp_path)])
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
-    runpy.run_path(str(ROOT / "examples" / "figures" / f"{name}.py"), run_name="__main__")
+    run_figure(name, "--redraw", "--output_dir", tmp_path)
     found, committed = (json.loads((where / f"{name}_claims.json").read_text()) for where in (tmp_path, home))
     assert found.keys() == committed.keys() and len(found) > 3
     for sentence, value in committed.items():
@@ -131,8 +135,69 @@ def test_the_committed_claims_follow_from_the_committed_json(folder, name, monke
     assert Image.open(tmp_path / f"{name}.png").size[0] > 400
 
 
-def test_redrawing_without_a_json_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["fig6.py", "--redraw", "--output_dir", str(tmp_path)])
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
+def test_redrawing_without_a_json_is_one_sentence(module, tmp_path):
     with pytest.raises(SystemExit, match=r"error: No such file or directory: .*fig6\.json"):
-        runpy.run_path(str(ROOT / "examples" / "figures" / "fig6.py"), run_name="__main__")
+        run_figure("fig6", "--redraw", "--output_dir", tmp_path)
+
+
+def test_without_clean_images_there_is_nothing_to_compare_with(module, tmp_path):
+    with pytest.raises(SystemExit, match="error: The data set 'clean' is not in"):
+        run_figure("fig7", "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rows_of_the_added_token_are_what_it_means(module, tiny_model):
+    from szt_utils.models import load_model, tokenize
+
+    common = module("common")
+    model = load_model(tiny_model)
+    plain = model.condition(tokenize(model, "a photo of a star"))["states"]
+    star = common.word_row(model, "star")
+    embedding = common.add_token(model)
+    embedding.rows = torch.nn.Parameter(star)
+    ids = tokenize(model, f"a photo of a {common.TOKEN}")
+    assert (ids[0] == len(embedding.frozen)).sum() == 1
+    assert torch.equal(model.condition(ids)["states"], plain)
+    assert torch.equal(model.condition(tokenize(model, "a photo of a star"))["states"], plain)
+    embedding.rows = torch.nn.Parameter(-star)
+    assert not torch.allclose(model.condition(ids)["states"], plain)
+
+
+def make_data(module, model: Path, output_dir: Path, *arguments) -> None:
+    """Run make_data.py in this process, with short attacks and trainings."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    module("make_data").main([*map(str, [
+        "--pretrained_model_name_or_path", model, "--output_dir", output_dir, "--poison_steps", 1,
+        "--save_steps", 1, *arguments])])
+
+
+def test_the_data_sets_have_what_the_figures_read(module, tiny_model, tmp_path):
+    arguments = ("--data", "clean", "ea", "--concepts", *CONCEPTS, "--images", 1, "--train_steps", 2)
+    make_data(module, tiny_model, tmp_path, *arguments)
+    for concept in CONCEPTS:
+        for folder in ("clean", "masks", "ea"):
+            assert [path.name for path in (tmp_path / folder / concept).iterdir()] == [f"{concept}-00.png"]
+        for data in ("clean", "ea"):
+            learned = tmp_path / "learned" / data / concept
+            assert {"learned_embeds.safetensors", "learned_embeds-steps-1.safetensors"} <= {
+                path.name for path in learned.iterdir()}
+    records = (tmp_path / "ea" / "stats.jsonl").read_text()
+    assert len(records.splitlines()) == 2
+    make_data(module, tiny_model, tmp_path, *arguments)  # nothing is left to do
+    assert (tmp_path / "ea" / "stats.jsonl").read_text() == records
+
+
+def test_images_of_ones_own_become_squares_with_masks(module, tiny_model, tmp_path):
+    for folder in ("photos/cup", "photo-masks/cup"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "photos" / "cup" / "a.jpg")
+    Image.new("L", (90, 70), 255).save(tmp_path / "photo-masks" / "cup" / "a.png")
+    make_data(module, tiny_model, tmp_path / "out", "--clean_dir", tmp_path / "photos", "--mask_dir",
+              tmp_path / "photo-masks", "--data", "clean", "ea", "--resolution", 64, "--train_steps", 0)
+    sizes = {folder: Image.open(tmp_path / "out" / folder / "cup" / "a.png").size
+             for folder in ("clean", "masks", "ea")}
+    assert set(sizes.values()) == {(64, 64)}
+    with pytest.raises(SystemExit):
+        make_data(module, tiny_model, tmp_path / "out", "--clean_dir", tmp_path / "photos")

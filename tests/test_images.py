@@ -1,4 +1,4 @@
-"""Pictures: every kind of file becomes the upright RGB picture that was meant, and a broken one is named."""
+"""Images: every kind of file is read as the upright RGB image that it shows, and a damaged one is named."""
 
 import io
 
@@ -14,13 +14,14 @@ from szt_utils.images import (
     from_pil,
     list_images,
     read_image,
+    read_upright,
     save_png,
     to_pil,
     to_vae_range,
 )
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
-GREY = RGB[..., 0]
+GRAY = RGB[..., 0]
 
 
 def written(path, array, mode=None, **options):
@@ -46,42 +47,42 @@ def test_exif_orientation_is_applied(tmp_path, orientation, undo):
     assert np.array_equal(pixels(written(tmp_path / "a.png", RGB, exif=exif)), undo(RGB))
 
 
-def test_grey_palette_and_one_bit_pictures(tmp_path):
-    assert np.array_equal(pixels(written(tmp_path / "g.png", GREY)), np.stack([GREY] * 3, axis=-1))
+def test_gray_palette_and_one_bit_images(tmp_path):
+    assert np.array_equal(pixels(written(tmp_path / "g.png", GRAY)), np.stack([GRAY] * 3, axis=-1))
     palette = Image.fromarray(RGB).quantize(16)
     assert np.array_equal(pixels(written(tmp_path / "p.png", palette)), np.asarray(palette.convert("RGB")))
-    bits = GREY >= 128
+    bits = GRAY >= 128
     assert np.array_equal(pixels(written(tmp_path / "b.png", bits)),
                           np.stack([bits * np.uint8(255)] * 3, axis=-1))
 
 
 def test_cmyk_is_the_complement_of_its_inks(tmp_path):
-    inks = np.dstack([RGB, np.zeros_like(GREY)])
+    inks = np.dstack([RGB, np.zeros_like(GRAY)])
     image = Image.frombytes("CMYK", (20, 12), inks.tobytes())
     assert np.array_equal(pixels(written(tmp_path / "a.tif", image)), 255 - RGB)
-    # Adobe's JPEGs store the inks inverted; a flat colour survives the compression.
+    # Adobe's JPEGs store the inks inverted; a flat color survives the compression.
     flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(pixels(written(tmp_path / "a.jpg", flat, quality=95)).astype(int) - [255, 0, 0]).max() <= 3
 
 
-def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
-    deep = GREY.astype(np.uint16) * 257 + np.random.default_rng(1).integers(-100, 100, GREY.shape).clip(
-        -GREY.astype(int) * 257, 65535 - GREY.astype(int) * 257).astype(np.int16).astype(np.uint16)
+def test_sixteen_bit_grays_are_scaled_not_clipped(tmp_path):
+    deep = GRAY.astype(np.uint16) * 257 + np.random.default_rng(1).integers(-100, 100, GRAY.shape).clip(
+        -GRAY.astype(int) * 257, 65535 - GRAY.astype(int) * 257).astype(np.int16).astype(np.uint16)
     for name in ("a.png", "a.tif"):
-        assert np.array_equal(pixels(written(tmp_path / name, deep)), np.stack([GREY] * 3, axis=-1))
+        assert np.array_equal(pixels(written(tmp_path / name, deep)), np.stack([GRAY] * 3, axis=-1))
 
 
-def test_transparency_lies_on_white(tmp_path):
-    alpha = np.random.default_rng(2).integers(0, 256, GREY.shape, dtype=np.uint8)
+def test_transparency_is_composited_on_white(tmp_path):
+    alpha = np.random.default_rng(2).integers(0, 256, GRAY.shape, dtype=np.uint8)
     share = alpha[..., None] / 255
     expected = RGB * share + 255 * (1 - share)
     for suffix in ("png", "webp"):
         path = written(tmp_path / f"a.{suffix}", np.dstack([RGB, alpha]),
                        **({"lossless": True} if suffix == "webp" else {}))
         assert np.abs(pixels(path) - expected).max() <= 1
-    grey = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(alpha)])
-    expected = np.stack([GREY * share[..., 0] + 255 * (1 - share[..., 0])] * 3, axis=-1)
-    assert np.abs(pixels(written(tmp_path / "la.png", grey)) - expected).max() <= 1
+    gray = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(alpha)])
+    expected = np.stack([GRAY * share[..., 0] + 255 * (1 - share[..., 0])] * 3, axis=-1)
+    assert np.abs(pixels(written(tmp_path / "la.png", gray)) - expected).max() <= 1
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 200, 0])
     palette.putpixel((1, 0), 1)
@@ -90,15 +91,15 @@ def test_transparency_lies_on_white(tmp_path):
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    frames = [Image.new("RGB", (8, 6), colour) for colour in colours]
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    frames = [Image.new("RGB", (8, 6), color) for color in colors]
     for name, options in (("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})):
         path = written(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], **options)
         assert Image.open(path).n_frames == 3
-        assert (pixels(path) == colours[0]).all()
+        assert (pixels(path) == colors[0]).all()
 
 
-def test_only_the_folders_own_pictures_are_listed_by_name(tmp_path):
+def test_only_the_folders_own_images_are_listed_by_name(tmp_path):
     for name in ("b.PNG", "a.jpeg", "c.webp"):
         written(tmp_path / name, RGB, format="PNG")
     (tmp_path / "sub.png").mkdir()
@@ -107,9 +108,9 @@ def test_only_the_folders_own_pictures_are_listed_by_name(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp"]
 
 
-def test_a_folder_that_is_missing_or_has_no_pictures_is_named(tmp_path):
+def test_a_folder_that_is_missing_or_has_no_images_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    for folder, reason in ((tmp_path, "holds no picture"), (tmp_path / "x", "does not exist"),
+    for folder, reason in ((tmp_path, "holds no image"), (tmp_path / "x", "does not exist"),
                            (tmp_path / "notes.txt", "not a folder")):
         with pytest.raises(InputError, match=reason) as caught:
             list_images(folder)
@@ -124,7 +125,7 @@ def test_damaged_files_raise_nothing_but_an_error_that_names_them(tmp_path, form
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(RGB).save(buffer, format, **({} if format in ("GIF", "BMP") else {"exif": exif}))
-    data, path, refused = buffer.getvalue(), tmp_path / f"picture.{format.lower()}", 0
+    data, path, refused = buffer.getvalue(), tmp_path / f"image.{format.lower()}", 0
     for attempt in range(60):
         damaged = bytearray(data)
         if attempt % 2:
@@ -145,7 +146,7 @@ def test_damaged_files_raise_nothing_but_an_error_that_names_them(tmp_path, form
 
 
 def test_a_missing_or_non_image_file_is_named(tmp_path):
-    (tmp_path / "a.png").write_text("not a picture")
+    (tmp_path / "a.png").write_text("not an image")
     for name in ("a.png", "b.png"):
         with pytest.raises(InputError, match=name):
             read_image(tmp_path / name)
@@ -162,13 +163,13 @@ def test_crop_and_resize_is_upstreams(height, width):
         assert np.array_equal(np.asarray(actual), np.asarray(expected))
 
 
-def test_tensors_and_pictures_round_trip_at_every_level():
+def test_tensors_and_images_round_trip_at_every_level():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    pictures = [Image.fromarray(np.dstack([levels, levels.T, levels[::-1]])) for _ in range(2)]
-    tensor = from_pil(pictures)
+    images = [Image.fromarray(np.dstack([levels, levels.T, levels[::-1]])) for _ in range(2)]
+    tensor = from_pil(images)
     assert tensor.shape == (2, 3, 16, 16) and tensor.dtype == torch.float32
     assert torch.equal(tensor[0, 0], torch.from_numpy(levels) / 255)
-    assert all(np.array_equal(a, b) for a, b in zip(pictures, to_pil(tensor), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(images, to_pil(tensor), strict=True))
     assert from_pil(Image.fromarray(levels)).shape == (1, 1, 16, 16)
 
 
@@ -186,7 +187,7 @@ def test_vae_range_is_upstreams_bit_for_bit_and_has_slope_two():
     assert torch.allclose(images.grad, torch.full((256,), 2.0))
 
 
-def test_save_png_is_whole_or_not_at_all(tmp_path):
+def test_save_png_is_atomic(tmp_path):
     path = tmp_path / "new" / "folder" / "a.png"
     save_png(Image.fromarray(RGB), path)
     before = path.read_bytes()
@@ -196,13 +197,36 @@ def test_save_png_is_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
-def test_contact_sheet_shows_every_picture_in_its_cell():
-    colours = {"one": [(255, 0, 0), (0, 255, 0)], "two": [(0, 0, 255)]}
-    rows = [(text, [Image.new("RGB", (10, 10), colour) for colour in row]) for text, row in colours.items()]
+def test_contact_sheet_shows_every_image_in_its_cell():
+    colors = {"one": [(255, 0, 0), (0, 255, 0)], "two": [(0, 0, 255)]}
+    rows = [(text, [Image.new("RGB", (10, 10), color) for color in row]) for text, row in colors.items()]
     sheet = np.asarray(contact_sheet(rows, tile=32))
-    for row in colours.values():
-        for colour in row:
-            assert (sheet == colour).all(-1).sum() == 32 * 32
+    for row in colors.values():
+        for color in row:
+            assert (sheet == color).all(-1).sum() == 32 * 32
     rows, columns = ((sheet == (0, 0, 255)).all(-1).any(axis) for axis in (1, 0))
     assert np.flatnonzero(rows)[0] > np.flatnonzero((sheet == (255, 0, 0)).all(-1).any(1))[-1]
     assert np.flatnonzero(columns)[0] == np.flatnonzero((sheet == (255, 0, 0)).all(-1).any(0))[0]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.eps"])
+def test_a_program_for_ghostscript_is_never_run(tmp_path, name, monkeypatch):
+    """An EPS under an image's name: Pillow would hand it to Ghostscript, which runs it."""
+    from PIL import EpsImagePlugin
+
+    def run(*_, **__):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = tmp_path / name
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_image, read_upright):
+        with pytest.raises(InputError, match=f"{name}' cannot be read"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind, name", [("PPM", "x.png"), ("TGA", "x.tif"), ("ICO", "x.png")])
+def test_formats_other_than_the_documented_ones_are_not_decoded(tmp_path, kind, name):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / name, kind)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(tmp_path / name)

@@ -22,14 +22,14 @@ def test_equals_a_file_with_halved_chroma(tmp_path, quality):
     assert np.array_equal(np.asarray(actual), np.asarray(Image.open(tmp_path / "a.jpg")))
 
 
-def test_grey_blocks_come_back_as_whole_multiples_of_the_quantization_steps():
+def test_gray_blocks_come_back_as_whole_multiples_of_the_quantization_steps():
     """Closed form: at quality 25 the steps are twice the standard table's."""
-    grey = np.random.default_rng(1).normal(128, 12, (32, 32)).clip(60, 196).astype(np.uint8)
+    gray = np.random.default_rng(1).normal(128, 12, (32, 32)).clip(60, 196).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "JPEG", quality=50)
+    Image.fromarray(gray).save(buffer, "JPEG", quality=50)
     steps = 2 * np.array(Image.open(buffer).quantization[0]).reshape(8, 8)  # quality 50 is the standard table
     assert steps[0, 0] == 32
-    once = np.asarray(jpeg(Image.fromarray(np.dstack([grey] * 3)), 25)).astype(float)
+    once = np.asarray(jpeg(Image.fromarray(np.dstack([gray] * 3)), 25)).astype(float)
     assert (once == once[..., :1]).all()
     k = np.arange(8)
     dct = np.sqrt(np.where(k == 0, 1, 2) / 8)[:, None] * np.cos(np.pi * k[:, None] * (2 * k + 1) / 16)
@@ -46,7 +46,7 @@ def test_lower_quality_loses_more():
     assert error == sorted(error) and error[-1] > 10 * error[0]
 
 
-def test_tensor_version_is_the_picture_version_batch_by_batch():
+def test_the_tensor_version_is_the_image_version_of_a_batch():
     images = from_pil([Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())])
     expected = from_pil([jpeg(Image.fromarray(RGB), 25), jpeg(Image.fromarray(RGB[::-1].copy()), 25)])
     assert torch.equal(jpeg_tensor(images, 25), expected)

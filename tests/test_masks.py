@@ -64,6 +64,18 @@ def test_masked_mean_closed_forms():
         masked_mean(error, mask, "mean")
 
 
+@pytest.mark.parametrize("extra", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("normalization", ["none", "area"])
+def test_masked_mean_of_any_rank_is_that_of_the_flattened_frames(extra, normalization):
+    error = torch.rand(2, 4, *extra, 5, 6, generator=torch.Generator().manual_seed(0))
+    mask = (torch.rand(2, 1, 5, 6, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    flat = error.reshape(2, -1, 5, 6)
+    assert torch.equal(masked_mean(error, mask, normalization), masked_mean(flat, mask, normalization))
+    divisor = error.numel() if normalization == "none" else mask.sum() * flat.shape[1]
+    assert torch.allclose(masked_mean(error, mask, normalization), (flat * mask).sum() / divisor)
+    assert torch.equal(masked_mean(error), error.mean())
+
+
 def test_no_gradient_comes_from_outside_the_mask():
     error = torch.rand(2, 4, 8, 8, requires_grad=True)
     mask = (torch.rand(2, 1, 8, 8) < 0.5).float()
@@ -72,14 +84,14 @@ def test_no_gradient_comes_from_outside_the_mask():
 
 
 @pytest.mark.parametrize("center_crop", [False, True])
-def test_a_mask_is_cropped_and_resized_like_its_picture(center_crop):
-    """A picture that IS its mask agrees with it afterwards: they were cut and scaled alike."""
+def test_a_mask_is_cropped_and_resized_like_its_image(center_crop):
+    """An image that equals its mask still equals it afterwards: both were cropped and resized alike."""
     shape = np.zeros((40, 60), np.uint8)
     shape[10:30, 22:50] = 255
-    picture = crop_and_resize(Image.fromarray(shape).convert("RGB"), 32, center_crop)
+    image = crop_and_resize(Image.fromarray(shape).convert("RGB"), 32, center_crop)
     mask = prepare_mask(Image.fromarray(shape), 32, center_crop)
     assert mask.shape == (1, 1, 32, 32) and set(mask.unique().tolist()) == {0, 1}
-    assert (np.asarray(picture)[..., 0] >= 128).astype(int).tolist() == mask[0, 0].int().tolist()
+    assert (np.asarray(image)[..., 0] >= 128).astype(int).tolist() == mask[0, 0].int().tolist()
     assert torch.equal(prepare_mask(Image.fromarray(shape), 32, center_crop, 3), dilate(mask, 3))
 
 
@@ -88,7 +100,7 @@ def test_every_kind_of_mask_file_reads_as_black_and_white(tmp_path):
     transparent = np.dstack([np.zeros((12, 20, 3), np.uint8), expected])
     palette = Image.fromarray(MASK.astype(np.uint8), "P")
     palette.putpalette([0, 0, 0, 255, 255, 255])
-    files = [saved(tmp_path / "grey.png", expected), saved(tmp_path / "bits.png", MASK),
+    files = [saved(tmp_path / "gray.png", expected), saved(tmp_path / "bits.png", MASK),
              saved(tmp_path / "rgb.png", np.dstack([expected] * 3)),
              saved(tmp_path / "deep.png", expected.astype(np.uint16) * 257),
              saved(tmp_path / "alpha.png", transparent), saved(tmp_path / "palette.png", palette),
@@ -100,12 +112,12 @@ def test_every_kind_of_mask_file_reads_as_black_and_white(tmp_path):
         assert mask.mode == "L" and np.array_equal(np.asarray(mask), expected), path.name
 
 
-def test_a_mask_is_turned_upright_before_its_size_is_compared(tmp_path):
+def test_a_mask_is_rotated_upright_before_its_size_is_compared(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(tmp_path / "a.png", MASK * np.uint8(255), exif=exif)
     assert np.array_equal(np.asarray(read_mask(path, (12, 20))), np.rot90(MASK, -1) * np.uint8(255))
-    with pytest.raises(InputError, match="is 12 x 20 pixels, but its picture is 20 x 12"):
+    with pytest.raises(InputError, match="is 12 x 20 pixels, but its image is 20 x 12"):
         read_mask(path, (20, 12))
 
 
@@ -120,22 +132,22 @@ def test_black_masks_are_refused(tmp_path):
         assert str(path) in str(caught.value)
 
 
-def test_masks_are_found_by_stem_in_the_pictures_order(tmp_path):
-    pictures = [tmp_path / name for name in ("b.jpg", "a.png")]
+def test_masks_are_found_by_stem_in_the_order_of_the_images(tmp_path):
+    images = [tmp_path / name for name in ("b.jpg", "a.png")]
     folder = tmp_path / "masks"
     folder.mkdir()
     for name in ("a-masklabel.png", "b.png"):
         saved(folder / name, MASK * np.uint8(255))
     (folder / ".DS_Store").write_bytes(b"x")
-    assert [path.name for path in find_masks(folder, pictures)] == ["b.png", "a-masklabel.png"]
-    for paths, message in ((pictures + [tmp_path / "c.png"], "c.png' has no mask"),
-                           (pictures[:1], "a-masklabel.png"),
-                           (pictures + [tmp_path / "a.jpg"], "Several pictures are called 'a'")):
+    assert [path.name for path in find_masks(folder, images)] == ["b.png", "a-masklabel.png"]
+    for paths, message in ((images + [tmp_path / "c.png"], "c.png' has no mask"),
+                           (images[:1], "a-masklabel.png"),
+                           (images + [tmp_path / "a.jpg"], "Several images are called 'a'")):
         with pytest.raises(InputError, match=message):
             find_masks(folder, paths)
     saved(folder / "a.png", MASK)
     with pytest.raises(InputError, match="are masks of 'a'"):
-        find_masks(folder, pictures)
+        find_masks(folder, images)
 
 
 def test_mask_modes_are_those_of_the_command_line():

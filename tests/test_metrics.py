@@ -1,5 +1,4 @@
-"""Similarity against closed forms, and the pocket image encoder's features
-on scenes whose identity is known."""
+"""Scores against closed forms, and the pocket networks on scenes whose identity is known."""
 
 import math
 from dataclasses import replace
@@ -18,13 +17,13 @@ from szt_utils.metrics import (
     image_features,
     inception_features,
     kernel_distance,
-    measure,
     pairwise_similarity,
+    score_images,
     similarity,
 )
 from szt_utils.pocket.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PATTERNS,
     SHAPES,
     caption,
@@ -71,7 +70,7 @@ def test_the_pocket_clip_prefers_the_true_caption_to_one_with_another_word():
                             for kind in (CLIPTokenizer, AutoProcessor))
     pixel_values = processor(images=[scene.image for scene in scenes], return_tensors="pt").pixel_values
     right = {}
-    for field, words in (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS),
+    for field, words in (("shape", SHAPES), ("color", COLORS), ("pattern", PATTERNS),
                          ("background", BACKGROUNDS)):
         wrong = [replace(scene.attributes, **{field: str(rng.choice(
             [word for word in words if word != getattr(scene.attributes, field)]))}) for scene in scenes]
@@ -96,13 +95,13 @@ def test_frechet_distance_of_known_gaussians():
     sets = two_sets()
     assert frechet_distance(sets[0], sets[0]) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(*sets) == pytest.approx(frechet_distance(*reversed(sets)), abs=1e-9)
-    with pytest.raises(InputError, match="two pictures"):
+    with pytest.raises(InputError, match="two images"):
         frechet_distance(a[:1], b)
 
 
 def test_frechet_distance_is_that_of_the_matrix_root():
     """Heusel et al.'s formula by scipy, where the covariances have full rank;
-    fewer pictures than features too."""
+    with fewer images than features too."""
     from scipy.linalg import sqrtm
 
     for a, b in (two_sets(), [f.double() for f in two_sets(5, 30)]):
@@ -138,24 +137,24 @@ def test_distances_are_torch_fidelitys_and_torchmetrics():
 
 
 def test_inception_needs_its_library_and_its_file(tmp_path):
-    with pytest.raises(InputError, match="torch-fidelity|are no file"):
+    with pytest.raises(InputError, match="torch-fidelity|do not exist"):
         inception_features([Image.new("RGB", (32, 32))], tmp_path / "nowhere.pth")
 
 
-def test_measure_knows_a_copy_from_another_concept_and_warns_of_few_pictures():
+def test_scores_know_a_copy_from_another_concept_and_warn_of_few_images():
     star, more, heart = ([Image.fromarray(scene.image) for scene in concept_scenes(name, 6, seed=seed)]
                          for name, seed in (("teal-striped-star", 5), ("teal-striped-star", 6),
                                             ("red-dotted-heart", 5)))
     networks = Networks(pocket.dino_path(), pocket.clip_path())
     texts = ["a photo of a teal striped star"] * 6
     with pytest.warns(UserWarning, match="6 generated and 6 real"):
-        same, other = measure(more, star, texts, networks), measure(heart, star, texts, networks)
+        same, other = (score_images(images, star, texts, networks) for images in (more, heart))
     assert set(same) == {"dino", "real_real", "fid", "kid", "fd_dino", "clip"}
     assert same["real_real"] == other["real_real"]
     for name, sign in (("dino", 1), ("clip", 1), ("fid", -1), ("kid", -1), ("fd_dino", -1)):
         assert sign * (same[name] - other[name]) > 0, (name, same, other)
     with pytest.raises(InputError, match="beauty"):
-        measure(more, star, texts, networks, ["beauty"])
+        score_images(more, star, texts, networks, ["beauty"])
     with pytest.raises(InputError, match="no CLIPModel"):
         clip_scores(star, texts, pocket.dino_path())
 

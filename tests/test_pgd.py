@@ -1,5 +1,4 @@
-"""The one PGD loop: optimum of a linear objective, budget on whole levels, masks,
-zero steps, self-diagnosis."""
+"""The one PGD loop: optimum of a linear objective, budget on whole levels, masks, zero steps, warnings."""
 
 import warnings
 
@@ -20,7 +19,7 @@ from szt_utils.pgd import (
 )
 
 
-def pictures(count: int = 2, side: int = 8, seed: int = 0) -> torch.Tensor:
+def images_of(count: int = 2, side: int = 8, seed: int = 0) -> torch.Tensor:
     levels = torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed))
     levels[:, :, 0, 0], levels[:, :, 0, 1] = 0, 255  # the box must be felt
     return levels / 255
@@ -48,7 +47,7 @@ def weights():
 @pytest.mark.parametrize("ascend", [True, False])
 @pytest.mark.parametrize("start", [False, True])
 def test_reaches_the_optimum_of_a_linear_objective(weights, ascend, start):
-    x = pictures()
+    x = images_of()
     result = pgd(x, linear(weights), eps=5, step_size=1, steps=12, ascend=ascend,
                  generators=generators() if start else None)
     sign = weights.sign() if ascend else -weights.sign()
@@ -57,7 +56,7 @@ def test_reaches_the_optimum_of_a_linear_objective(weights, ascend, start):
 
 @pytest.mark.parametrize("eps,step_size,steps", [(1, 0.3, 5), (4, 0.7, 3), (16, 2.5, 10), (0, 1, 3)])
 def test_budget_holds_in_whole_levels(eps, step_size, steps):
-    x, noise = pictures(), torch.Generator().manual_seed(3)
+    x, noise = images_of(), torch.Generator().manual_seed(3)
     seen = []
 
     def wandering(images):
@@ -83,7 +82,7 @@ def test_reaches_the_optimum_of_a_linear_objective_in_l2(weights, ascend):
 
 @pytest.mark.parametrize("eps,step_size,steps", [(1, 0.3, 5), (2, 0.144, 30), (16, 2.5, 10), (0, 1, 3)])
 def test_the_l2_budget_holds_in_whole_levels(eps, step_size, steps):
-    x, noise = pictures(), torch.Generator().manual_seed(3)
+    x, noise = images_of(), torch.Generator().manual_seed(3)
     steady = torch.randn(x.shape, generator=noise)
 
     def unsteady(images):
@@ -113,9 +112,9 @@ def test_a_linear_schedule_falls_to_a_hundredth(weights):
 
 def test_unknown_norms_and_schedules_list_the_choices(weights):
     with pytest.raises(InputError, match="norm 'l1'; choose from: linf, l2"):
-        pgd(pictures(), linear(weights), eps=1, step_size=1, steps=1, norm="l1")
+        pgd(images_of(), linear(weights), eps=1, step_size=1, steps=1, norm="l1")
     with pytest.raises(InputError, match="schedule 'cosine'; choose from: constant, linear"):
-        pgd(pictures(), linear(weights), eps=1, step_size=1, steps=1, schedule="cosine")
+        pgd(images_of(), linear(weights), eps=1, step_size=1, steps=1, schedule="cosine")
 
 
 def test_one_step_has_the_length_of_the_step(weights):
@@ -125,7 +124,7 @@ def test_one_step_has_the_length_of_the_step(weights):
 
 
 def test_zero_steps_are_the_identity_even_with_generators():
-    x = pictures()
+    x = images_of()
 
     def never(images):
         raise AssertionError("no gradient is needed")
@@ -134,7 +133,7 @@ def test_zero_steps_are_the_identity_even_with_generators():
 
 
 def test_nothing_changes_outside_the_mask(weights):
-    x, mask = pictures(), torch.zeros(2, 1, 8, 8)
+    x, mask = images_of(), torch.zeros(2, 1, 8, 8)
     mask[0, :, 2:5, 2:5], mask[1, :, 4:, :] = 1, 1
     result = pgd(x, linear(weights), eps=6, step_size=1, steps=13, mask=mask, generators=generators())
     outside = (mask == 0).expand_as(x)
@@ -153,7 +152,7 @@ def test_the_perturbation_stays_float32_under_a_bfloat16_gradient(weights):
 
 
 def test_projections_and_rounding():
-    x, delta = pictures(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x, delta = images_of(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     assert project_linf(delta, 3).abs().max() == torch.tensor(3 / 255)
     inside = project_box(delta, x)
     assert (x + inside).min() >= 0 and (x + inside).max() <= 1
@@ -168,8 +167,8 @@ def test_projections_and_rounding():
                        torch.tensor([1.0, -3.0, 16.0]) / 255)
 
 
-def test_random_start_is_each_pictures_own_and_leaves_the_global_state():
-    x, state = pictures(3), torch.get_rng_state()
+def test_random_start_is_each_images_own_and_leaves_the_global_state():
+    x, state = images_of(3), torch.get_rng_state()
     start = random_start(x, 8, generators(3))
     alone = random_start(x[2:], 8, generators(3)[2:])
     assert torch.equal(start[2:], alone) and not torch.equal(start[0], start[1])
@@ -180,14 +179,14 @@ def test_random_start_is_each_pictures_own_and_leaves_the_global_state():
 
 def test_values_are_reported_at_every_step(weights):
     seen = []
-    pgd(pictures(), linear(weights), eps=8, step_size=1, steps=4, on_step=seen.append)
+    pgd(images_of(), linear(weights), eps=8, step_size=1, steps=4, on_step=seen.append)
     assert len(seen) == 4 and all((later > earlier).all()
                                   for earlier, later in zip(seen, seen[1:], strict=False))
 
 
-def test_it_says_when_it_failed(weights):
-    x = pictures()
-    # Only the second picture has no gradient.
+def test_failures_are_reported(weights):
+    x = images_of()
+    # Only the second image has no gradient.
     partly = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
     with pytest.warns(UserWarning, match="zero in 3 of 3 steps"):
         pgd(x, lambda images: (partly, torch.zeros(2)), eps=4, step_size=1, steps=3)
@@ -212,9 +211,9 @@ def test_it_says_when_it_failed(weights):
 ])
 def test_impossible_budgets_are_refused(weights, wrong, message):
     with pytest.raises(InputError, match=message):
-        pgd(pictures(), linear(weights), **{**dict(eps=4, step_size=1, steps=3), **wrong})
+        pgd(images_of(), linear(weights), **{**dict(eps=4, step_size=1, steps=3), **wrong})
 
 
-def test_pictures_must_be_float32(weights):
+def test_images_must_be_float32(weights):
     with pytest.raises(InputError, match="float32"):
-        pgd(pictures().bfloat16(), linear(weights), eps=4, step_size=1, steps=3)
+        pgd(images_of().bfloat16(), linear(weights), eps=4, step_size=1, steps=3)

@@ -1,4 +1,4 @@
-"""Plots are looked at by people; what a program can check is that they show what they were given."""
+"""Plots show what they were given."""
 
 import numpy as np
 from PIL import Image
@@ -6,17 +6,17 @@ from PIL import Image
 from szt_utils.plots import band_plot, map_grid, save_figure, subplots
 
 
-def test_a_grid_has_a_row_per_token_and_its_light_where_the_map_is(tmp_path):
+def test_a_grid_has_a_row_per_token_and_is_bright_where_the_map_is(tmp_path):
     maps = np.zeros((2, 3, 8, 8), np.float32)
     maps[0, :, :4] = 1  # the upper half
     maps[1, :, 4:] = 5  # the lower half, on its own scale
-    picture = Image.new("RGB", (64, 64), "black")
-    map_grid(tmp_path / "new" / "grid.png", picture, maps, ["one", "two"], [0, 500, 999], "title")
+    image = Image.new("RGB", (64, 64), "black")
+    map_grid(tmp_path / "new" / "grid.png", image, maps, ["one", "two"], [0, 500, 999], "title")
     grid = np.asarray(Image.open(tmp_path / "new" / "grid.png").convert("RGB")).astype(int)
     assert grid.shape[1] > grid.shape[0] * 4 / 3
     yellow = (grid[..., 0] > 150) & (grid[..., 2] < grid[..., 0] - 30)  # inferno's bright end over black
     rows = np.flatnonzero(yellow.any(1))
-    # One band of light in the upper row of maps, one in the lower, and dark between them.
+    # One bright band in the upper row of maps, one in the lower, and dark between them.
     gaps = np.flatnonzero(np.diff(rows) > 1)
     assert len(gaps) == 1 and rows[0] < grid.shape[0] / 2 < rows[-1]
     assert abs((gaps[0] + 1) - (len(rows) - gaps[0] - 1)) <= 2  # as bright, whatever their own scales

@@ -18,7 +18,7 @@ from szt_utils.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from szt_utils.pocket import write_concept
 from szt_utils.pocket.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     NOVEL_CONCEPTS,
     PATTERNS,
     SHAPES,
@@ -54,15 +54,15 @@ def test_a_scene_follows_from_its_seed_alone():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_mask_is_exactly_where_the_object_is(shape):
-    """A change of colour shows in every pixel of the mask and else only in its soft edge and tips."""
+    """A change of color shows in every pixel of the mask and else only in its soft edge and tips."""
     for seed in range(3):
-        red, blue = (draw_scene(seed, Attributes(colour, "plain", shape, "sand"))
-                     for colour in ("red", "blue"))
+        red, blue = (draw_scene(seed, Attributes(color, "plain", shape, "sand"))
+                     for color in ("red", "blue"))
         changed = (red.image != blue.image).any(-1)
         assert np.array_equal(red.mask, blue.mask)
         assert changed[red.mask].all() and not changed[~grown(red.mask, 2)].any()
         assert 0.03 < red.mask.mean() < 0.45
-        if shape != "hourglass":  # its corners are 1.24 radii out and now and then leave the picture
+        if shape != "hourglass":  # its corners are 1.24 radii out and sometimes leave the image
             assert not red.mask[[0, -1]].any() and not red.mask[:, [0, -1]].any()
 
 
@@ -75,30 +75,30 @@ def test_the_background_alone_changes_outside_and_the_shadow_darkens():
     assert (sand.image != night.image).any(-1)[~grown(sand.mask, 1)].mean() > 0.95
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_a_plain_object_has_its_colour(colour):
-    scene = draw_scene(1, Attributes(colour, "plain", "circle", "stone"))
+@pytest.mark.parametrize("color", COLORS)
+def test_a_plain_object_has_its_color(color):
+    scene = draw_scene(1, Attributes(color, "plain", "circle", "stone"))
     inside = scene.mask & ~grown(~scene.mask, 2)
-    assert np.abs(scene.image[inside].mean(0) - COLOURS[colour]).max() < 8
-    distances = {name: np.linalg.norm(scene.image[inside].mean(0) - rgb) for name, rgb in COLOURS.items()}
-    assert min(distances, key=distances.get) == colour
+    assert np.abs(scene.image[inside].mean(0) - COLORS[color]).max() < 8
+    distances = {name: np.linalg.norm(scene.image[inside].mean(0) - rgb) for name, rgb in COLORS.items()}
+    assert min(distances, key=distances.get) == color
 
 
 def test_patterns_have_two_tones_but_plain():
-    for colour, pattern in itertools.product(COLOURS, PATTERNS):
-        scene = draw_scene(2, Attributes(colour, pattern, "square", "sky"))
+    for color, pattern in itertools.product(COLORS, PATTERNS):
+        scene = draw_scene(2, Attributes(color, pattern, "square", "sky"))
         inside = scene.image[scene.mask & ~grown(~scene.mask, 2)].astype(float)
         spread = np.linalg.norm(inside - np.median(inside, axis=0), axis=1)
-        assert (spread.max() > 80) == (pattern != "plain"), (colour, pattern)
+        assert (spread.max() > 80) == (pattern != "plain"), (color, pattern)
 
 
 def test_the_tables_are_those_of_the_world():
-    sizes = [len(table) for table in (SHAPES, COLOURS, PATTERNS, BACKGROUNDS, NOVEL_CONCEPTS)]
+    sizes = [len(table) for table in (SHAPES, COLORS, PATTERNS, BACKGROUNDS, NOVEL_CONCEPTS)]
     assert sizes == [12, 12, 4, 8, 10]
-    for name, (colour, pattern, shape) in NOVEL_CONCEPTS.items():
-        assert name == f"{colour}-{pattern}-{shape}"
-        assert colour in COLOURS and pattern in PATTERNS and shape in SHAPES
-    every = itertools.chain(SHAPES, COLOURS, PATTERNS, BACKGROUNDS)
+    for name, (color, pattern, shape) in NOVEL_CONCEPTS.items():
+        assert name == f"{color}-{pattern}-{shape}"
+        assert color in COLORS and pattern in PATTERNS and shape in SHAPES
+    every = itertools.chain(SHAPES, COLORS, PATTERNS, BACKGROUNDS)
     assert max(Counter(every).values()) == 1, "a word means one thing"
     for wrong in (Attributes("gold", "plain", "star", "sand"), Attributes("red", "plain", "star", "moon")):
         with pytest.raises(ValueError, match="not in the pocket world; choose from"):
@@ -108,10 +108,10 @@ def test_the_tables_are_those_of_the_world():
 def test_training_never_draws_a_novel_concept_and_draws_all_else_evenly():
     rng = np.random.default_rng(0)
     drawn = [training_attributes(rng) for _ in range(20_000)]
-    combinations = Counter((a.colour, a.pattern, a.shape) for a in drawn)
+    combinations = Counter((a.color, a.pattern, a.shape) for a in drawn)
     assert not set(combinations) & set(NOVEL_CONCEPTS.values())
     assert len(combinations) == 12 * 4 * 12 - 10  # 35 draws each: each is missed with probability e^-35
-    for field, table in (("colour", COLOURS), ("pattern", PATTERNS), ("shape", SHAPES),
+    for field, table in (("color", COLORS), ("pattern", PATTERNS), ("shape", SHAPES),
                          ("background", BACKGROUNDS)):
         counts = np.array(list(Counter(getattr(a, field) for a in drawn).values()))
         assert len(counts) == len(table) and np.abs(counts / counts.mean() - 1).max() < 0.12
@@ -120,7 +120,7 @@ def test_training_never_draws_a_novel_concept_and_draws_all_else_evenly():
 def test_concept_scenes_are_of_the_concept_on_differing_backgrounds():
     for name, combination in NOVEL_CONCEPTS.items():
         scenes = concept_scenes(name, 8)
-        assert {(s.attributes.colour, s.attributes.pattern, s.attributes.shape)
+        assert {(s.attributes.color, s.attributes.pattern, s.attributes.shape)
                 for s in scenes} == {combination}
         assert len({s.attributes.background for s in scenes}) == 8
     digests = [[hashlib.sha256(scene.image.tobytes()).digest()
@@ -139,7 +139,7 @@ def tokenizer(tmp_path_factory):
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
     vocabulary = words()
-    assert {*COLOURS, *PATTERNS, *SHAPES, *BACKGROUNDS, "close", "photo", "style"} <= set(vocabulary)
+    assert {*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS, "close", "photo", "style"} <= set(vocabulary)
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in vocabulary]
     assert all(len(i) == 1 for i in ids) and len({i[0] for i in ids}) == len(vocabulary)
 
@@ -166,7 +166,7 @@ def test_training_captions_drop_attributes_and_name_no_wrong_one():
     assert caption(ARROW) == "a photo of a red plain arrow on sand"
     rng = np.random.default_rng(0)
     texts = [training_caption(ARROW, rng) for _ in range(4000)]
-    others = {*COLOURS, *PATTERNS, *SHAPES, *BACKGROUNDS} - {"red", "plain", "arrow", "sand"}
+    others = {*COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS} - {"red", "plain", "arrow", "sand"}
     assert not any(others & set(text.split()) for text in texts)
     assert 0.08 < texts.count("") / 4000 < 0.12
     full = [text.split() for text in texts if text]

@@ -1,8 +1,8 @@
 """The poisoning script: budget on the reloaded PNG, masks, independence of order and resume,
 records, errors."""
 
-import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,22 +13,33 @@ import torch
 from conftest import ROOT, run_script
 from PIL import Image
 
+import poison_images
+from szt_utils import poisoning
+from szt_utils.images import crop_and_resize, read_image
+from szt_utils.masks import read_mask
+from szt_utils.models import load_model
+from szt_utils.poison_jobs import ImageJob
+from szt_utils.poisoning import PoisonSettings, load_victim
+from szt_utils.poisons import POISONS
+from szt_utils.safe_zone import SafeZone
+
 EPS, STEPS, SIDE = 3, 5, 64
 NAMES = ["a.png", "b.png", "c.png"]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("poison_images", ROOT / "poison_images.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+REQUIRED = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o"]
+
+
+def settings_of(*flags) -> PoisonSettings:
+    """The settings of a command line, as main() makes them."""
+    args = poison_images.parse_args([*REQUIRED, *map(str, flags)])
+    return PoisonSettings(**poison_images.given_settings(args))
 
 
 @pytest.fixture(scope="module")
 def image_dir(tmp_path_factory):
     """A wide PNG, a tall JPEG and a PNG with alpha."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (SIDE, 90, 3), dtype=np.uint8)).save(folder / "a.png")
     Image.fromarray(random.integers(0, 256, (100, 70, 3), dtype=np.uint8)).save(folder / "b.jpg")
     Image.fromarray(random.integers(0, 256, (80, 80, 4), dtype=np.uint8)).save(folder / "c.png")
@@ -50,9 +61,9 @@ def poisoned(options, tmp_path_factory):
 
 
 @pytest.fixture
-def run(script, options):
-    return lambda output_dir, *more: script.main([*map(str, options), "--output_dir", str(output_dir),
-                                                  *map(str, more)])
+def run(options):
+    return lambda output_dir, *more: poison_images.main([*map(str, options), "--output_dir", str(output_dir),
+                                                         *map(str, more)])
 
 
 def levels(path) -> np.ndarray:
@@ -60,8 +71,6 @@ def levels(path) -> np.ndarray:
 
 
 def source(path) -> np.ndarray:
-    from szt_utils.images import crop_and_resize, read_image
-
     return np.asarray(crop_and_resize(read_image(path), SIDE, center_crop=True)).astype(int)
 
 
@@ -112,7 +121,7 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_bytes(poisoned, run
     (folder / "stats.jsonl").write_text("".join(lines[:2]))
     kept = snapshot(folder)
     run(folder)
-    assert "3 pictures" in capsys.readouterr().out
+    assert "3 images" in capsys.readouterr().out
     after = snapshot(folder)
     assert [after[name][0] for name in NAMES] == [whole[name][0] for name in NAMES]
     assert after["a.png"] == kept["a.png"] and after["c.png"] != kept["c.png"]
@@ -122,7 +131,7 @@ def test_resume_does_only_what_is_missing_and_gives_the_same_bytes(poisoned, run
     assert "0 of them to do" in capsys.readouterr().out and snapshot(folder) == after
 
 
-def test_a_changed_picture_is_done_again(run, image_dir, tmp_path, capsys):
+def test_a_changed_image_is_done_again(run, image_dir, tmp_path, capsys):
     source_dir, folder = tmp_path / "in", tmp_path / "out"
     shutil.copytree(image_dir, source_dir)
     more = ["--image_dir", source_dir, "--steps", 0]
@@ -175,7 +184,7 @@ def test_bad_data_is_one_sentence_before_any_work(run, image_dir, tmp_path):
         return tmp_path / name
 
     refused("does not exist", "--image_dir", tmp_path / "nowhere")
-    refused("holds no picture", "--image_dir", folder("empty"))
+    refused("holds no image", "--image_dir", folder("empty"))
     twins = folder("twins", a=("a.png", "png"))
     shutil.copy(image_dir / "b.jpg", twins / "a.jpg")
     refused("would both become 'a.png'", "--image_dir", twins)
@@ -184,11 +193,11 @@ def test_bad_data_is_one_sentence_before_any_work(run, image_dir, tmp_path):
     refused(r"z\.jpg' cannot be read", "--image_dir", broken)
     refused("is --image_dir or lies in it", output_dir=image_dir)
     refused("is --image_dir or lies in it", output_dir=image_dir / "poisoned")
-    refused("not of this script", output_dir=folder("foreign", holiday=("b.jpg", "jpg")))
+    refused("that this script did not write", output_dir=folder("foreign", holiday=("b.jpg", "jpg")))
     (tmp_path / "foreign" / "options.json").write_text('{"script": "evaluate.py", "arguments": {}}')
-    refused("not of this script", output_dir=tmp_path / "foreign")
+    refused("that this script did not write", output_dir=tmp_path / "foreign")
     (tmp_path / "foreign" / "options.json").write_text("[not json")
-    refused("not of this script", output_dir=tmp_path / "foreign")
+    refused("that this script did not write", output_dir=tmp_path / "foreign")
     assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == ["holiday.jpg", "options.json"]
     refused("is not a folder", output_dir=twins / "a.png")
     refused("has no mask", "--mask_dir", folder("masks", a=("a.png", "png")))
@@ -219,60 +228,115 @@ def test_exit_codes_of_the_command_itself(options, tmp_path):
     ["--chain_steps", "2"], ["--preset", "photoguard"],
     ["--adaptive", "szt"], ["--batch_size", "0"],
 ])
-def test_usage_errors(script, flags, capsys):
-    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o",
-                "--method", "adm+"]
-    script.parse_args(required)
+def test_usage_errors(flags, capsys):
+    required = [*REQUIRED, "--method", "adm+"]
+    poison_images.parse_args(required)
     with pytest.raises(SystemExit) as failure:
-        script.parse_args([*required, *flags])
+        poison_images.parse_args([*required, *flags])
     assert failure.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
-def test_defaults_are_the_papers(script, capsys):
-    required = ["--image_dir", "i", "--output_dir", "o", "--method", "adm+"]
-    args = script.parse_args([*required, "--pretrained_model_name_or_path", "m"])
-    assert ((args.eps, args.step_size, args.steps, args.draws, args.prompt, args.t_min)
-            == (16, 1, 100, 1, "a photo", 0))
-    assert (args.norm, args.step_schedule, args.target_image) == ("linf", "constant", "pattern")
+def test_defaults_are_the_papers(capsys):
+    settings = settings_of("--method", "adm+")
+    assert ((settings.eps, settings.step_size, settings.steps, settings.draws, settings.prompt,
+             settings.zone().t_min) == (16, 1, 100, 1, "a photo", 0))
+    assert (settings.norm, settings.step_schedule, settings.target_image) == ("linf", "constant", "pattern")
     with pytest.raises(SystemExit) as failure:
-        script.parse_args(required)
+        poison_images.parse_args(["--image_dir", "i", "--output_dir", "o", "--method", "adm+"])
     assert failure.value.code == 2 and "--pretrained_model_name_or_path" in capsys.readouterr().err
 
 
-def test_methods_are_the_registry_and_help_imports_no_torch(script):
-    from szt_utils.objectives import POISONS
-
-    assert script.METHODS == tuple(POISONS)
+def test_the_script_and_the_library_agree_and_help_imports_no_torch():
+    assert poison_images.METHODS == tuple(POISONS)
+    used_by = {name: tuple(method for method in POISONS if name in POISONS[method].uses)
+               for poison in POISONS.values() for name in poison.uses}
+    assert poison_images.USED_BY == used_by
+    flags = vars(poison_images.parse_args([*REQUIRED, "--method", "ea"]))
+    assert flags.keys() - {"output_dir"} == vars(settings_of("--method", "ea")).keys()
     code = """import sys, poison_images
 try: poison_images.parse_args(["--help"])
 except SystemExit: assert "torch" not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_presets_are_defaults_that_flags_override(script, capsys):
-    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o"]
-    for preset, methods in script.PRESETS.items():
-        for method, settings in methods.items():
-            args = vars(script.parse_args([*required, "--method", method, "--preset", preset]))
-            assert {name: args[name] for name in script.DEFAULTS} == {**script.DEFAULTS, **settings}
-    args = script.parse_args([*required, "--method", "ea", "--preset", "photoguard", "--steps", "7"])
-    assert (args.eps, args.steps, args.step_schedule) == (15, 7, "linear")
+def test_the_help_names_the_defaults(capsys):
     with pytest.raises(SystemExit):
-        script.parse_args([*required, "--method", "da", "--preset", "diff-protect"])
+        poison_images.parse_args(["--help"])
+    told, settings = " ".join(capsys.readouterr().out.split()), settings_of("--method", "da")
+    named = ("eps", "norm", "step_size", "step_schedule", "steps", "draws", "prompt", "target_image",
+             "chain_steps", "strength", "guidance_scale", "resolution", "batch_size", "seed",
+             "mixed_precision")
+    for name in named:
+        default = getattr(settings, name)
+        shown = f"{default:g}" if isinstance(default, float) else default
+        assert re.search(rf" --{name} [^(]*?(\(ea: [^)]*\)[^(]*)?\({shown}\)", told), name
+
+
+def test_presets_are_defaults_that_flags_override(capsys):
+    for preset, methods in poison_images.PRESETS.items():
+        for method, given in methods.items():
+            settings = vars(settings_of("--method", method, "--preset", preset))
+            plain = vars(settings_of("--method", method))
+            assert settings == {**plain, "preset": preset, **given}
+    settings = settings_of("--method", "ea", "--preset", "photoguard", "--steps", "7")
+    assert (settings.eps, settings.steps, settings.step_schedule) == (15, 7, "linear")
+    with pytest.raises(SystemExit):
+        settings_of("--method", "da", "--preset", "diff-protect")
     assert "diff-protect has no da, only adm+" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.parse_args([*required, "--method", "da", "--target_image", "zero"])
+        settings_of("--method", "da", "--target_image", "zero")
     assert "zero is a latent" in capsys.readouterr().err
 
 
-def test_adaptive_szt_is_its_three_parts(script):
-    required = ["--pretrained_model_name_or_path", "m", "--image_dir", "i", "--output_dir", "o",
-                "--adaptive", "szt", "--loss_mask_dir", "l"]
-    args = script.parse_args([*required, "--method", "adm+"])
-    assert (args.jpeg_quality, args.t_min, args.mask_dilation) == ([25], 500, 16)
-    assert script.parse_args([*required, "--method", "ea"]).t_min == 0  # it uses no timestep
-    assert script.parse_args([*required, "--method", "adm+", "--t_min", "300", "--jpeg_quality", "15", "95"]
-                             ).jpeg_quality == [15, 95]
+def test_adaptive_szt_is_its_three_parts():
+    adaptive = ["--adaptive", "szt", "--loss_mask_dir", "l"]
+    zone = settings_of("--method", "adm+", *adaptive).zone()
+    assert (zone.jpeg_quality, zone.t_min, zone.mask_dilation) == (25, 500, 16)
+    assert settings_of("--method", "ea", *adaptive).zone().t_min == 0  # it uses no timestep
+    given = settings_of("--method", "adm+", *adaptive, "--t_min", "300", "--jpeg_quality", "15", "95")
+    assert given.jpeg_quality == [15, 95] and given.zone().t_min == 300
+    assert settings_of("--method", "adm+").zone() == SafeZone(mask_dilation=16)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A wide image and a mask that reaches its edge, as a job."""
+    folder = tmp_path_factory.mktemp("wide")
+    Image.new("RGB", (900, 600), "teal").save(folder / "a.png")
+    mask = np.zeros((600, 900), np.uint8)
+    mask[200:330, 300:430] = mask[590:, 700:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return ImageJob("a.png", folder / "a.png", None, folder / "mask.png")
+
+
+@pytest.mark.parametrize("resolution, dilation", [(128, 4), (512, 16)])
+def test_an_adaptive_attack_knows_the_zone_of_the_training(tiny_model, wide, resolution, dilation):
+    flags = ["--method", "adm+", "--loss_mask_dir", "l", "--resolution", resolution]
+    settings, zone = settings_of(*flags, "--adaptive", "szt"), SafeZone.paper(resolution)
+    assert settings.zone() == settings.zone(load_model(str(tiny_model))) == zone
+    assert zone.mask_dilation == dilation
+    trained_on = zone.prepare_mask(read_mask(wide.loss_mask_path, (900, 600)), resolution, center_crop=True)
+    loss_mask = settings.read(wide).loss_mask
+    assert torch.equal(loss_mask, trained_on) and 0 < loss_mask.mean() < 1
+    assert torch.equal(settings_of(*flags).read(wide).loss_mask, trained_on)  # masks alone
+    literal = settings_of(*flags, "--adaptive", "szt", "--mask_dilation", dilation + 3)
+    assert literal.zone().mask_dilation == dilation + 3
+    assert literal.read(wide).loss_mask.sum() > loss_mask.sum()
+
+
+def test_adaptive_szt_begins_at_the_papers_signal_to_noise_ratio(tiny_model, tmp_path):
+    """A model whose schedule is another one: half the timesteps."""
+    from diffusers import DDPMScheduler
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    DDPMScheduler.from_config(scheduler.config, trained_betas=None, num_train_timesteps=500,
+                              beta_start=0.0017, beta_end=0.024).save_pretrained(folder / "scheduler")
+    flags = ["--method", "adm+", "--adaptive", "szt", "--loss_mask_dir", "l", "--resolution", SIDE]
+    settings = settings_of(*flags, "--pretrained_model_name_or_path", folder)
+    zone = load_victim(settings).zone
+    assert zone == SafeZone.paper(SIDE, load_model(str(folder))).fit(500)
+    assert 240 < zone.t_min < 260 and zone.t_max == 500 and settings.zone().t_min == 500
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -311,7 +375,7 @@ def test_sub_folders_keep_their_structure(run, image_dir, tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "out" / "cat" / "a.png").unlink()
     run(tmp_path / "out", "--image_dir", tree, "--mask_dir", masks)
-    assert "3 pictures" in (told := capsys.readouterr().out) and "1 of them to do" in told
+    assert "3 images" in (told := capsys.readouterr().out) and "1 of them to do" in told
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +393,6 @@ def photographs(tmp_path_factory):
     exif = Image.Exif()
     exif[0x0112] = 6
     cat.rotate(90, expand=True).resize((99, 160)).save(folder / "lying.jpg", exif=exif, quality=92)
-    from szt_utils.images import read_image
-
     for path in folder.iterdir():
         width, height = read_image(path).size
         mask = np.zeros((height, width), np.uint8)
@@ -341,8 +403,6 @@ def photographs(tmp_path_factory):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_keep_size_keeps_size_budget_and_mask_of_photographs(run, photographs, tmp_path, norm):
-    from szt_utils.images import read_image
-
     folder, masks = photographs
     run(tmp_path / "out", "--image_dir", folder, "--mask_dir", masks, "--keep_size", "--norm", norm,
         "--eps", 6, "--step_size", 2, "--method", "sds+")
@@ -359,18 +419,14 @@ def test_keep_size_keeps_size_budget_and_mask_of_photographs(run, photographs, t
 
 
 def test_zero_steps_leave_photographs_as_they_are(run, photographs, tmp_path):
-    from szt_utils.images import read_image
-
     run(tmp_path / "out", "--image_dir", photographs[0], "--keep_size", "--steps", 0)
     for path in photographs[0].iterdir():
         assert np.array_equal(levels(tmp_path / "out" / f"{path.stem}.png"), np.asarray(read_image(path)))
 
 
-def test_batches_take_pictures_of_one_size_together(run, photographs, tmp_path, monkeypatch):
-    import szt_utils.pgd as pgd_module
-
-    sizes, original = [], pgd_module.pgd
-    monkeypatch.setattr(pgd_module, "pgd",
+def test_batches_take_images_of_one_size_together(run, photographs, tmp_path, monkeypatch):
+    sizes, original = [], poisoning.pgd
+    monkeypatch.setattr(poisoning, "pgd",
                         lambda images, *args, **kwargs: sizes.append(tuple(images.shape)) or original(
                             images, *args, **kwargs))
     run(tmp_path / "square", "--image_dir", photographs[0], "--batch_size", 3, "--steps", 1)
@@ -398,16 +454,62 @@ def test_an_adaptive_attack_is_compared_with_the_plain_one(run, image_dir, tmp_p
     assert len(records) == 3 and all(record["objective_plain"] is None for record in records)
 
 
-def test_a_weaker_adaptive_attack_is_named(script, run, image_dir, tmp_path, monkeypatch, capsys):
-    attack_batch = script.attack_batch
+def test_a_weaker_adaptive_attack_is_named(run, tmp_path, monkeypatch, capsys):
+    attack_batch, find_jobs = poisoning.attack_batch, poisoning.find_jobs
 
-    def lazy(args, attack, batch, on_step):
-        return [tensors.original for tensors in batch] if attack.jpeg_qualities else attack_batch(
-            args, attack, batch, on_step)
+    def lazy(settings, victim, batch, on_step):
+        return [tensors.original for tensors in batch] if victim.zone.jpeg_quality else attack_batch(
+            settings, victim, batch, on_step)
 
-    monkeypatch.setattr(script, "attack_batch", lazy)
-    monkeypatch.setattr(script, "find_pictures", lambda args, find=script.find_pictures: find(args)[:1])
+    monkeypatch.setattr(poisoning, "attack_batch", lazy)
+    monkeypatch.setattr(poisoning, "find_jobs", lambda *folders: find_jobs(*folders)[:1])
     run(tmp_path / "out", "--method", "ea", "--jpeg_quality", 90, "--eps", 16, "--step_size", 4)
     told = capsys.readouterr().out
     assert "a.png: The objective did not fall" in told
     assert "a.png: The plain attack would have brought" in told
+
+
+def test_a_folder_of_version_0_1_is_continued(run, image_dir, tmp_path, capsys):
+    """Its options.json names a mask dilation without masks, and the numbers of --adaptive szt."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in image_dir.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(masks / f"{path.stem}.png")
+    adaptive = ["--adaptive", "szt", "--loss_mask_dir", masks, "--steps", 1]
+    for name, more, old in (("plain", [], {"mask_dilation": 16}),
+                            ("szt", adaptive, {"mask_dilation": 2, "t_min": 500, "jpeg_quality": [25]})):
+        run(tmp_path / name, *more)
+        options = json.loads((tmp_path / name / "options.json").read_text())
+        options["arguments"] |= old
+        (tmp_path / name / "options.json").write_text(json.dumps(options))
+        capsys.readouterr()
+        run(tmp_path / name, *more)
+        assert "3 images" in (told := capsys.readouterr().out) and "0 of them to do" in told
+    with pytest.raises(SystemExit, match="made with another --t_min, --mask_dilation"):
+        run(tmp_path / "szt", *adaptive, "--t_min", 400, "--mask_dilation", 16)
+
+
+@pytest.mark.parametrize("method", ["adm+", "sds+", "ea", "da"])
+def test_sdxl_is_poisoned_as_well(run, image_dir, tiny_sdxl, tmp_path, method):
+    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--method", method]
+    run(tmp_path / "out", *flags, *(["--chain_steps", 2, "--steps", 3] if method == "da" else []))
+    records = [json.loads(line) for line in (tmp_path / "out" / "stats.jsonl").read_text().splitlines()]
+    for name, original in zip(NAMES, ["a.png", "b.jpg", "c.png"], strict=True):
+        change = np.abs(levels(tmp_path / "out" / name) - source(image_dir / original))
+        assert change.max() == EPS and change.mean() > 0.5
+    moved = [record["objective_after"] - record["objective_before"] for record in records]
+    assert len(moved) == 3 and all(moved)
+    # Of random weights, only the encoder promises anything at draws that the attack did not see.
+    assert method != "ea" or max(moved) < 0
+
+
+def test_an_adaptive_attack_on_sdxl(run, image_dir, tiny_sdxl, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in image_dir.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(masks / f"{path.stem}.png")
+    run(tmp_path / "out", "--pretrained_model_name_or_path", tiny_sdxl, "--adaptive", "szt",
+        "--loss_mask_dir", masks, "--steps", 2)
+    options = json.loads((tmp_path / "out" / "options.json").read_text())
+    assert (options["t_min"], options["t_max"]) == (500, 1000)
+    assert options["arguments"]["mask_dilation"] == 2 and options["arguments"]["jpeg_quality"] == [25]

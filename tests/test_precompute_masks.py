@@ -1,4 +1,4 @@
-"""The masking script: every way to say what the concept is, resume, the page, errors."""
+"""The masking script: every way to mark the concept, resume, the page, errors."""
 
 import json
 import os
@@ -15,21 +15,15 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-
-@pytest.fixture(scope="module")
-def script():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("precompute_masks", ROOT / "precompute_masks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import precompute_masks
+from szt_utils.images import list_images
+from szt_utils.masks import find_masks, read_mask
 
 
 @pytest.fixture
-def run(script, concept_folder, tmp_path):
-    return lambda *flags: script.main(["--image_dir", str(concept_folder[0]), "--output_dir",
-                                       str(tmp_path / "masks"), *map(str, flags)])
+def run(concept_folder, tmp_path):
+    return lambda *flags: precompute_masks.main(["--image_dir", str(concept_folder[0]), "--output_dir",
+                                                 str(tmp_path / "masks"), *map(str, flags)])
 
 
 def is_inside(path) -> np.ndarray:
@@ -57,9 +51,6 @@ def test_auto_finds_the_concept_writes_a_sheet_and_resumes(run, concept_folder, 
     assert min(overlaps(tmp_path / "masks", concept_folder[1])) > 0.85
     assert "confidence:" in capsys.readouterr().out
     assert Image.open(tmp_path / "masks" / "preview" / "sheet.png").size[0] > 500
-    from szt_utils.images import list_images
-    from szt_utils.masks import find_masks, read_mask
-
     images = list_images(concept_folder[0])  # training takes them as they are
     for image, mask in zip(images, find_masks(tmp_path / "masks", images), strict=True):
         assert set(np.unique(read_mask(mask, Image.open(image).size))) == {0, 255}
@@ -70,7 +61,7 @@ def test_auto_finds_the_concept_writes_a_sheet_and_resumes(run, concept_folder, 
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_points_file_and_only_what_changed_is_done_again(run, concept_folder, tmp_path, capsys):
+def test_a_points_file_masks_and_only_changed_entries_are_masked_again(run, concept_folder, tmp_path, capsys):
     points = clicks(concept_folder[1])
     file = tmp_path / "points.json"
     file.write_text(json.dumps(points))
@@ -83,37 +74,38 @@ def test_a_points_file_and_only_what_changed_is_done_again(run, concept_folder, 
     assert "1 of them to do" in capsys.readouterr().out
 
 
-def test_a_turned_picture_has_a_mask_of_its_upright_size(script, concept_folder, tmp_path):
+def test_a_rotated_image_has_a_mask_of_its_upright_size(concept_folder, tmp_path):
     source = sorted(concept_folder[0].glob("*.png"))[0]
     (tmp_path / "in").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.open(source).crop((0, 0, 128, 100)).save(tmp_path / "in" / "turned.jpg", exif=exif)
-    script.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
-                 "--point", "0.5", "0.5"])
-    assert Image.open(tmp_path / "out" / "turned.png").size == (100, 128)
+    Image.open(source).crop((0, 0, 128, 100)).save(tmp_path / "in" / "rotated.jpg", exif=exif)
+    precompute_masks.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
+                           "--point", "0.5", "0.5"])
+    assert Image.open(tmp_path / "out" / "rotated.png").size == (100, 128)
 
 
-@pytest.mark.parametrize("content, told", [
+@pytest.mark.parametrize("content, message", [
     ("no json", "not JSON"), ("[]", "one object"), ("{}", "has no entry"),
     ('{"NAME": {"include": [[1, 2, 3]]}}', "expected 2 numbers"),
-    ('{"NAME": {"include": [[1, 999]]}}', "outside the picture"),
+    ('{"NAME": {"include": [[1, 999]]}}', "outside the image"),
     ('{"NAME": {"exclude": [[1, 9]]}}', "'include' or a box"), ('{"NAME": {"dot": 1}}', "'dot'"),
     ('{"NAME": {"box": [9, 9, 1, 1]}}', "left, top, right, bottom"),
-    ('{"NAME": {"include": [[1, 9]]}, "other.png": {}}', "not among the pictures")])
-def test_a_bad_points_file_is_told_in_one_sentence(script, concept_folder, tmp_path, content, told):
+    ('{"NAME": {"include": [[1, 9]]}, "other.png": {}}', "not among the images")])
+def test_a_bad_points_file_is_reported_in_one_sentence(concept_folder, tmp_path, content, message):
     source = sorted(concept_folder[0].glob("*.png"))[0]
     (tmp_path / "in").mkdir()
     shutil.copy(source, tmp_path / "in")
     (tmp_path / "points.json").write_text(content.replace("NAME", source.name))
     with pytest.raises(SystemExit) as stop:
-        script.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
-                     "--points_file", str(tmp_path / "points.json")])
-    assert told in str(stop.value) and str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+        precompute_masks.main(["--image_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"),
+                               "--points_file", str(tmp_path / "points.json")])
+    printed = str(stop.value)
+    assert message in printed and printed.startswith("error: ") and "\n" not in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_words_foreign_folders_and_wrong_usage_are_refused(run, script, tmp_path, capsys):
+def test_text_foreign_folders_and_wrong_usage_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="takes no --text"):
         run("--text", "star")
     for flags in ([], ["--auto", "--point", 0.5, 0.5], ["--point", 2, 0], ["--box", 0.5, 0, 0.4, 1]):
@@ -123,19 +115,19 @@ def test_words_foreign_folders_and_wrong_usage_are_refused(run, script, tmp_path
     capsys.readouterr()
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "mine.txt").write_text("keep")
-    with pytest.raises(SystemExit, match="not of this script"):
+    with pytest.raises(SystemExit, match="that this script did not write"):
         run("--auto")
     twins = tmp_path / "twins"
     twins.mkdir()
     for name in ("twin.png", "twin.bmp"):
         Image.new("RGB", (8, 8)).save(twins / name)
     with pytest.raises(SystemExit, match="would both become 'twin.png'"):
-        script.main(["--image_dir", str(twins), "--output_dir", str(tmp_path / "out"), "--auto"])
+        precompute_masks.main(["--image_dir", str(twins), "--output_dir", str(tmp_path / "out"), "--auto"])
 
 
 @pytest.fixture
 def page(concept_folder, tmp_path):
-    """The page as a user starts it: its address and the folder that it saves to."""
+    """The page as a user starts it: its address and its output folder."""
     command = [sys.executable, str(ROOT / "precompute_masks.py"), "--image_dir", str(concept_folder[0]),
                "--output_dir", str(tmp_path / "masks"), "--ui", "--resolution", "128"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
@@ -158,17 +150,17 @@ def test_the_page_answers_saves_and_is_open_to_this_computer_only(page, concept_
     url, folder = page
     assert url.startswith("http://127.0.0.1:")
     state = send(f"{url}/state")
-    assert state["dilation"] == 4 and len(state["pictures"]) == 5
+    assert state["dilation"] == 4 and len(state["images"]) == 5
     points = clicks(concept_folder[1])
-    entries = {str(i): points[picture["name"]] for i, picture in enumerate(state["pictures"])}
-    answer = send(f"{url}/mask", {"picture": 0, **entries["0"]})
-    assert set(answer["layers"]) == {"mask", "grown", "grid"} and 0.05 < answer["area"] < 0.5
-    assert not list(folder.glob("*.png"))  # nothing is saved before it is asked for
-    assert len(send(f"{url}/save", {"pictures": entries})["saved"]) == 5
+    entries = {str(i): points[image["name"]] for i, image in enumerate(state["images"])}
+    answer = send(f"{url}/mask", {"image": 0, **entries["0"]})
+    assert set(answer["layers"]) == {"mask", "dilated", "grid"} and 0.05 < answer["area"] < 0.5
+    assert not list(folder.glob("*.png"))  # only /save saves
+    assert len(send(f"{url}/save", {"images": entries})["saved"]) == 5
     assert min(overlaps(folder, concept_folder[1])) > 0.85
     for path, body, headers, code in (
-            ("/mask", {"picture": 9}, {}, 400), ("/nothing", {}, {}, 404),
-            ("/mask", {"picture": 0, "include": [[999, 0]]}, {}, 400),
+            ("/mask", {"image": 9}, {}, 400), ("/nothing", {}, {}, 404),
+            ("/mask", {"image": 0, "include": [[999, 0]]}, {}, 400),
             ("/save", {}, {"Content-Type": "text/plain"}, 403), ("/save", {}, {"Host": "evil.example"}, 403)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             send(url + path, body, **headers)
@@ -205,10 +197,10 @@ def test_clicks_in_a_browser_become_masks(page, concept_folder):
     assert min(overlaps(folder, concept_folder[1])) > 0.85
 
 
-def test_masks_made_by_hand_stay(run, page, concept_folder, capsys):
+def test_masks_made_by_clicking_are_kept(run, page, concept_folder, capsys):
     url, folder = page
     name = sorted(path.name for path in concept_folder[0].glob("*.png"))[0]
-    send(f"{url}/save", {"pictures": {"0": {"include": [[2, 2]]}}})  # not what --auto would choose
-    by_hand = (folder / name).read_bytes()
+    send(f"{url}/save", {"images": {"0": {"include": [[2, 2]]}}})  # not what --auto would choose
+    clicked = (folder / name).read_bytes()
     run("--auto", "--grid", 6)
-    assert (folder / name).read_bytes() == by_hand and "4 of them to do" in capsys.readouterr().out
+    assert (folder / name).read_bytes() == clicked and "4 of them to do" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Purifiers: the filters against OpenCV's figures and closed forms, the diffusion ones against models whose
 answer is known, and DeepFloyd IF's real pipelines on random weights."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from szt_utils.jpeg import jpeg_tensor
 from szt_utils.pocket.scenes import concept_scenes
 from szt_utils.purify import (
     DEFAULTS,
+    PURIFIERS,
     advclean,
     bilateral_filter,
     guided_filter,
@@ -33,7 +35,7 @@ OPENCV = {
 }
 
 
-def reference_picture() -> torch.Tensor:
+def reference_image() -> torch.Tensor:
     """An edge under a pattern of levels, (1, 3, 7, 9)."""
     levels = torch.arange(7 * 9 * 3).reshape(7, 9, 3) * 37 % 16 + 120.0 * (torch.arange(9) > 4)[None, :, None]
     return levels.permute(2, 0, 1)[None]
@@ -55,28 +57,28 @@ def scenes(count: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["once", "guided", "full"])
 def test_filters_give_opencvs_figures(name):
-    """opencv-contrib 5.0: bilateralFilter(picture, 5, 8, 8), ximgproc.guidedFilter(picture, 64 of it, 4, 16),
+    """opencv-contrib 5.0: bilateralFilter(image, 5, 8, 8), ximgproc.guidedFilter(image, 64 of it, 4, 16),
     and all of AdverseCleaner."""
-    picture = reference_picture()
+    image = reference_image()
     if name == "once":
-        result = bilateral_filter(picture)
+        result = bilateral_filter(image)
     elif name == "guided":
-        smooth = picture
+        smooth = image
         for _ in range(64):
             smooth = bilateral_filter(smooth)
-        result = guided_filter(picture, smooth)
+        result = guided_filter(image, smooth)
     else:
-        result = advclean(picture / 255) * 255
+        result = advclean(image / 255) * 255
     assert torch.allclose(at(result), torch.tensor(OPENCV[name]), atol=0.01)
-    assert (at(result) - at(picture)).abs().max() > 0.5  # the figures are not those of the picture itself
+    assert (at(result) - at(image)).abs().max() > 0.5  # the figures are not those of the image itself
 
 
 def test_the_guided_filter_keeps_its_guide_or_smooths_it():
-    picture = reference_picture()
-    assert torch.allclose(guided_filter(picture, picture, 2, 1e-9), picture, atol=1e-3)
-    assert torch.allclose(guided_filter(picture, picture, 2, 1e12).mean(), picture.mean(), atol=30)
-    blurred = guided_filter(picture, picture, 2, 1e12)
-    assert blurred.std() < 0.7 * picture.std()
+    image = reference_image()
+    assert torch.allclose(guided_filter(image, image, 2, 1e-9), image, atol=1e-3)
+    assert torch.allclose(guided_filter(image, image, 2, 1e12).mean(), image.mean(), atol=30)
+    blurred = guided_filter(image, image, 2, 1e12)
+    assert blurred.std() < 0.7 * image.std()
 
 
 def test_advclean_takes_noise_and_leaves_edges():
@@ -95,26 +97,26 @@ def test_advclean_takes_noise_and_leaves_edges():
         advclean(torch.zeros(1, 3, 4, 4))
 
 
-class KnowsThePicture(torch.nn.Module):
-    """A U-Net that believes in one picture: whatever it sees, that is x0."""
+class KnowsTheImage(torch.nn.Module):
+    """A U-Net that predicts one image: whatever its input, that is x0."""
 
-    def __init__(self, picture: torch.Tensor, channels: int = 3):
+    def __init__(self, image: torch.Tensor, channels: int = 3):
         super().__init__()
-        self.picture, self.seen = picture, []
+        self.image, self.seen = image, []
         self.config = SimpleNamespace(in_channels=channels, out_channels=channels, block_out_channels=(1,))
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def forward(self, x, t):
         self.seen.append((int(t), x.clone()))
-        return SimpleNamespace(sample=self.picture.expand_as(x))
+        return SimpleNamespace(sample=self.image.expand_as(x))
 
 
-def test_pdmpure_ends_at_what_the_model_believes_and_starts_at_the_noised_picture():
+def test_pdmpure_ends_at_what_the_model_predicts_and_starts_at_the_noised_image():
     from diffusers import DDPMScheduler
 
     believed, shown = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    unet, scheduler = KnowsThePicture(2 * believed - 1), DDPMScheduler(prediction_type="sample",
-                                                                       timestep_spacing="leading")
+    unet = KnowsTheImage(2 * believed - 1)
+    scheduler = DDPMScheduler(prediction_type="sample", timestep_spacing="leading")
     pipeline = SimpleNamespace(unet=unet, scheduler=scheduler)
     result = pdmpure(shown, pipeline, generators=generators(1), strength=0.1, steps=50)
     assert torch.allclose(result, believed, atol=1e-5)
@@ -124,7 +126,7 @@ def test_pdmpure_ends_at_what_the_model_believes_and_starts_at_the_noised_pictur
     assert torch.allclose(unet.seen[0][1], signal.sqrt() * (2 * shown - 1) + (1 - signal).sqrt() * noise,
                           atol=1e-5)
     with pytest.raises(InputError, match="5 channels"):
-        pdmpure(shown, SimpleNamespace(unet=KnowsThePicture(believed, 5), scheduler=scheduler),
+        pdmpure(shown, SimpleNamespace(unet=KnowsTheImage(believed, 5), scheduler=scheduler),
                 generators=generators(1))
     for strength in (0.01, 0, 1.5):
         with pytest.raises(InputError, match="strength"):
@@ -148,7 +150,7 @@ def test_the_bundled_pixel_model_removes_noise_and_serves_odd_sizes():
     assert odd.shape == (1, 3, 61, 75)
 
 
-def test_regen_is_image_to_image_of_each_picture_alone():
+def test_regen_is_image_to_image_of_each_image_alone():
     from diffusers import AutoPipelineForImage2Image
 
     pipeline = AutoPipelineForImage2Image.from_pretrained(pocket.model_path(), safety_checker=None)
@@ -221,7 +223,7 @@ def test_pdmpure_runs_diffusers_deepfloyd_pipelines(deepfloyd):
     again = pdmpure_if(images, *deepfloyd, generators=generators(2), **settings)
     assert torch.equal(again, result)
     other = pdmpure_if(images.flip(3), *deepfloyd, generators=generators(2), **settings)
-    assert (other - result).abs().max() > 1e-3  # the picture is heeded
+    assert (other - result).abs().max() > 1e-3  # the input image matters
     second, upscaler = deepfloyd
     seen = []
     upscaled = pdmpure_if(images, second, lambda **flags: seen.append(flags) or SimpleNamespace(
@@ -229,6 +231,15 @@ def test_pdmpure_runs_diffusers_deepfloyd_pipelines(deepfloyd):
     assert seen[0]["image"].shape == (2, 3, 32, 32) and seen[0]["noise_level"] == 20
     assert 0 <= seen[0]["image"].min() and seen[0]["image"].max() <= 1  # VaeImageProcessor's range
     assert upscaled.shape == images.shape
+
+
+def test_every_purifier_has_defaults_that_it_takes():
+    assert PURIFIERS.keys() == DEFAULTS.keys()
+    for name, purifier in PURIFIERS.items():
+        parameters = inspect.signature(purifier).parameters
+        assert DEFAULTS[name].keys() <= parameters.keys()
+        assert all(parameters[key].default in (value, inspect.Parameter.empty)
+                   for key, value in DEFAULTS[name].items())
 
 
 def test_the_default_jpeg_is_the_papers():

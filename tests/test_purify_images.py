@@ -1,28 +1,23 @@
 """The purifying script: what each method writes, records, resume, foreign folders, errors."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 from PIL import Image
 
+import purify_images
+from szt_utils.images import read_image
 from szt_utils.jpeg import jpeg
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("purify_images", ROOT / "purify_images.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from szt_utils.purify import DEFAULTS, PURIFIERS
+from szt_utils.purifying import PurifySettings
 
 
 @pytest.fixture(scope="module")
 def image_dir(tmp_path_factory):
     """A wide PNG, a tall JPEG in a sub-folder, a PNG with alpha."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     (folder / "more").mkdir()
     Image.fromarray(random.integers(0, 256, (48, 70, 3), dtype=np.uint8)).save(folder / "a.png")
     Image.fromarray(random.integers(0, 256, (66, 50, 3), dtype=np.uint8)).save(folder / "more" / "b.jpg")
@@ -31,10 +26,9 @@ def image_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def run(script, image_dir):
-    return lambda output_dir, *more: script.main(["--image_dir", str(image_dir),
-                                                  "--output_dir", str(output_dir),
-                                                  *map(str, more)])
+def run(image_dir):
+    return lambda output_dir, *more: purify_images.main(["--image_dir", str(image_dir), "--output_dir",
+                                                         str(output_dir), *map(str, more)])
 
 
 def levels(path) -> np.ndarray:
@@ -42,11 +36,9 @@ def levels(path) -> np.ndarray:
 
 
 def test_jpeg_through_the_real_command_line(image_dir, tmp_path):
-    from szt_utils.images import read_image
-
     done = run_script("purify_images.py", "--image_dir", image_dir, "--output_dir", tmp_path / "out",
                       "--method", "jpeg")
-    assert "3 pictures" in done.stdout
+    assert "3 images" in done.stdout
     for source, name in (("a.png", "a.png"), ("more/b.jpg", "more/b.png"), ("c.png", "c.png")):
         expected = jpeg(read_image(image_dir / source), 25)
         assert np.array_equal(levels(tmp_path / "out" / name), np.asarray(expected))
@@ -63,21 +55,21 @@ def test_resume_does_what_is_missing_or_changed_and_refuses_other_settings(run, 
     kept, whole = (folder / "a.png").stat().st_mtime_ns, (folder / "c.png").read_bytes()
     (folder / "c.png").unlink()
     run(folder, "--method", "jpeg", "--jpeg_quality", 50)
-    assert "3 pictures" in capsys.readouterr().out
+    assert "3 images" in capsys.readouterr().out
     assert (folder / "a.png").stat().st_mtime_ns == kept and (folder / "c.png").read_bytes() == whole
     with pytest.raises(SystemExit, match="another --jpeg_quality"):
         run(folder, "--method", "jpeg", "--jpeg_quality", 51)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not of this script"):
+    with pytest.raises(SystemExit, match="that this script did not write"):
         run(foreign, "--method", "jpeg")
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
     with pytest.raises(SystemExit, match="lies in it"):
         run(image_dir / "out", "--method", "jpeg")
 
 
-def test_regen_keeps_sizes_and_does_not_depend_on_the_company(run, tiny_model, image_dir, tmp_path, script):
+def test_regen_keeps_sizes_and_does_not_depend_on_other_images(run, tiny_model, image_dir, tmp_path):
     flags = ["--method", "regen", "--pretrained_model_name_or_path", tiny_model, "--strength", 0.5,
              "--steps", 4, "--guidance_scale", 2]
     run(tmp_path / "all", *flags)
@@ -86,11 +78,9 @@ def test_regen_keeps_sizes_and_does_not_depend_on_the_company(run, tiny_model, i
     assert settings == {"strength": 0.5, "steps": 4, "guidance_scale": 2.0, "prompt": ""}
     (tmp_path / "one").mkdir()
     Image.open(image_dir / "a.png").save(tmp_path / "one" / "z.png")
-    script.main(["--image_dir", str(tmp_path / "one"), "--output_dir", str(tmp_path / "alone"),
-                 *map(str, flags)])
+    run(tmp_path / "alone", "--image_dir", tmp_path / "one", *flags)
     assert np.array_equal(levels(tmp_path / "alone" / "z.png"), levels(tmp_path / "all" / "a.png"))
-    script.main(["--image_dir", str(tmp_path / "one"), "--output_dir", str(tmp_path / "seed"),
-                 *map(str, flags), "--seed", "1"])
+    run(tmp_path / "seed", "--image_dir", tmp_path / "one", *flags, "--seed", 1)
     assert not np.array_equal(levels(tmp_path / "seed" / "z.png"), levels(tmp_path / "all" / "a.png"))
 
 
@@ -105,7 +95,27 @@ def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
     run(tmp_path / "out", *flags, "--resolution", 32, "--batch_size", 3)
     assert Image.open(tmp_path / "out" / "more" / "b.png").size == (32, 32)
     with pytest.raises(SystemExit, match="no text and no second stage; leave out --prompt"):
-        run(tmp_path / "text", *flags, "--prompt", "a picture")
+        run(tmp_path / "text", *flags, "--prompt", "a photo")
+
+
+def test_the_script_and_the_library_agree():
+    required = ["--image_dir", "i", "--output_dir", "o", "--method"]
+    settings = vars(purify_images.parse_args([*required, "jpeg"]))
+    assert settings.pop("output_dir") == "o"
+    assert vars(PurifySettings(**settings)) == vars(PurifySettings("i", "jpeg"))
+    assert purify_images.METHODS == tuple(name for name in PURIFIERS if name != "pdmpure_if")
+    flags = {"quality": "jpeg_quality"}
+    for name in ("strength", "steps", "guidance_scale", "prompt", "quality"):
+        users = {method.removesuffix("_if") for method in DEFAULTS if name in DEFAULTS[method]}
+        assert users == set(purify_images.USED_BY[flags.get(name, name)])
+
+
+def test_if_needs_an_upscaler_before_it_is_loaded(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "IFSuperResolutionPipeline"}')
+    with pytest.raises(SystemExit, match="is IF's second stage, which needs --upscaler"):
+        run(tmp_path / "out", "--method", "pdmpure", "--pretrained_model_name_or_path", tmp_path / "model")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -125,7 +135,7 @@ def test_wrong_usage_is_exit_code_2(run, tmp_path, capsys, flags, message):
 
 def test_bad_input_is_one_sentence(tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
     done = run_script("purify_images.py", "--image_dir", tmp_path / "in", "--output_dir", tmp_path / "out",
                       "--method", "advclean", expect=1)
     assert done.stderr.startswith("error: ") and "broken.png" in done.stderr

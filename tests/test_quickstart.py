@@ -1,5 +1,4 @@
-"""The whole story through the real scripts on the bundled model:
-the poison hurts, Safe-Zone Training recovers."""
+"""The quickstart with the real scripts and model: the poison harms, Safe-Zone Training recovers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Segment Anything: any checkpoint's type from its shapes, both packages behind one interface, prompts."""
+"""Segment Anything: a checkpoint's size from its shapes, both packages behind one interface, prompts."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.errors import InputError
-from szt_utils.prompts import Prompt
+from szt_utils.sam_prompts import SamPrompt
 from szt_utils.segment import SamCheckpoint, SamModel, load_segmenter, sam_from_state, segment
 
 
@@ -25,57 +25,57 @@ def iou(a, b) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def centre(mask) -> tuple[float, float]:
+def center(mask) -> tuple[float, float]:
     """A point (x, y) well inside the mask."""
     ys, xs = np.nonzero(mask)
     return float(np.median(xs)), float(np.median(ys))
 
 
 def test_one_click_a_box_and_a_second_click(pocket_sam, scene):
-    seen = pocket_sam.see(Image.fromarray(scene.image))
+    embedded = pocket_sam.embed(Image.fromarray(scene.image))
     ys, xs = np.nonzero(scene.mask)
-    click = Prompt(include=(centre(scene.mask),))
-    box = Prompt(box=(xs.min(), ys.min(), xs.max(), ys.max()))
-    both = Prompt(include=(centre(scene.mask),), exclude=((2, 2),))
+    click = SamPrompt(include=(center(scene.mask),))
+    box = SamPrompt(box=(xs.min(), ys.min(), xs.max(), ys.max()))
+    both = SamPrompt(include=(center(scene.mask),), exclude=((2, 2),))
     for prompt in (click, box, both):
-        mask, score = segment(pocket_sam, seen, prompt)
+        mask, score = segment(pocket_sam, embedded, prompt)
         assert mask.shape == scene.mask.shape and mask.dtype == torch.bool
         assert iou(mask.numpy(), scene.mask) > 0.85 and score > 0.6, prompt
-    background, _ = segment(pocket_sam, seen, Prompt(include=((2, 2),)))
+    background, _ = segment(pocket_sam, embedded, SamPrompt(include=((2, 2),)))
     assert iou(background.numpy(), scene.mask) < 0.1
 
 
-def test_a_click_means_the_same_place_in_a_large_wide_picture(pocket_sam, scene):
-    """The picture is shrunk and padded on its way in, and the mask is brought back."""
+def test_a_click_means_the_same_place_in_a_large_wide_image(pocket_sam, scene):
+    """The image is resized and padded for the model, and the mask is resized back."""
     wide = Image.new("RGB", (192, 128), tuple(int(v) for v in scene.image[0, 0]))
     wide.paste(Image.fromarray(scene.image), (0, 0))
     wide = wide.resize((384, 256))
     true = np.zeros((128, 192), bool)
     true[:, :128] = scene.mask
     true = np.asarray(Image.fromarray(true).resize((384, 256)))
-    seen = pocket_sam.see(wide)
-    assert seen.inside == (85, 128) and seen.features.shape[1:] == (11, 16)
-    mask, _ = segment(pocket_sam, seen, Prompt(include=(centre(true),)))
+    embedded = pocket_sam.embed(wide)
+    assert embedded.input_size == (85, 128) and embedded.features.shape[1:] == (11, 16)
+    mask, _ = segment(pocket_sam, embedded, SamPrompt(include=(center(true),)))
     assert mask.shape == (256, 384) and iou(mask.numpy(), true) > 0.7
 
 
 def test_equals_the_packages_own_predictor(pocket_sam, scene):
-    """Embedding, prompt and upscaling, on a picture that is neither square nor of the model's size."""
+    """Embedding, prompt and upscaling, on an image that is neither square nor of the model's size."""
     from segment_anything import SamPredictor
 
     image = Image.fromarray(scene.image).resize((150, 90))
     predictor = SamPredictor(pocket_sam.sam)
     predictor.set_image(np.asarray(image))
     masks, scores, _ = predictor.predict(np.array([[70, 40]]), np.array([1]), multimask_output=True)
-    mask, score = segment(pocket_sam, pocket_sam.see(image), Prompt(include=((70, 40),)))
+    mask, score = segment(pocket_sam, pocket_sam.embed(image), SamPrompt(include=((70, 40),)))
     assert np.array_equal(mask.numpy(), masks[scores.argmax()])
     assert score == pytest.approx(scores.max(), abs=1e-6)
     masks, _, _ = predictor.predict(box=np.array([20, 10, 120, 80]), multimask_output=False)
-    mask, _ = segment(pocket_sam, pocket_sam.see(image), Prompt(box=(20, 10, 120, 80)))
+    mask, _ = segment(pocket_sam, pocket_sam.embed(image), SamPrompt(box=(20, 10, 120, 80)))
     assert np.array_equal(mask.numpy(), masks[0])
 
 
-def test_the_type_of_published_checkpoints_is_inferred():
+def test_the_size_of_published_checkpoints_is_inferred():
     """ViT-B, -L and -H: the package's own constructors, without memory for weights, make the same modules."""
     from segment_anything import sam_model_registry
 
@@ -91,8 +91,6 @@ def test_the_type_of_published_checkpoints_is_inferred():
                 assert getattr(a, name, None) == getattr(b, name, None), (kind, name)
 
 
-
-
 @pytest.mark.slow
 def test_a_full_size_vit_b_of_random_weights_loads_and_runs(tmp_path, scene):
     from segment_anything import sam_model_registry
@@ -101,9 +99,9 @@ def test_a_full_size_vit_b_of_random_weights_loads_and_runs(tmp_path, scene):
     original = sam_model_registry["vit_b"]()
     torch.save(original.state_dict(), tmp_path / "sam_vit_b.pth")
     segmenter = SamCheckpoint(tmp_path / "sam_vit_b.pth")
-    seen = segmenter.see(Image.fromarray(scene.image))
-    assert seen.side == 1024 and seen.features.shape == (256, 64, 64)
-    mask, _ = segment(segmenter, seen, Prompt(include=((64, 64),)))
+    embedded = segmenter.embed(Image.fromarray(scene.image))
+    assert embedded.input_side == 1024 and embedded.features.shape == (256, 64, 64)
+    mask, _ = segment(segmenter, embedded, SamPrompt(include=((64, 64),)))
     assert mask.shape == (128, 128)
 
 
@@ -112,7 +110,7 @@ class Evil:
         return exec, ("raise SystemExit('code in a checkpoint was run')",)
 
 
-def test_bad_checkpoints_are_told_and_never_run(tmp_path):
+def test_bad_checkpoints_are_refused_and_no_code_in_them_is_executed(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save(Evil(), tmp_path / "evil.pth")
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint")
@@ -124,9 +122,9 @@ def test_bad_checkpoints_are_told_and_never_run(tmp_path):
             SamCheckpoint(tmp_path / f"{name}.pth")
 
 
-def test_words_need_a_model_that_takes_them(pocket_sam, scene):
-    with pytest.raises(InputError, match="takes no words"):
-        segment(pocket_sam, pocket_sam.see(Image.fromarray(scene.image)), Prompt(text="star"))
+def test_text_needs_a_model_that_takes_it(pocket_sam, scene):
+    with pytest.raises(InputError, match="takes no text"):
+        segment(pocket_sam, pocket_sam.embed(Image.fromarray(scene.image)), SamPrompt(text="star"))
 
 
 @pytest.fixture(scope="module")
@@ -155,30 +153,31 @@ def transformers_sam(tmp_path_factory):
 
 
 def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
-    """The embedding is made once and used for every prompt; the result is that of one whole call."""
+    """One embedding answers every prompt; the result is that of one whole call."""
     from transformers import SamModel as Model
     from transformers import SamProcessor
 
     segmenter = load_segmenter(model=str(transformers_sam))
     image = Image.fromarray(scene.image).resize((120, 60))
-    seen = segmenter.see(image)
-    assert seen.inside == (32, 64) and seen.side == 64 and not segmenter.takes_text
+    embedded = segmenter.embed(image)
+    assert embedded.input_size == (32, 64) and embedded.input_side == 64 and not segmenter.takes_text
     model = Model.from_pretrained(transformers_sam).eval()
     processor = SamProcessor.from_pretrained(transformers_sam)
     inputs = processor(images=image, input_points=[[[60, 30]]], return_tensors="pt")
     with torch.no_grad():
         whole = model(**inputs)
-    logits, scores = segmenter.decode(seen, seen.to_input([[(60, 30)]]), torch.ones(1, 1), None, several=True)
+    point = embedded.to_input([[(60, 30)]])
+    logits, scores = segmenter.decode(embedded, point, torch.ones(1, 1), None, multimask=True)
     assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
     assert torch.allclose(scores, whole.iou_scores[0], atol=1e-5)
-    for prompt in (Prompt(include=((60, 30),)), Prompt(box=(10, 10, 90, 50)),
-                   Prompt(include=((60, 30),), exclude=((5, 5),), box=(10, 10, 90, 50))):
-        mask, _ = segment(segmenter, seen, prompt)
+    for prompt in (SamPrompt(include=((60, 30),)), SamPrompt(box=(10, 10, 90, 50)),
+                   SamPrompt(include=((60, 30),), exclude=((5, 5),), box=(10, 10, 90, 50))):
+        mask, _ = segment(segmenter, embedded, prompt)
         assert mask.shape == (60, 120)
 
 
 def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
-    """A tiny one, random: its picture is stretched to a square, and its embedding has several sizes."""
+    """A tiny one, random: it stretches images to a square and embeds them at several resolutions."""
     from transformers import (
         Sam2Config,
         Sam2HieraDetConfig,
@@ -208,26 +207,27 @@ def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
 
     segmenter = load_segmenter(model=str(tmp_path))
     image = Image.fromarray(scene.image).resize((128, 32))
-    seen = segmenter.see(image)
-    assert seen.inside == (64, 64) and seen.features.shape == (32, 4, 4)
-    with torch.no_grad():  # (64, 16) of the picture is (32, 32) of the square
+    embedded = segmenter.embed(image)
+    assert embedded.input_size == (64, 64) and embedded.features.shape == (32, 4, 4)
+    with torch.no_grad():  # (64, 16) of the image is (32, 32) of the square
         whole = model(pixel_values=processor(image, return_tensors="pt")["pixel_values"],
                       input_points=torch.tensor([[[[32.0, 32.0]]]]), input_labels=torch.ones(1, 1, 1).int())
-    logits, _ = segmenter.decode(seen, seen.to_input([[(64, 16)]]), torch.ones(1, 1), None, several=True)
+    point = embedded.to_input([[(64, 16)]])
+    logits, _ = segmenter.decode(embedded, point, torch.ones(1, 1), None, multimask=True)
     assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
-    mask, _ = segment(segmenter, seen, Prompt(include=((64, 16),), exclude=((1, 1),)))
+    mask, _ = segment(segmenter, embedded, SamPrompt(include=((64, 16),), exclude=((1, 1),)))
     assert mask.shape == (32, 128)
 
 
-def test_a_folder_that_is_no_sam_is_told(tiny_model):
+def test_a_folder_that_is_no_sam_is_refused(tiny_model):
     with pytest.raises(InputError, match="SAM family"):
         SamModel(str(tiny_model))
 
 
 @pytest.fixture(scope="module")
 def sam_3(tmp_path_factory):
-    """Tiny SAM 3 of transformers with random weights and the pocket tokenizer, sure that something is
-    there."""
+    """Tiny SAM 3 of transformers with random weights and the pocket tokenizer, biased to find
+    something."""
     from transformers import CLIPTokenizer, Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
 
     torch.manual_seed(0)
@@ -253,32 +253,33 @@ def sam_3(tmp_path_factory):
     return folder
 
 
-def test_sam_3_finds_a_word_as_transformers_does(sam_3, scene):
+def test_sam_3_segments_text_as_transformers_does(sam_3, scene):
     from transformers import AutoProcessor, Sam3Model
 
     image = Image.fromarray(scene.image).resize((100, 60))
     segmenter = load_segmenter(model=str(sam_3))
-    mask, score = segment(segmenter, segmenter.see(image), Prompt(text="star"))
+    mask, score = segment(segmenter, segmenter.embed(image), SamPrompt(text="star"))
     processor, model = AutoProcessor.from_pretrained(sam_3), Sam3Model.from_pretrained(sam_3).eval()
     with torch.no_grad():
         output = model(**processor(images=image, text="star", return_tensors="pt"))
-    found = processor.post_process_instance_segmentation(output, threshold=0.5, target_sizes=[(60, 100)])[0]
-    assert torch.equal(mask, found["masks"].bool().any(0)) and mask.shape == (60, 100)
-    assert score == pytest.approx(found["scores"].max().item()) and score >= 0.5
+    instances = processor.post_process_instance_segmentation(output, threshold=0.5,
+                                                             target_sizes=[(60, 100)])[0]
+    assert torch.equal(mask, instances["masks"].bool().any(0)) and mask.shape == (60, 100)
+    assert score == pytest.approx(instances["scores"].max().item()) and score >= 0.5
     with pytest.raises(InputError, match="found no 'star'"):
-        segmenter.find(image, "star", threshold=0.99)
-    with pytest.raises(InputError, match="finds words only"):
-        segment(segmenter, segmenter.see(image), Prompt(include=((5, 5),)))
+        segmenter.segment_text(image, "star", threshold=0.99)
+    with pytest.raises(InputError, match="takes only text"):
+        segment(segmenter, segmenter.embed(image), SamPrompt(include=((5, 5),)))
 
 
-def test_a_word_becomes_masks_through_the_script(sam_3, tmp_path):
+def test_the_script_masks_by_text(sam_3, tmp_path):
     import precompute_masks
 
-    pocket.write_concept("teal-striped-star", tmp_path / "pictures", count=2)
-    precompute_masks.main(["--image_dir", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "masks"),
+    pocket.write_concept("teal-striped-star", tmp_path / "images", count=2)
+    precompute_masks.main(["--image_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "masks"),
                            "--sam_model", str(sam_3), "--text", "star"])
     segmenter = load_segmenter(model=str(sam_3))
-    for path in sorted((tmp_path / "pictures").glob("*.png")):
-        expected, _ = segmenter.find(Image.open(path), "star")
+    for path in sorted((tmp_path / "images").glob("*.png")):
+        expected, _ = segmenter.segment_text(Image.open(path), "star")
         saved = np.asarray(Image.open(tmp_path / "masks" / path.name).convert("L")) > 127
         assert np.array_equal(saved, expected.numpy())

@@ -1,5 +1,5 @@
-"""Sensitivity maps against Eq. 6 word for word in float64, on models of both shapes;
-cross-attention against the layers' own arithmetic."""
+"""Sensitivity maps against Eq. 6 word for word in float64, on models of both families; cross-attention
+against the layers' own arithmetic."""
 
 import copy
 import shutil
@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from conftest import build_tiny_sdxl
 from safetensors.torch import save_file
 
-from szt_utils.embeddings import save_embedding
+from szt_utils.embeddings import add_embedding, save_embedding
 from szt_utils.errors import InputError
+from szt_utils.models import Model, load_model
 from szt_utils.sensitivity import (
-    PromptedModel,
     _grid,
     attention_recorded,
     cross_attention_maps,
     draw_replacements,
+    prompt_conditions,
     semantic_sensitivity,
+    tokenize_words,
 )
 
 TEXT, WORDS, TIMESTEPS, COUNT = "a photo of a red star on grass", ["star", "a", "grass"], [10, 500, 990], 3
@@ -41,8 +43,16 @@ def inputs():
     return tuple(torch.randn(n, 4, *SIZE, generator=generator, dtype=torch.float64) for n in (1, 2))
 
 
-def load(folder, dtype=torch.float64) -> PromptedModel:
-    return PromptedModel.load(str(folder), dtype=dtype)
+def load(folder, dtype=torch.float64) -> Model:
+    return load_model(str(folder), dtype=dtype)
+
+
+def vocabulary_size(model: Model) -> int:
+    return model.tokenizers[0].vocab_size
+
+
+def add(model: Model, path) -> tuple[str, int]:
+    return add_embedding(model.tokenizers, model.text_encoders, path)
 
 
 def plain_conditions(model, prompt, vectors) -> dict:
@@ -73,13 +83,13 @@ def naive(model, latents, noise, prompt, drawn) -> torch.Tensor:
         for i, t in enumerate(TIMESTEPS):
             for draw in noise:
                 noised = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * draw
-                before = model.base.unet(noised, t, **plain_conditions(model, prompt, own)).sample
+                before = model.network(noised, t, **plain_conditions(model, prompt, own)).sample
                 for r in range(COUNT):
                     changed = [vectors.clone() for vectors in own]
                     for vectors, table in zip(changed, tables, strict=True):
                         for position in prompt.positions[w]:
                             vectors[position] = table[drawn[w * COUNT + r, position]]
-                    after = model.base.unet(noised, t, **plain_conditions(model, prompt, changed)).sample
+                    after = model.network(noised, t, **plain_conditions(model, prompt, changed)).sample
                     maps[w, i] += ((before - after) ** 2)[0].sum(0) / COUNT / len(noise)
     return maps
 
@@ -87,8 +97,8 @@ def naive(model, latents, noise, prompt, drawn) -> torch.Tensor:
 @pytest.mark.parametrize("shape", ["sd", "sdxl"])
 def test_maps_are_equation_6(folders, inputs, shape):
     model, (latents, noise) = load(folders[shape]), inputs
-    prompt = model.tokenize(TEXT, WORDS)
-    replaced, drawn = draw_replacements(prompt, COUNT, model.vocabulary_size,
+    prompt = tokenize_words(model, TEXT, WORDS)
+    replaced, drawn = draw_replacements(prompt, COUNT, vocabulary_size(model),
                                         torch.Generator().manual_seed(1))
     maps = semantic_sensitivity(model, latents, prompt, TIMESTEPS, noise=noise, replaced=replaced,
                                 drawn=drawn)
@@ -110,22 +120,22 @@ def test_unchanged_conditions_are_the_pipelines_own(folders, shape):
     pipeline = DiffusionPipeline.from_pretrained(folders[shape])
     encoded = pipeline.encode_prompt(TEXT, device="cpu", num_images_per_prompt=1,
                                      do_classifier_free_guidance=False)
-    conditions = model.conditions(model.tokenize(TEXT))
-    assert torch.allclose(conditions.states, encoded[0], atol=1e-6)
-    assert shape == "sd" or torch.allclose(conditions.pooled, encoded[2], atol=1e-6)
+    condition = prompt_conditions(model, tokenize_words(model, TEXT))
+    assert torch.allclose(condition["states"], encoded[0], atol=1e-6)
+    assert shape == "sd" or torch.allclose(condition["pooled"], encoded[2], atol=1e-6)
 
 
 def test_one_batch_of_replacements_and_the_unchanged_prediction_once(folders, inputs, monkeypatch):
     model, (latents, noise) = load(folders["sd"]), inputs
-    prompt, sizes = model.tokenize(TEXT, ["star", "grass"]), []
-    replaced, drawn = draw_replacements(prompt, 16, model.vocabulary_size, torch.Generator().manual_seed(1))
-    forward = model.base.unet.forward
+    prompt, sizes = tokenize_words(model, TEXT, ["star", "grass"]), []
+    replaced, drawn = draw_replacements(prompt, 16, vocabulary_size(model), torch.Generator().manual_seed(1))
+    forward = model.network.forward
 
     def counted(noised, *args, **kwargs):
         sizes.append(len(noised))
         return forward(noised, *args, **kwargs)
 
-    monkeypatch.setattr(model.base.unet, "forward", counted)
+    monkeypatch.setattr(model.network, "forward", counted)
 
     def maps(**kwargs):
         sizes.clear()
@@ -139,8 +149,8 @@ def test_one_batch_of_replacements_and_the_unchanged_prediction_once(folders, in
 
 def test_replacing_a_word_by_itself_changes_nothing(folders, inputs):
     model, (latents, noise) = load(folders["sdxl"]), inputs
-    prompt = model.tokenize(TEXT, ["star"])
-    replaced, _ = draw_replacements(prompt, COUNT, model.vocabulary_size, torch.Generator())
+    prompt = tokenize_words(model, TEXT, ["star"])
+    replaced, _ = draw_replacements(prompt, COUNT, vocabulary_size(model), torch.Generator())
     same = prompt.ids[0].expand(COUNT, -1)
     maps = semantic_sensitivity(model, latents, prompt, [500], noise=noise, replaced=replaced, drawn=same)
     assert (maps == 0).all()
@@ -148,11 +158,12 @@ def test_replacing_a_word_by_itself_changes_nothing(folders, inputs):
 
 def test_replacements_come_from_the_whole_vocabulary_and_nothing_else(folders, tmp_path):
     model = load(folders["sd"])
-    size = model.vocabulary_size
+    size = vocabulary_size(model)
     save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(1, 32))
-    model.add_embedding(tmp_path / "c.safetensors")
-    assert model.vocabulary_size == size
-    replaced, drawn = draw_replacements(model.tokenize("a <c>", ["<c>"]), 4000, size, torch.Generator())
+    add(model, tmp_path / "c.safetensors")
+    assert vocabulary_size(model) == size
+    prompt = tokenize_words(model, "a <c>", ["<c>"])
+    replaced, drawn = draw_replacements(prompt, 4000, size, torch.Generator())
     assert set(drawn.flatten().tolist()) == set(range(size))
     assert replaced.shape == drawn.shape and (replaced.sum(1) == 1).all() and replaced[:, 2].all()
 
@@ -160,10 +171,10 @@ def test_replacements_come_from_the_whole_vocabulary_and_nothing_else(folders, t
 def test_a_learned_embedding_of_two_vectors_is_loaded_and_replaced_as_a_whole(folders, tmp_path, inputs):
     model, rows = load(folders["sd"]), torch.randn(2, 32)
     save_embedding(tmp_path / "c.safetensors", "<c>", rows)
-    assert model.add_embedding(tmp_path / "c.safetensors") == ("<c>", 2)
-    prompt = model.tokenize("a <c> <c>_1 on grass", ["<c> <c>_1"])
+    assert add(model, tmp_path / "c.safetensors") == ("<c>", 2)
+    prompt = tokenize_words(model, "a <c> <c>_1 on grass", ["<c> <c>_1"])
     assert prompt.positions == [[2, 3]]
-    learned = model.base.text_encoder.get_input_embeddings().weight[prompt.ids[0][0, 2:4]]
+    learned = model.text_encoders[0].get_input_embeddings().weight[prompt.ids[0][0, 2:4]]
     assert torch.equal(learned, rows.double())
 
 
@@ -171,26 +182,26 @@ def test_a_learned_embedding_of_an_sdxl_model(folders, tmp_path):
     model = load(folders["sdxl"])
     rows = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 24)}
     save_file(rows, tmp_path / "Toy.safetensors")
-    assert model.add_embedding(tmp_path / "Toy.safetensors") == ("<toy>", 1)
-    prompt = model.tokenize("a <toy>", ["<toy>"])
+    assert add(model, tmp_path / "Toy.safetensors") == ("<toy>", 1)
+    prompt = tokenize_words(model, "a <toy>", ["<toy>"])
     for encoder, ids, row in zip(model.text_encoders, prompt.ids, rows.values(), strict=True):
         assert torch.equal(encoder.get_input_embeddings().weight[ids[0, 2]], row[0].double())
 
 
-def test_what_does_not_fit_is_told(folders, tmp_path):
+def test_what_does_not_fit_the_model_is_refused(folders, tmp_path):
     model = load(folders["sd"])
     for prompt, words, message in ((TEXT, ["ring"], "'ring' is not in the prompt"),
                                    ("star " * 40, None, "more than the 24 tokens")):
         with pytest.raises(InputError, match=message):
-            model.tokenize(prompt, words)
+            tokenize_words(model, prompt, words)
     save_embedding(tmp_path / "wide.safetensors", "<w>", torch.randn(1, 33))
     save_embedding(tmp_path / "star.safetensors", "star", torch.randn(1, 32))
-    for name, message in (("wide", "another model"), ("star", "vocabulary already"),
+    for name, message in (("wide", "another model"), ("star", "already in the model's vocabulary"),
                           ("none", "cannot be read")):
         with pytest.raises(InputError, match=message):
-            model.add_embedding(tmp_path / f"{name}.safetensors")
+            add(model, tmp_path / f"{name}.safetensors")
     with pytest.raises(InputError, match="clip_l and clip_g"):
-        load(folders["sdxl"]).add_embedding(tmp_path / "wide.safetensors")
+        add(load(folders["sdxl"]), tmp_path / "wide.safetensors")
     shutil.copytree(folders["sdxl"], tmp_path / "half", ignore=shutil.ignore_patterns("text_encoder_2"))
     with pytest.raises(InputError, match="text_encoder_2"):
         load(tmp_path / "half")
@@ -199,27 +210,28 @@ def test_what_does_not_fit_is_told(folders, tmp_path):
 @pytest.mark.parametrize("shape", ["sd", "sdxl"])
 def test_cross_attention_is_what_the_layers_compute(folders, inputs, shape):
     model, (latents, noise) = load(folders[shape]), inputs
-    everything = model.tokenize(TEXT, ["<|startoftext|>", *dict.fromkeys(TEXT.split()), "<|endoftext|>"])
-    processors = {name: type(p) for name, p in model.base.unet.attn_processors.items()}
+    words = ["<|startoftext|>", *dict.fromkeys(TEXT.split()), "<|endoftext|>"]
+    everything = tokenize_words(model, TEXT, words)
+    processors = {name: type(p) for name, p in model.network.attn_processors.items()}
     maps = cross_attention_maps(model, latents, everything, [500], noise=noise[:1])
-    assert {name: type(p) for name, p in model.base.unet.attn_processors.items()} == processors
+    assert {name: type(p) for name, p in model.network.attn_processors.items()} == processors
     # All words of the prompt with start and end share all attention.
     assert maps.shape == (len(everything.words), 1, *SIZE)
     assert torch.allclose(maps.sum(0), torch.ones(1, *SIZE), atol=1e-5)
     assert maps.min() > 0
 
     # One layer, from its weights and its inputs.
-    layers = [m for name, m in model.base.unet.named_modules() if name.endswith("attn2")]
+    layers = [m for name, m in model.network.named_modules() if name.endswith("attn2")]
     seen = []
     handle = layers[0].register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out)),
                                              with_kwargs=True)
-    noised = model.base.scheduler.add_noise(latents, noise[:1], torch.tensor([500]))
-    conditions = model.conditions(everything)
-    with torch.no_grad(), attention_recorded(model.base.unet) as recorded:
-        output = model.predict(noised, 500, conditions)
+    noised = model.scheduler.add_noise(latents, noise[:1], torch.tensor([500]))
+    condition, at = prompt_conditions(model, everything), torch.tensor([500])
+    with torch.no_grad(), attention_recorded(model.network) as recorded:
+        output = model.predict(noised, at, condition)
     handle.remove()
     with torch.no_grad():
-        assert torch.equal(output, model.predict(noised, 500, conditions))
+        assert torch.equal(output, model.predict(noised, at, condition))
         (args, kwargs, _), layer = seen[0], layers[0]
         query = layer.to_q(args[0]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
         key = layer.to_k(kwargs["encoder_hidden_states"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)

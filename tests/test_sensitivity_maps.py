@@ -1,8 +1,6 @@
-"""The script: its files and their axes, maps that find a concept, resume, diagnosis,
-one sentence per mistake."""
+"""The script: its files and their axes, maps that find a concept, resume, one sentence per mistake."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,13 +16,13 @@ SCRIPT = "sensitivity_maps.py"
 
 
 @pytest.fixture(scope="module")
-def picture(concept_folder):
+def image(concept_folder):
     return sorted(concept_folder[0].iterdir())[0]
 
 
 @pytest.fixture(scope="module")
-def options(tiny_model, picture):
-    return ["--pretrained_model_name_or_path", tiny_model, "--image", picture, "--prompt", PROMPT, "--tokens",
+def options(tiny_model, image):
+    return ["--pretrained_model_name_or_path", tiny_model, "--image", image, "--prompt", PROMPT, "--tokens",
             *TOKENS, "--timesteps", *TIMESTEPS, "--replacements", 3]
 
 
@@ -56,7 +54,7 @@ def test_the_files_and_their_axes(options, tmp_path):
 
 
 def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
-    """The mass of the shape's map lies within the true mask, many times its share of the picture."""
+    """The mass of the shape's map lies within the true mask, many times its share of the image."""
     paths = pocket.write_concept("teal-striped-star", tmp_path / "images", tmp_path / "masks", count=2)
     here("--pretrained_model_name_or_path", pocket.model_path(), "--image", *paths, "--prompt",
          "a photo of a teal striped star", "--tokens", "star", "--timesteps", 300, 500, "--output_dir",
@@ -70,7 +68,7 @@ def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
         assert inside > 2.5 * cells.mean() > 0.1
 
 
-def test_resolution_embeddings_and_all_words(options, tiny_model, picture, tmp_path):
+def test_resolution_embeddings_and_all_words(options, tmp_path):
     from szt_utils.embeddings import save_embedding
 
     save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(2, 32))
@@ -95,7 +93,8 @@ def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, caps
     (out / "grid.png").unlink()
     here(*options, "--output_dir", out)
     assert torch.equal(read(out / "maps.safetensors")[0]["ssm"], before["ssm"])  # the same draws
-    for arguments, message in ((["--seed", 1], "made with another --seed"), ([], "not of this script")):
+    for arguments, message in ((["--seed", 1], "made with another --seed"),
+                               ([], "that this script did not write")):
         if not arguments:
             (out / "options.json").unlink()
         with pytest.raises(SystemExit) as caught:
@@ -103,39 +102,20 @@ def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, caps
         assert message in str(caught.value)
 
 
-def test_diagnosis_calibrates_on_clean_pictures_and_tells_the_poisoned(tmp_path):
-    """Against pictures with strong noise, which any of its signals would show."""
-    rng = np.random.default_rng(0)
-    for i, concept in enumerate(list(pocket.NOVEL_CONCEPTS)[:6]):
-        pocket.write_concept(concept, tmp_path / "clean", count=2)
-        (path,) = pocket.write_concept(concept, tmp_path / "set" / str(i), count=1, seed=1)
-        if i < 3:
-            pixels = np.asarray(Image.open(path)).astype(int)
-            noise = rng.choice([-40, 40], size=pixels.shape)
-            Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path)
-    model = ["--pretrained_model_name_or_path", pocket.model_path(), "--diagnose", tmp_path / "set"]
-    done = run_script(SCRIPT, *model, "--clean_dir", tmp_path / "clean", "--output_dir", tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    suspects = [picture["suspect"] for _, picture in sorted(report["pictures"].items())]
-    assert suspects[:3] == [True] * 3 and report["poisoned"] and sum(suspects) == report["suspects"]
-    scores = [picture["score"] for _, picture in sorted(report["pictures"].items())]
-    assert min(scores[:3]) > max(scores[3:])
-    lines = done.stdout.splitlines()
-    assert len(lines) == 7 and "looks poisoned" in lines[0] and lines[-1] == report["sentence"]
-    # The calibration alone gives the same, and the same command computes no signal again.
-    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
-    assert again == report
-    stats = (tmp_path / "again" / "stats.jsonl").read_bytes()
-    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
-    assert (tmp_path / "again" / "stats.jsonl").read_bytes() == stats
+def test_the_diagnosis_works_here_for_one_more_release(tmp_path, capsys):
+    """With the files of diagnose_images.py, and a sentence that names it."""
+    import diagnose_images
 
-
-def test_the_pocket_models_calibration_is_bundled(tmp_path):
     pocket.write_concept("blue-dotted-cross", tmp_path / "set", count=2, seed=9)
-    here("--pretrained_model_name_or_path", pocket.model_path(), "--diagnose", tmp_path / "set",
-         "--output_dir", tmp_path / "out")
-    assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["pictures"]) == 2
+    model = ["--pretrained_model_name_or_path", pocket.model_path(), "--seed", 3]
+    here(*model, "--diagnose", tmp_path / "set", "--output_dir", tmp_path / "here")
+    shown = capsys.readouterr()
+    assert shown.err.startswith("warning: --diagnose has moved to diagnose_images.py")
+    assert "probably clean" in shown.out
+    diagnose_images.main([*map(str, [*model, "--image_dir", tmp_path / "set", "--output_dir",
+                                     tmp_path / "there"])])
+    for name in ("diagnosis.json", "stats.jsonl", "options.json"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -145,14 +125,14 @@ def test_the_pocket_models_calibration_is_bundled(tmp_path):
     (["--image", "none.png"], "'none.png' does not exist"),
     (["--embeddings", "none.safetensors"], "cannot be read"),
     (["--prompt", "star " * 40], "more than the 24 tokens"),
-    (["--image", "a/x.png", "b/x.png"], "Several pictures are called 'x'"),
+    (["--image", "a/x.png", "b/x.png"], "Several images are called 'x'"),
     (["--pretrained_model_name_or_path", "no/such"], "no usable"),
 ])
 def test_one_sentence_per_mistake(options, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as caught:
         here(*options, "--output_dir", tmp_path / "out", *arguments)
     assert str(caught.value).startswith("error: ") and message in str(caught.value)
-    assert "\n" not in str(caught.value) and not (tmp_path / "out" / "maps.safetensors").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -168,15 +148,3 @@ def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         here("--pretrained_model_name_or_path", "m", "--output_dir", "o", *arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_diagnosis_of_another_model_needs_clean_pictures(tiny_model, concept_folder, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        here("--pretrained_model_name_or_path", tiny_model, "--diagnose", concept_folder[0], "--output_dir",
-             tmp_path / "out")
-    assert "needs --clean_dir" in str(caught.value)
-    shutil.copytree(concept_folder[0], tmp_path / "set")
-    with pytest.raises(SystemExit) as caught:
-        here("--pretrained_model_name_or_path", tiny_model, "--diagnose", tmp_path / "set", "--clean_dir",
-             concept_folder[0], "--output_dir", tmp_path / "set" / "out")
-    assert "lies in it" in str(caught.value)

@@ -1,26 +1,35 @@
-"""The table's runner: what is planned, what is skipped, how cells become a table, and one cell run whole."""
+"""The table's runner: what is planned, what is skipped, which cells a preset takes, and one row run whole."""
 
 import csv
 import json
 import re
 import runpy
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from szt_utils.tables import Cell, append_cell, read_cells
+
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
+RESULTS = ROOT / "results" / "table1"
 
 
-def cell(data, defence, value, concept="c", seed=0) -> dict:
-    return {"data": data, "defence": defence, "concept": concept, "seed": seed, "metrics": {"dino": value}}
+def table(*flags):
+    """The settings of a command line."""
+    args = TABLE1["parse_args"]([*map(str, flags)])
+    return TABLE1["Table"](**{name: getattr(args, name) for name in TABLE1["Table"].__dataclass_fields__})
+
+
+def cell(data, defence, value, concept="c", seed=0, **extra) -> Cell:
+    return Cell(data, defence, concept, seed, {"dino": value}, **extra)
 
 
 def test_a_dry_run_lists_the_missing_cells_with_their_cost_and_makes_nothing(tmp_path):
-    (tmp_path / "out" / "cells").mkdir(parents=True)
-    done_cell = cell("clean", "szt", 0.5, "red-dotted-heart") | {"seconds": 30, "passes": 1000}
-    (tmp_path / "out" / "cells" / "clean_szt_red-dotted-heart_0.json").write_text(json.dumps(done_cell))
+    append_cell(tmp_path / "out", cell("clean", "szt", 0.5, "red-dotted-heart", seconds=30, passes=1000))
     done = run_script("examples/table1.py", "--output_dir", tmp_path / "out", "--data", "clean", "ea szt",
                       "--defences", "nominal", "szt", "--concepts", "red-dotted-heart", "--steps", "10",
                       "--dry_run")
@@ -28,28 +37,11 @@ def test_a_dry_run_lists_the_missing_cells_with_their_cost_and_makes_nothing(tmp
     assert lines[:4] == [
         "4 cells, 3 of them to do.", "clean_nominal_red-dotted-heart_0", "ea-szt_nominal_red-dotted-heart_0",
         "ea-szt_szt_red-dotted-heart_0"]
-    # Two attacks of 100 steps on five pictures, no purifier, three trainings of 10 steps, batch 4, forward
-    # and backward, three times eight pictures of 25 steps with guidance: 2560 passes of 0.03 s.
+    # Two attacks of 100 steps on five images, no purifier, three trainings of 10 steps, batch 4, forward
+    # and backward, three times eight images of 25 steps with guidance: 2560 passes of 0.03 s.
     assert [int(line.split()[1].replace(",", "")) for line in lines[4:8]] == [1000, 0, 360, 1200]
     assert lines[8].startswith("about 1 minutes on one process at the rate of the cells")
     assert len(list((tmp_path / "out").rglob("*"))) == 2
-
-
-def test_cells_of_concepts_and_seeds_become_means_errors_and_recovered_shares():
-    cells = [cell("clean", "nominal", 0.5, "a"), cell("clean", "nominal", 0.7, "a", 1),
-             cell("clean", "nominal", 0.8, "b"), cell("adm+", "nominal", 0.3, "a"),
-             cell("adm+", "szt", 0.6, "a")]
-    header, _, *rows = TABLE1["table"](json.loads(json.dumps(cells))).splitlines()
-    assert header == "| data | nominal | szt |"
-    # The concepts' means .6 and .8 are .2 apart: a standard error of .1. (.6 - .3) / (.7 - .3) is recovered.
-    assert rows == ["| clean | 0.700 ± 0.100 |  |", "| adm+ | 0.300 | 0.600 |",
-                    "| adm+: recovered |  | 75% |"]
-
-
-def test_a_poison_that_took_nothing_has_nothing_to_recover():
-    assert TABLE1["recovered"](0.6, 0.69, 0.7) is None
-    assert TABLE1["recovered"](0.7, 0.5, 0.7) == pytest.approx(1)
-    assert TABLE1["recovered"](0.4, 0.5, 0.7) == pytest.approx(-0.5)
 
 
 def test_every_poison_and_variant_names_real_flags():
@@ -73,47 +65,151 @@ def test_presets_differ_from_the_table_and_have_settings_of_their_own(preset):
 
 
 def test_a_preset_takes_the_tables_cells_of_its_own_concepts_and_data(tmp_path):
-    (tmp_path / "cells").mkdir()
     cells = [cell("ea", "nominal", 0.2, "star"), cell("ea", "jpeg50", 0.6, "star"),
              cell("ea", "nominal", 0.9, "heart"), cell("ea", "nominal", 0.9, "star", seed=1),
              cell("da", "nominal", 0.1, "star"), cell("ea", "szt", 0.7, "star")]
-    for i, content in enumerate(cells):
-        (tmp_path / "cells" / f"{i}.json").write_text(json.dumps(content))
-    args = TABLE1["parse_args"](["--output_dir", str(tmp_path), "--preset", "jpeg"])
-    assert TABLE1["read_cells"](args) == cells[:2]
-    assert TABLE1["read_cells"](TABLE1["parse_args"](["--output_dir", str(tmp_path)])) == [
-        c for c in cells if c["defence"] != "jpeg50"]
+    for one in cells:
+        append_cell(tmp_path, one)
+    assert table("--output_dir", tmp_path, "--preset", "jpeg").cells() == cells[:2]
+    assert set(table("--output_dir", tmp_path).cells()) == {c for c in cells if c.defence != "jpeg50"}
 
 
-def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_model, concept_folder):
+@pytest.mark.parametrize("given", [["--max_train_steps", "7"], ["--steps", "7"]])
+def test_the_training_steps_have_two_names(given):
+    assert table(*given).settings["steps"] == 7
+    assert table().settings["steps"] == 400
+
+
+def test_the_committed_cells_give_the_committed_tables(tmp_path, capsys):
+    """No cell is computed again, and the tables are the same to the last byte."""
+    shutil.copytree(RESULTS / "cells", tmp_path / "cells")
+    shutil.copy(RESULTS / "run.json", tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
+    assert len(before) == 10
+    for name, count in {"table1": 1400, "timesteps": 192, "masks": 105, "dilation": 84, "jpeg": 80}.items():
+        flags = ["--seeds", "0", "1"] if name == "table1" else ["--preset", name, "--concepts", *{
+            c.concept for c in table("--output_dir", RESULTS, "--preset", name).cells()}]
+        TABLE1["main"](["--output_dir", str(tmp_path), *flags])
+        assert capsys.readouterr().out.startswith(f"{count} cells, 0 of them to do.\n")
+        for suffix in (".csv", ".md"):
+            assert (tmp_path / name).with_suffix(suffix).read_bytes() == (
+                RESULTS / name).with_suffix(suffix).read_bytes(), name
+    assert before == {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
+
+
+def test_the_committed_cells_refer_to_their_runs():
+    runs = json.loads((RESULTS / "run.json").read_text())
+    cells = read_cells(RESULTS)
+    assert len(cells) == 1803 and {c.run for c in cells} == set(range(len(runs)))
+    assert all(run["steps"] == 200 and run["versions"] and run["commit"] for run in runs)
+
+
+def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_model, concept_folder, capsys):
     """Real scripts on a tiny model: poison, purify, train in one run, generate, score, tabulate."""
-    for source, folder in zip(concept_folder, ("pictures", "masks"), strict=True):
+    for source, folder in zip(concept_folder, ("images", "masks"), strict=True):
         shutil.copytree(source, tmp_path / folder / "star")
     pocket = ROOT / "szt_utils" / "pocket" / "weights"
-    command = ["examples/table1.py", "--output_dir", tmp_path / "out", "--dataset", "dreambooth",
-               "--dataset_dir", tmp_path / "pictures", "--mask_dir", tmp_path / "masks",
-               "--pretrained_model_name_or_path", tiny_model, "--dino", pocket / "dino",
-               "--clip", pocket / "clip", "--initializer_token", "star", "--steps", "2", "--resolution", "64",
-               "--images_per_prompt", "1", "--num_inference_steps", "1", "--metrics", "dino", "clip",
-               "--data", "clean", "ea", "--defences", "nominal", "advclean", "lm"]
-    done = run_script(*command)
+    flags = ["--output_dir", tmp_path / "out", "--dataset", "dreambooth",
+             "--dataset_dir", tmp_path / "images", "--mask_dir", tmp_path / "masks",
+             "--pretrained_model_name_or_path", tiny_model,
+             "--dino", pocket / "dino", "--clip", pocket / "clip", "--initializer_token", "star",
+             "--max_train_steps", "2", "--resolution", "64", "--images_per_prompt", "1",
+             "--num_inference_steps", "1", "--metrics", "dino", "clip", "--data", "clean", "ea",
+             "--defences", "nominal", "advclean", "lm"]
+    done = run_script("examples/table1.py", *flags)
     assert "6 cells, 6 of them to do." in done.stdout
-    cells = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "cells").iterdir())]
-    assert {(c["data"], c["defence"]) for c in cells} == {
-        (data, defence) for data in ("clean", "ea") for defence in ("nominal", "advclean", "lm")}
-    assert all(c["concept"] == "star" and set(c["metrics"]) >= {"dino", "clip"} for c in cells)
+    assert re.findall(r"^(\d)/6 (\w+, \w+), star, 0: dino ", done.stdout, re.M) == [
+        (str(i), f"{data}, {defence}") for i, (data, defence) in enumerate(
+            ((data, defence) for data in ("clean", "ea") for defence in ("nominal", "advclean", "lm")), 1)]
+    assert "images in" not in done.stdout + done.stderr  # what the scripts print is kept from the table
+    assert [path.name for path in (tmp_path / "out" / "cells").iterdir()] == ["star.jsonl"]
+    cells = read_cells(tmp_path / "out")
+    assert [(c.data, c.defence) for c in cells] == [
+        (data, defence) for data in ("clean", "ea") for defence in ("nominal", "advclean", "lm")]
+    assert all(c.concept == "star" and set(c.metrics) >= {"dino", "clip"} for c in cells)
+    assert all(c.seconds > 0 and c.passes > 0 and c.run == 0 for c in cells)
+    [run] = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["resolution"], run["steps"], run["dataset"], run["model"]) == (
+        64, 2, "dreambooth", Path(tiny_model).name)
     assert Image.open(next((tmp_path / "out" / "data" / "star" / "clean").iterdir())).size == (64, 64)
     options = json.loads((tmp_path / "out" / "learned" / "ea_lm_star_0" / "options.json").read_text())
     assert options["train_data_dir"].endswith("data/star/ea") and options["loss_mask_dir"]
     rows = list(csv.DictReader((tmp_path / "out" / "table1.csv").open()))
     assert len(rows) == 3 * 2 * 2 and {row["metric"] for row in rows} == {"dino", "clip"}
-    assert (tmp_path / "out" / "sheets" / "star.png").exists() and (tmp_path / "out" / "table1.png").exists()
-    assert "6 cells, 0 of them to do." in run_script(*command).stdout
+    assert Image.open(tmp_path / "out" / "sheets" / "star.jpg").format == "JPEG"
+    assert (tmp_path / "out" / "table1.png").exists()
+
+    def again() -> str:
+        TABLE1["main"]([*map(str, flags)])
+        return capsys.readouterr().out
+
+    assert again().startswith("6 cells, 0 of them to do.\n| data |")
     before = (tmp_path / "out" / "table1.csv").read_bytes()
+    path = tmp_path / "out" / "cells" / "star.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # a crash within the last line
+    assert again().startswith("6 cells, 1 of them to do.\n1/1 ea, lm, star, 0: dino ")
+    assert (tmp_path / "out" / "table1.csv").read_bytes() == before
     for name in ("data", "table1.csv"):  # the cells alone, as somebody else has sent them
         (tmp_path / "out" / name).rename(tmp_path / name)
-    run_script(*command)
+    again()
     assert (tmp_path / "out" / "table1.csv").read_bytes() == before
+
+
+def test_a_script_runs_quietly_and_its_failure_is_shown(capsys):
+    def script(error=None):
+        def main(argv):
+            print("printed:", *argv)
+            if error:
+                raise error
+        return SimpleNamespace(main=main)
+
+    run = TABLE1["run_quietly"]
+    run(script(), method="ea", masks=None)
+    with pytest.raises(SystemExit, match="error: no image"):
+        run(script(SystemExit("error: no image")), method="ea")
+    assert capsys.readouterr() == ("", "")
+    for error in (RuntimeError("a bug"), SystemExit(2), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            run(script(error), method="ea", draws=[1, 2])
+        assert capsys.readouterr() == ("", "printed: --method ea --draws 1 2\n\n")
+
+
+def test_the_training_does_not_see_the_launcher(monkeypatch, capfd):
+    """A child that saw the launcher's variables would wait for the other processes."""
+    found = []
+    monkeypatch.setattr("subprocess.run", lambda command, **options: found.append((command, options))
+                        or SimpleNamespace(returncode=len(found) - 1, stdout="out", stderr="err"))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                        "MASTER_ADDR": "here", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
+        monkeypatch.setenv(name, value)
+    TABLE1["train_apart"](seed=0)
+    command, options = found[0]
+    assert command[1].endswith("textual_inversion_szt.py") and command[2:] == ["--seed", "0"]
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == "6" and options["env"]["PATH"]
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                "MASTER_PORT"} & set(options["env"])
+    with pytest.raises(SystemExit, match="--seed 0\nouterr"):
+        TABLE1["train_apart"](seed=0)
+
+
+def test_each_process_uses_a_gpu_of_its_own(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", used.append)
+    append_cell(tmp_path, cell("clean", "szt", 0.5, "red-dotted-heart"))
+    for rank in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        TABLE1["main"](["--output_dir", str(tmp_path), "--data", "clean", "--defences", "szt", "--concepts",
+                        "red-dotted-heart"])
+    assert used == [0, 1]
+
+
+@pytest.mark.parametrize("seeds", [["0", "1"], ["0", "1", "0"]])
+def test_a_cell_is_planned_once(tmp_path, capsys, seeds):
+    TABLE1["main"](["--output_dir", str(tmp_path), "--data", "clean", "--defences", "szt", "--concepts",
+                    "red-dotted-heart", "--seeds", *seeds, "--dry_run"])
+    assert capsys.readouterr().out.startswith("2 cells, 2 of them to do.\n")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -125,3 +221,11 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
 def test_bad_input_is_one_sentence(flags, message):
     done = run_script("examples/table1.py", *flags, "--dry_run", expect=1)
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_damaged_line_is_one_sentence(tmp_path):
+    append_cell(tmp_path, cell("clean", "szt", 0.5))
+    path = tmp_path / "cells" / "c.jsonl"
+    path.write_text("{\n" + path.read_text())
+    done = run_script("examples/table1.py", "--output_dir", tmp_path, "--dry_run", expect=1)
+    assert "Line 1 of" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout

@@ -9,108 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, SCRIPT, TOKEN, embedding, flags, run_here, run_script, two_ranks
 from PIL import Image
+from upstream import upstream
 
-from szt_utils.captions import OBJECT_TEMPLATES
 from szt_utils.checkpoints import list_checkpoints
-from szt_utils.embeddings import load_embedding
-from szt_utils.records import read_stats
-
-SCRIPT = "textual_inversion_szt.py"
-TOKEN = "<star>"
-
-
-def flags(model, images, output_dir, **changes) -> list[str]:
-    """A short run's command line; None drops a flag, True gives it no value."""
-    options = {"pretrained_model_name_or_path": model, "train_data_dir": images, "output_dir": output_dir,
-               "placeholder_token": TOKEN, "initializer_token": "star", "resolution": 64,
-               "train_batch_size": 4,
-               "max_train_steps": 6, "learning_rate": 5e-2, "repeats": 2, "seed": 3, **changes}
-    return [part for name, value in options.items() if value is not None
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
-
-
-def embedding(folder: Path, name: str = "learned_embeds.safetensors") -> torch.Tensor:
-    token, rows = load_embedding(folder / name)
-    assert token == TOKEN
-    return rows
-
-
-def upstream(model, images: Path, *, batch_size=4, steps=6, accumulation=1, seed=3, repeats=2, num_vectors=1,
-             lr=5e-2,
-             resolution=64, t_min=0) -> torch.Tensor:
-    """Our own plain re-telling of the upstream loop: the whole embedding matrix in AdamW and put back after
-    every step, the VAE at every step, a DataLoader prepared by accelerate."""
-    import torch.nn.functional as F
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    set_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
-    tokens = [TOKEN] + [f"{TOKEN}_{i}" for i in range(1, num_vectors)]
-    tokenizer.add_tokens(tokens)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
-    text_encoder.resize_token_embeddings(len(tokenizer))
-    weight = text_encoder.get_input_embeddings().weight
-    weight.data[ids] = weight.data[tokenizer.encode("star", add_special_tokens=False)[0]].clone()
-    text_encoder.requires_grad_(False)
-    weight.requires_grad_(True)
-
-    paths = sorted(images.iterdir())
-
-    class Pictures(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(paths) * repeats
-
-        def __getitem__(self, i):
-            image = Image.open(paths[i % len(paths)]).convert("RGB")
-            text = random.choice(OBJECT_TEMPLATES).format(" ".join(tokens))
-            image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-            if torch.rand(1) < 0.5:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pixels = (np.array(image).astype(np.uint8) / 127.5 - 1.0).astype(np.float32)
-            return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1),
-                    "ids": tokenizer(text, padding="max_length", truncation=True,
-                                     return_tensors="pt").input_ids[0]}
-
-    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=1e-2)
-    loader = torch.utils.data.DataLoader(Pictures(), batch_size=batch_size, shuffle=True)
-    text_encoder, optimizer, loader = accelerator.prepare(text_encoder, optimizer, loader)
-    original, step = weight.data.clone(), 0
-    frozen = torch.ones(len(weight), dtype=torch.bool)
-    frozen[ids] = False
-    text_encoder.train()
-    while step < steps:
-        for batch in loader:
-            with accelerator.accumulate(text_encoder):
-                latents = vae.encode(batch["pixels"]).latent_dist.sample() * vae.config.scaling_factor
-                noise = torch.randn_like(latents)
-                timesteps = torch.randint(t_min, scheduler.config.num_train_timesteps, (len(latents),))
-                states = text_encoder(batch["ids"])[0]
-                prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
-                target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(
-                    latents, noise, timesteps)
-                accelerator.backward(F.mse_loss(prediction.float(), target.float()))
-                optimizer.step()
-                optimizer.zero_grad()
-                weight.data[frozen] = original[frozen]
-            step += accelerator.sync_gradients
-            if step >= steps:
-                break
-    return weight.data[ids].clone()
+from szt_utils.files import read_stats
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +64,7 @@ def test_files_of_a_run(plain_run):
     assert sum(path.stat().st_size for path in (folder / "checkpoint-6").iterdir()) < 60_000
 
 
-def test_the_embedding_loads_into_a_pipeline_and_changes_the_picture(plain_run, tiny_model):
+def test_the_embedding_loads_into_a_pipeline_and_changes_the_image(plain_run, tiny_model):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
@@ -213,15 +121,6 @@ def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model
     assert torch.equal(embedding(killed), embedding(whole))
     assert [r["step"] for r in read_stats(killed / "stats.jsonl")] == list(range(1, steps + 1))
     assert len(list_checkpoints(killed)) == 2
-
-
-def two_ranks(*arguments, expect=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
 
 
 def test_two_ranks_draw_different_noise_agree_and_resume_exactly(tiny_model, concept_folder, tmp_path):
@@ -398,7 +297,7 @@ def test_mask_modes_differ_and_a_white_mask_changes_nothing(tiny_model, concept_
         seen.append(losses(loss_mask_dir=masks, mask_mode=mode))
     assert len({round(values[0], 6) for values in [plain, *seen]}) == 5
     area = losses(loss_mask_dir=masks, mask_normalization="area")
-    assert area[0] > 1.5 * seen[0][0], "the concept covers less than two thirds of the pictures"
+    assert area[0] > 1.5 * seen[0][0], "the concept covers less than two thirds of the images"
 
 
 def test_the_hub_token_is_in_no_file(tiny_model, concept_folder, tmp_path):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from szt_utils.errors import InputError
-from szt_utils.timesteps import DISTRIBUTIONS, check_range, noise_level, sample_timesteps, timestep_weights
+from szt_utils.timesteps import (
+    DISTRIBUTIONS,
+    check_range,
+    first_timestep,
+    noise_level,
+    sample_timesteps,
+    timestep_weights,
+)
 
 
 def test_the_uniform_draw_is_upstreams_call():
@@ -89,7 +96,13 @@ def test_noise_level_matches_the_published_figures_of_stable_diffusion():
     """Stable Diffusion 1.5's schedule from its definition, and the noise shares known of it."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)
+    log_snr = abar.log() - (1 - abar).log()
     for t, share in ((100, 0.325), (500, 0.851), (900, 0.993)):
-        level, log_snr = noise_level(abar, t)
-        assert level == pytest.approx(share, abs=1.5e-3)
-        assert log_snr == pytest.approx(math.log((1 - level**2) / level**2))
+        assert noise_level(log_snr[t]).item() == pytest.approx(share, abs=1.5e-3)
+        assert noise_level(log_snr[t]).item() == pytest.approx((1 - abar[t]).sqrt().item())
+    assert noise_level(torch.tensor(-math.inf)) == 1
+
+
+def test_the_first_timestep_has_at_most_that_ratio():
+    log_snr = torch.tensor([5.0, 3.0, 0.5, -2.0])
+    assert [first_timestep(log_snr, value) for value in (9, 3, 2.9, 0.5, -1)] == [0, 1, 2, 2, 3]

@@ -1,73 +1,81 @@
-"""Fig. 3: sensitivity to the learned word over timesteps, of clean and poisoned pictures, before and after
+"""Fig. 3: sensitivity to the learned word over timesteps, of clean and poisoned images, before and after
 training.
 
-    python examples/figures/fig3.py --data_dir figures --output_dir figures --concepts teal-striped-star
+    python examples/figures/fig3.py --data_dir figures --concepts teal-striped-star
 
-The claim (Sec. 4.1): before training, and after it on clean pictures, the concept stands out at middle
-timesteps; after training on poisoned pictures sensitivity spreads far beyond it, most of all at lower ones.
+The claim (Sec. 4.1): before training, and after training on clean images, the concept stands out at middle
+timesteps; after training on poisoned images sensitivity spreads far beyond it, most of all at lower ones.
 """
 
-from world import DATA, TOKEN, concepts_of, estimate, figure, learned, load, load_mask, load_model, pictures
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from common import TOKEN, estimate
+
+from szt_utils.embeddings import load_embedding
+from szt_utils.plots import map_grid
+from szt_utils.sensitivity import tokenize_words
+from szt_utils.statistics import mass_inside
 
 
-def measure(arguments, data: str) -> dict:
-    """Per picture: mass inside the mask by timestep, before and after, and outside's mean; the first
-    concept's first picture's maps."""
-    import torch
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    images: int = 2  # of each concept
+    timesteps: tuple[int, ...] = (50, 200, 350, 500, 650, 800, 950)
+    replacements: int = 16
+    noise_draws: int = 1
+    prompt: str = "a photo of a {} on grass"
+    initializer: str = "object"
+    seed: int = 0
 
-    from szt_utils.embeddings import load_embedding
-    from szt_utils.evidence import mass_inside
-    from szt_utils.sensitivity import draw_replacements, semantic_sensitivity
 
-    model, resolution = load_model(arguments)
-    folder, rows, shown = arguments.data_dir[0], [], None
-    tokenizer, encoder = model.base.tokenizer, model.base.text_encoder
-    tokenizer.add_tokens([TOKEN])
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weight = encoder.get_input_embeddings().weight.detach()
-    start = weight[tokenizer(arguments.initializer, add_special_tokens=False).input_ids[0]].clone()
-    prompt = model.tokenize(arguments.prompt.replace("{}", TOKEN), [TOKEN])
-    for concept in concepts_of(arguments, data):
-        after = load_embedding(learned(arguments, data, concept))[1][0]
-        for path in pictures(folder, data, concept, arguments.pictures):
+def measure(settings: Settings, data: str) -> dict[str, Any]:
+    """Per image the map's mass inside the mask and its mean outside, by timestep, before and after training;
+    and the maps of the first image of the first concept."""
+    model, resolution = settings.load_model()
+    rows, shown = [], None
+    before = common.word_row(model, settings.initializer)
+    embedding = common.add_token(model)
+    prompt = tokenize_words(model, settings.prompt.replace("{}", TOKEN), [TOKEN])
+    for concept in settings.concepts_in(data):
+        after = load_embedding(settings.embedding_path(data, concept))[1][:1]
+        for path in settings.image_paths(data, concept)[:settings.images]:
             with torch.no_grad():
-                latents = model.base.encode(load([path], resolution))
-            mask = load_mask(folder / "masks" / concept / path.name, resolution, latents.shape[-2:])
+                latents = model.encode(common.load_images([path], resolution))
+            mask = common.load_mask(settings.mask_path(concept, path), resolution, latents.shape[-2:])
             row, maps = {"concept": concept, "area": mask.mean().item()}, []
-            for when, vector in (("before", start), ("after", after)):
-                weight[-1] = vector
-                generator = torch.Generator().manual_seed(arguments.seed)
-                replaced, drawn = draw_replacements(prompt, arguments.replacements, model.vocabulary_size,
-                                                    generator)
-                noise = torch.randn((arguments.noise_draws, *latents.shape[1:]), generator=generator)
-                (of_word,) = semantic_sensitivity(model, latents, prompt, arguments.timesteps, noise=noise,
-                                                  replaced=replaced, drawn=drawn)
+            for when, vector in (("before", before), ("after", after)):
+                embedding.rows = torch.nn.Parameter(vector)
+                (of_word,), _ = common.sensitivity(
+                    model, latents, prompt, settings.timesteps, replacements=settings.replacements,
+                    noise_draws=settings.noise_draws, seed=settings.seed)
                 maps.append(of_word.tolist())
                 row[when] = mass_inside(of_word, mask).tolist()
                 row[f"{when}_outside"] = ((of_word * (1 - mask)).sum((1, 2)) / (1 - mask).sum()).tolist()
             rows.append(row)
             shown = shown or {"path": str(path), "before": maps[0], "after": maps[1]}
-    return {"timesteps": arguments.timesteps, "rows": rows, "shown": shown}
+    return {"timesteps": list(settings.timesteps), "rows": rows, "shown": shown}
 
 
-def by_concept(rows: list[dict], value) -> dict:
+def by_concept(rows: list[dict], value: Callable[[dict], float]) -> dict[str, float]:
     """Mean of `value(row)` for every concept."""
-    import numpy as np
-
     return {name: np.mean([value(row) for row in rows if row["concept"] == name], axis=0)
             for name in sorted({row["concept"] for row in rows})}
 
 
-def claims(results: dict) -> dict:
-    import numpy as np
-
+def claims(results: dict[str, Any]) -> dict[str, Any]:
     timesteps = np.array(results["clean"]["timesteps"])
     low = timesteps < 500
-    found = {"share of the picture that the mask covers": estimate(
+    found = {"share of the image that the mask covers": estimate(
         list(by_concept(results["clean"]["rows"], lambda row: row["area"]).values()))}
 
-    def after(data, name):
-        """Of every concept, at low timesteps."""
+    def after(data: str, name: str) -> dict[str, float]:
+        """A number of every concept, at low timesteps."""
         return by_concept(results[data]["rows"], lambda row: np.array(row[name])[low].mean())
 
     clean, clean_outside = after("clean", "after"), after("clean", "after_outside")
@@ -87,22 +95,15 @@ def claims(results: dict) -> dict:
     return found
 
 
-def draw(results: dict, path) -> None:
-    import numpy as np
-    from world import read_square
-
-    from szt_utils.plots import map_grid
-
+def plot(results: dict[str, Any], path: Path) -> None:
     rows, labels, images = [], [], []
     for when in ("before", "after"):
         for data, result in results.items():
             rows.append(result["shown"][when])
             labels.append(f"{data}\n{when}")
-            images.append(read_square(result["shown"]["path"]))
+            images.append(common.read_square(result["shown"]["path"]))
     map_grid(path, images, np.array(rows), labels, results["clean"]["timesteps"])
 
 
 if __name__ == "__main__":
-    figure("fig3", __doc__, measure, claims, draw, {
-        "pictures": 2, "timesteps": [50, 200, 350, 500, 650, 800, 950], "replacements": 16, "noise_draws": 1,
-        "prompt": "a photo of a {} on grass", "initializer": "object", "seed": 0}, DATA)
+    common.run_figure("fig3", __doc__, measure, claims, plot, Settings)

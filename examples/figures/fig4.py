@@ -1,46 +1,59 @@
-"""Fig. 4: the denoising loss over timesteps, clean and poisoned: median, middle 50 % and 95 % of pictures.
+"""Fig. 4: the denoising loss over timesteps, clean and poisoned: median, middle 50 % and 95 % of images.
 
-    python examples/figures/fig4.py --data_dir figures figures-more --output_dir figures
+    python examples/figures/fig4.py --data_dir figures figures-more --output_dir results/figures
 
 The claim (Sec. 4.2): the loss falls from t = 0 to nothing at the end, and poisons raise it at lower and
 middle timesteps only.
 """
 
-from world import DATA, concepts_of, estimate, figure, load, load_model, pictures
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from common import estimate
+
+from szt_utils.images import list_images
+from szt_utils.models import expand, residual, tokenize
+from szt_utils.plots import COLORS, band_plot, save_figure
 
 
-def measure(arguments, data: str) -> dict:
-    """Losses (pictures, timesteps); the same noise for a picture in every data set."""
-    import torch
+@dataclass(frozen=True)
+class Settings(common.Settings):
+    timesteps: int = 21
+    prompt: str = "a photo"
+    seed: int = 0
 
-    model, resolution = load_model(arguments)
-    last = model.base.scheduler.config.num_train_timesteps - 1
-    timesteps = torch.linspace(0, last, arguments.timesteps).round().long()
-    states = model.base.embed_text(arguments.prompt).expand(len(timesteps), -1, -1)
+
+@torch.no_grad()
+def measure(settings: Settings, data: str) -> dict[str, Any]:
+    """Losses (images, timesteps); an image has the same noise in every data set."""
+    model, resolution = settings.load_model()
+    timesteps = torch.linspace(0, model.num_timesteps - 1, settings.timesteps).round().long()
+    condition = expand(model.condition(tokenize(model, settings.prompt)), len(timesteps))
     losses, names = [], []
-    for folder in arguments.data_dir:
+    for folder in settings.data_dir:
         if not (folder / data).is_dir():
             continue
-        for concept in concepts_of(arguments, data):
-            for path in pictures(folder, data, concept):
-                latents = model.base.encode(load([path], resolution)).detach()
-                generator = torch.Generator().manual_seed(arguments.seed + len(losses))
+        for concept in settings.concepts_in(data):
+            for path in list_images(folder / data / concept):
+                latents = model.encode(common.load_images([path], resolution))
+                generator = torch.Generator().manual_seed(settings.seed + len(losses))
                 noise = torch.randn(latents.shape, generator=generator)
-                with torch.no_grad():
-                    loss = model.base.loss(latents.expand(len(timesteps), -1, -1, -1),
-                                           noise.expand(len(timesteps), -1, -1, -1), timesteps, states)
-                losses.append([round(value, 6) for value in loss.flatten(1).mean(1).tolist()])
+                error = residual(model, latents.expand(len(timesteps), -1, -1, -1),
+                                 noise.expand(len(timesteps), -1, -1, -1), timesteps, condition)
+                losses.append([round(value, 6) for value in error.square().flatten(1).mean(1).tolist()])
                 names.append(f"{folder.name}/{concept}/{path.stem}")
     return {"timesteps": timesteps.tolist(), "losses": losses, "names": names}
 
 
-def claims(results: dict) -> dict:
-    import numpy as np
-
+def claims(results: dict[str, Any]) -> dict[str, Any]:
     clean, timesteps = results["clean"], np.array(results["clean"]["timesteps"])
     losses = np.array(clean["losses"])
     ranks = np.median(losses, 0).argsort().argsort()
-    found = {"pictures": float(len(losses)),
+    found = {"images": float(len(losses)),
              "clean: Spearman correlation of median loss and timestep":
                  float(np.corrcoef(ranks, np.arange(len(timesteps)))[0, 1]),
              "clean: mean loss at the last timestep over that at the first":
@@ -70,25 +83,17 @@ def claims(results: dict) -> dict:
     return found
 
 
-def draw(results: dict, path) -> None:
-    import numpy as np
-
-    from szt_utils.plots import COLOURS, band_plot, save_figure, subplots
-
-    poisons = [data for data in results if data != "clean"]
-    columns = min(3, max(1, len(poisons)))
-    rows = -(-max(1, len(poisons)) // columns)
-    drawn, axes = subplots(rows, columns, sharey=True)
-    for axis, data in zip(axes.flat, poisons or ["clean"], strict=False):
+def plot(results: dict[str, Any], path: Path) -> None:
+    names = [data for data in results if data != "clean"] or ["clean"]
+    figure, axes = common.plot_grid(len(names), sharey=True)
+    for axis, data in zip(axes, names, strict=False):
         for name in dict.fromkeys(["clean", data]):
             band_plot(axis, results[name]["timesteps"], np.array(results[name]["losses"]),
-                      f"{name} ({len(results[name]['losses'])})", COLOURS[name])
+                      f"{name} ({len(results[name]['losses'])})", COLORS[name])
         axis.set(xlabel="timestep", ylabel="denoising loss", yscale="log", title=data)
         axis.legend()
-    for axis in list(axes.flat)[len(poisons) or 1:]:
-        axis.set_visible(False)
-    save_figure(drawn, path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    figure("fig4", __doc__, measure, claims, draw, {"timesteps": 21, "prompt": "a photo", "seed": 0}, DATA)
+    common.run_figure("fig4", __doc__, measure, claims, plot, Settings)

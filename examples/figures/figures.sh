@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every figure of the analysis (Fig. 2-7, Appendix D) and the diagnosis' ROC, from nothing to pictures and claims.
+# Every figure of the analysis (Fig. 2-7, Appendix D) and the ROC of the diagnosis, from the data sets to plots and claims.
 # Usage: bash examples/figures/figures.sh OUTPUT [MODEL CLEAN_DIR MASK_DIR RESOLUTION]
-# CLEAN_DIR and MASK_DIR hold a folder per concept, of pictures and of masks; without them: the pocket world.
+# CLEAN_DIR and MASK_DIR hold a folder per concept, of images and of masks; without them: the pocket world.
+# The committed plots and claims are in results/figures.
 set -euo pipefail
 output=$1
 model=${2:-$(python -m szt_utils.pocket)}
@@ -9,11 +10,11 @@ resolution=${5:-128}
 own=${3:+--clean_dir $3 --mask_dir $4}
 here=examples/figures
 
-python $here/world.py --pretrained_model_name_or_path "$model" --output_dir "$output/few" $own --resolution "$resolution"
-# Fig. 4 wants hundreds of pictures: 25 more of every concept, which nothing is trained on.
+python $here/make_data.py --pretrained_model_name_or_path "$model" --output_dir "$output/few" $own --resolution "$resolution"
+# Fig. 4 wants hundreds of images: 25 more of every concept, which nothing is trained on.
 more=()
 if [ -z "$own" ]; then
-  python $here/world.py --output_dir "$output/more" --pictures 25 --seed 1 --train_steps 0
+  python $here/make_data.py --output_dir "$output/more" --images 25 --seed 1 --train_steps 0
   more=("$output/more")
 fi
 
@@ -22,18 +23,18 @@ for figure in fig2 fig3 fig5 fig6 fig7 spectra; do
 done
 python $here/fig4.py --pretrained_model_name_or_path "$model" --data_dir "$output/few" "${more[@]}" --output_dir "$output"
 
-# The diagnosis: clean pictures of one half calibrate, the other half and its poisoned copies are told apart.
+# The diagnosis: clean images of one half calibrate it; the other half and its poisoned copies test it.
 [ -n "$own" ] && exit
-python examples/calibration.py --output_dir "$output/pictures"
+python examples/calibration.py --output_dir "$output/images"
 diagnose() {
-  python sensitivity_maps.py --pretrained_model_name_or_path "$model" --diagnose "$1" --output_dir "$2" "${@:3}"
+  python diagnose_images.py --pretrained_model_name_or_path "$model" --image_dir "$1" --output_dir "$2" "${@:3}"
 }
-diagnose "$output/pictures/test" "$output/diagnosis/clean" --clean_dir "$output/pictures/calibrate"
+diagnose "$output/images/test" "$output/diagnosis/clean" --clean_dir "$output/images/calibrate"
 folders=()
 for poison in adm+ adm- sds+ sds- ea da; do
-  python poison_images.py --pretrained_model_name_or_path "$model" --image_dir "$output/pictures/test" \
-    --output_dir "$output/pictures/$poison" --method $poison --resolution "$resolution" --batch_size 8
-  diagnose "$output/pictures/$poison" "$output/diagnosis/$poison" \
+  python poison_images.py --pretrained_model_name_or_path "$model" --image_dir "$output/images/test" \
+    --output_dir "$output/images/$poison" --method $poison --resolution "$resolution" --batch_size 8
+  diagnose "$output/images/$poison" "$output/diagnosis/$poison" \
     --calibration "$output/diagnosis/clean/calibration.json"
   folders+=("$output/diagnosis/$poison")
 done

@@ -1,9 +1,11 @@
-"""The bundled pocket world: a small, really trained latent diffusion model and the drawn scenes it knows.
+"""The bundled pocket world: a small, trained latent diffusion model, and the drawn scenes that it knows.
 
     StableDiffusionPipeline.from_pretrained(szt_utils.pocket.model_path())
 """
 
 from pathlib import Path
+
+from PIL import Image
 
 from ..errors import InputError
 from .scenes import BACKGROUNDS, NOVEL_CONCEPTS, concept_scenes
@@ -20,7 +22,7 @@ def _bundled(name: str) -> str:
     path = _FOLDER / "weights" / name
     if not path.is_dir():
         raise InputError(f"The bundled {name} is missing from '{path}'; "
-                         "reinstall the package or train it (examples/pocket).")
+                         "reinstall the package or train it (examples/train_pocket).")
     return str(path)
 
 
@@ -40,27 +42,27 @@ def clip_path() -> str:
 
 
 def pixel_path() -> str:
-    """Folder of the pocket diffusion model of pixels, a DDPMPipeline, for PDMPure."""
+    """Folder of the pocket pixel-space diffusion model, a DDPMPipeline, for PDMPure."""
     return _bundled("pixel")
 
 
 def sam_path() -> str:
-    """The pocket Segment Anything model, a checkpoint of the segment-anything package, for masks."""
+    """File of the pocket Segment Anything model, a checkpoint of the segment-anything package, for masks."""
     return str(Path(_bundled("sam")) / "sam.pth")
 
 
 def calibration_path() -> str:
-    """File of what clean pictures look like to the pocket model, for `sensitivity_maps.py --diagnose`."""
+    """File with the signals of clean images in the pocket model, for `diagnose_images.py`."""
     return str(_FOLDER / "weights" / "calibration.json")
 
 
 def write_concept(concept: str, output_dir: str | Path, mask_dir: str | Path | None = None, count: int = 5,
                   seed: int = 0) -> list[Path]:
-    """Write `count` pictures of a novel concept as PNGs,
-    and masks of the same names when `mask_dir` is given."""
-    from PIL import Image
+    """Write `count` images of a novel concept as 128-pixel PNGs, and with `mask_dir` masks of the same names.
 
-    from ..images import save_png
+    Returns the paths of the images.
+    """
+    from ..images import save_png  # imports torch, which printing the path of a network does not need
 
     paths = []
     for i, scene in enumerate(concept_scenes(concept, count, seed)):

@@ -1,8 +1,8 @@
 """The pocket world: scenes drawn by code, each with its caption, attributes and exact concept mask.
 
-A scene is one object (shape x colour x pattern) with shading and a soft shadow on a textured background.
-Everything follows from an integer seed. Ten attribute combinations, the novel concepts, never occur among
-the training scenes.
+A scene is one object (shape x color x pattern) with shading and a soft shadow on a textured background.
+An integer seed decides everything. The novel concepts, ten combinations of attributes, never occur among the
+training scenes.
 """
 
 from dataclasses import astuple, dataclass
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "NOVEL_CONCEPTS", "PATTERNS", "SHAPES", "SIZE",
+    "BACKGROUNDS", "COLORS", "NOVEL_CONCEPTS", "PATTERNS", "SHAPES", "SIZE",
     "Attributes", "Scene", "caption", "concept_scenes", "draw_scene", "training_attributes",
 ]
 
 SIZE = 128  # pixels
 _OVERSAMPLING = 4  # outlines are drawn this much larger, then averaged, for soft edges
 
-COLOURS = {
+COLORS = {
     "red": (206, 32, 40), "orange": (244, 128, 20), "yellow": (248, 214, 40), "lime": (156, 216, 48),
     "green": (24, 128, 56), "teal": (16, 160, 164), "blue": (36, 84, 224), "purple": (124, 52, 190),
     "pink": (244, 124, 184), "brown": (120, 72, 36), "black": (34, 34, 40), "cyan": (96, 222, 242),
@@ -49,11 +49,11 @@ def _heart():
 def _crescent():
     outer = np.linspace(np.deg2rad(55), np.deg2rad(305), 64)
     tip = np.stack([np.cos(outer[[0, -1]]), np.sin(outer[[0, -1]])], axis=1)
-    centre = np.array([0.52, 0.0])
-    inner_radius = np.linalg.norm(tip[0] - centre)
-    start, stop = (np.arctan2(*(tip[i] - centre)[::-1]) % (2 * np.pi) for i in (1, 0))
+    center = np.array([0.52, 0.0])
+    inner_radius = np.linalg.norm(tip[0] - center)
+    start, stop = (np.arctan2(*(tip[i] - center)[::-1]) % (2 * np.pi) for i in (1, 0))
     inner = np.linspace(start, stop, 48)
-    inside = centre + inner_radius * np.stack([np.cos(inner), np.sin(inner)], axis=1)
+    inside = center + inner_radius * np.stack([np.cos(inner), np.sin(inner)], axis=1)
     return np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), inside]) + [0.15, 0]
 
 
@@ -128,11 +128,11 @@ def _stone(rng):
 
 
 def _night(rng):
-    picture = _blend((14, 16, 44), (44, 40, 92), _noise(rng, 4, 4))
+    image = _blend((14, 16, 44), (44, 40, 92), _noise(rng, 4, 4))
     for _ in range(26):
         y, x = rng.integers(0, SIZE - 2, 2)
-        picture[y:y + 2, x:x + 2] = (226, 226, 196)
-    return picture
+        image[y:y + 2, x:x + 2] = (226, 226, 196)
+    return image
 
 
 BACKGROUNDS = {"grass": _grass, "sand": _sand, "water": _water, "brick": _brick, "wood": _wood, "sky": _sky,
@@ -141,9 +141,9 @@ BACKGROUNDS = {"grass": _grass, "sand": _sand, "water": _water, "brick": _brick,
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a scene shows; every field is one of the words of SHAPES, COLOURS, PATTERNS and BACKGROUNDS."""
+    """What a scene shows; every field is one of the words of SHAPES, COLORS, PATTERNS and BACKGROUNDS."""
 
-    colour: str
+    color: str
     pattern: str
     shape: str
     background: str
@@ -159,8 +159,8 @@ class Scene:
 
 
 NOVEL_CONCEPTS = {
-    f"{colour}-{pattern}-{shape}": (colour, pattern, shape)
-    for colour, pattern, shape in (
+    f"{color}-{pattern}-{shape}": (color, pattern, shape)
+    for color, pattern, shape in (
         ("teal", "striped", "star"), ("red", "dotted", "heart"), ("yellow", "checkered", "house"),
         ("purple", "plain", "crescent"), ("orange", "striped", "flower"), ("blue", "dotted", "cross"),
         ("green", "checkered", "circle"), ("pink", "plain", "hourglass"), ("cyan", "striped", "ring"),
@@ -193,47 +193,53 @@ def _coverage(polygons, to_pixels):
 
 
 def draw_scene(seed: int, attributes: Attributes) -> Scene:
-    """Draw one scene; place, size, angle, light and texture follow from `seed` and nothing else."""
-    for word, words in zip(astuple(attributes), (COLOURS, PATTERNS, SHAPES, BACKGROUNDS), strict=True):
+    """Draw one scene; `seed` alone decides place, size, angle, light and texture.
+
+    ValueError for an attribute that is not in the pocket world.
+    """
+    for word, words in zip(astuple(attributes), (COLORS, PATTERNS, SHAPES, BACKGROUNDS), strict=True):
         if word not in words:
             raise ValueError(f"'{word}' is not in the pocket world; choose from: {', '.join(words)}.")
     rng = np.random.default_rng(seed)
     radius = rng.uniform(32, 46)  # pixels
-    centre = rng.uniform(radius + 4, SIZE - radius - 4, 2)  # (x, y), pixels
+    center = rng.uniform(radius + 4, SIZE - radius - 4, 2)  # (x, y), pixels
     angle = np.deg2rad(rng.uniform(-20, 20))
     light = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
-    picture = BACKGROUNDS[attributes.background](rng) * rng.uniform(0.9, 1.06)
-    coverage = _coverage(SHAPES[attributes.shape], lambda p: centre + radius * (p @ rotation.T) * [1, -1])
+    image = BACKGROUNDS[attributes.background](rng) * rng.uniform(0.9, 1.06)
+    coverage = _coverage(SHAPES[attributes.shape], lambda p: center + radius * (p @ rotation.T) * [1, -1])
 
     shadow = Image.fromarray((coverage * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
     shadow = np.roll(np.asarray(shadow, np.float32) / 255, (5, 3), (0, 1))
-    picture = picture * (1 - 0.4 * shadow[..., None])
+    image = image * (1 - 0.4 * shadow[..., None])
 
-    x, y = (_X - centre[0]) / radius, -(_Y - centre[1]) / radius
+    x, y = (_X - center[0]) / radius, -(_Y - center[1]) / radius
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    second_tone = _DARK_TONE if attributes.colour in _DARK_TONED else _LIGHT_TONE
-    surface = _blend(COLOURS[attributes.colour], second_tone, _pattern_weight(attributes.pattern, u, v))
+    second_tone = _DARK_TONE if attributes.color in _DARK_TONED else _LIGHT_TONE
+    surface = _blend(COLORS[attributes.color], second_tone, _pattern_weight(attributes.pattern, u, v))
     surface = surface * (1 + 0.13 * (x * np.cos(light) + y * np.sin(light)))[..., None]
 
-    picture = picture + (surface - picture) * coverage[..., None]
-    image = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    image = image + (surface - image) * coverage[..., None]
+    image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     return Scene(image, coverage >= 0.5, attributes)
 
 
 def training_attributes(rng: np.random.Generator) -> Attributes:
-    """Draw attributes uniformly over all combinations but the novel ones."""
+    """Draw attributes uniformly over all combinations except the novel ones."""
     while True:
-        colour, pattern, shape, background = (
-            words[rng.integers(len(words))] for words in map(list, (COLOURS, PATTERNS, SHAPES, BACKGROUNDS)))
-        if (colour, pattern, shape) not in NOVEL_CONCEPTS.values():
-            return Attributes(colour, pattern, shape, background)
+        color, pattern, shape, background = (
+            words[rng.integers(len(words))] for words in map(list, (COLORS, PATTERNS, SHAPES, BACKGROUNDS)))
+        if (color, pattern, shape) not in NOVEL_CONCEPTS.values():
+            return Attributes(color, pattern, shape, background)
 
 
 def concept_scenes(concept: str, count: int = 5, seed: int = 0) -> list[Scene]:
-    """Draw `count` scenes of one novel concept,
-    on backgrounds that differ as long as there are enough of them."""
+    """Draw `count` scenes of a novel concept; backgrounds repeat only when there are more scenes than
+    backgrounds.
+
+    ValueError for a name that is no novel concept.
+    """
     if concept not in NOVEL_CONCEPTS:
         raise ValueError(f"'{concept}' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.")
     rng = np.random.default_rng([seed, list(NOVEL_CONCEPTS).index(concept)])
@@ -245,5 +251,5 @@ def concept_scenes(concept: str, count: int = 5, seed: int = 0) -> list[Scene]:
 
 def caption(attributes: Attributes) -> str:
     """The full caption of a scene, e.g. 'a photo of a teal striped star on sand'."""
-    return (f"a photo of a {attributes.colour} {attributes.pattern} {attributes.shape} "
+    return (f"a photo of a {attributes.color} {attributes.pattern} {attributes.shape} "
             f"on {attributes.background}")

@@ -1,14 +1,15 @@
-"""The pocket model's words: captions of scenes,
-and a CLIP tokenizer in which every word of the world is one token."""
+"""The pocket model's words: captions of scenes, and a CLIP tokenizer in which every word of the world is one
+token."""
 
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
-from .scenes import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Attributes
+from .scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES, Attributes
 
 __all__ = ["CONTEXT_LENGTH", "pocket_tokenizer", "training_caption", "words"]
 
@@ -18,29 +19,28 @@ _END_OF_WORD = "</w>"
 
 
 def words() -> list[str]:
-    """Every word of the templates and the world, sorted."""
+    """Every word of the caption templates and of the world, sorted."""
     text = " ".join(OBJECT_TEMPLATES + STYLE_TEMPLATES).replace("{}", " ").replace("-", " - ")
-    return sorted({*text.split(), *COLOURS, *PATTERNS, *SHAPES, *BACKGROUNDS, OBJECT_WORD,
+    return sorted({*text.split(), *COLORS, *PATTERNS, *SHAPES, *BACKGROUNDS, OBJECT_WORD,
                    "on", "with", "and", "background"})
 
 
 def training_caption(attributes: Attributes, rng: np.random.Generator) -> str:
-    """A caption of a scene for training: any template,
-    each attribute left out now and then, one in ten empty."""
+    """A random caption of a scene for training: any template, each attribute sometimes left out, one in ten
+    empty."""
     if rng.random() < 0.1:
         return ""
-    parts = [word for word, keep in ((attributes.colour, 0.85), (attributes.pattern, 0.85))
+    parts = [word for word, keep in ((attributes.color, 0.85), (attributes.pattern, 0.85))
              if rng.random() < keep]
     parts.append(attributes.shape if rng.random() < 0.9 else OBJECT_WORD)
     text = str(rng.choice(OBJECT_TEMPLATES)).format(" ".join(parts))
     return f"{text} on {attributes.background}" if rng.random() < 0.8 else text
 
 
-def pocket_tokenizer(folder: Path):
-    """Build the CLIPTokenizer from the word list; vocab.json and merges.txt are written to `folder`.
+def pocket_tokenizer(folder: Path) -> Any:
+    """Build the CLIPTokenizer of the word list, and write its vocab.json and merges.txt to `folder`.
 
-    The merges are learned by byte-pair encoding until every word is one token,
-    so that any other word still splits into known pieces.
+    Byte-pair encoding learns merges until every word is one token; other words split into known pieces.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer

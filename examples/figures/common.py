@@ -1,0 +1,194 @@
+"""What the figures have in common: their flags, the data sets of make_data.py, and the steps of a figure.
+
+A figure is three functions: `measure(settings, data)` returns the measurements of one data set for JSON,
+`claims(results)` the numbers that carry a claim of the paper, by sentence, and `plot(results, path)` writes
+the PNG. `run_figure` makes a command line of them.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from szt_utils import pocket
+from szt_utils.arguments import script_parser
+from szt_utils.embeddings import NewRows
+from szt_utils.errors import InputError, exit_on_input_error
+from szt_utils.files import write_json
+from szt_utils.images import crop_and_resize, from_pil, list_images, read_image, read_upright
+from szt_utils.masks import prepare_mask, read_mask
+from szt_utils.models import Model, load_model
+from szt_utils.plots import subplots
+from szt_utils.sensitivity import TokenizedPrompt, draw_replacements, semantic_sensitivity
+from szt_utils.statistics import bootstrap
+
+DATA = ("clean", "adm+", "adm-", "sds+", "sds-", "ea", "da")
+TOKEN = "<concept>"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a figure's numbers. A figure adds fields with defaults; each of them is a flag."""
+
+    pretrained_model_name_or_path: str
+    data_dir: tuple[Path, ...]  # masks and embeddings are in the first
+    concepts: tuple[str, ...] | None  # None: all
+
+    def concepts_in(self, data: str) -> list[str]:
+        """The concepts of a data set, sorted: those asked for that it has."""
+        names = sorted(path.name for path in (self.data_dir[0] / data).iterdir() if path.is_dir())
+        return [name for name in names if not self.concepts or name in self.concepts]
+
+    def image_paths(self, data: str, concept: str) -> list[Path]:
+        """The images of a data set's concept, sorted."""
+        return list_images(self.data_dir[0] / data / concept)
+
+    def mask_path(self, concept: str, image: Path) -> Path:
+        """The mask of an image."""
+        return self.data_dir[0] / "masks" / concept / f"{image.stem}.png"
+
+    def embedding_path(self, data: str, concept: str, name: str = "learned_embeds") -> Path:
+        """An embedding that was learned from a data set's concept."""
+        return self.data_dir[0] / "learned" / data / concept / f"{name}.safetensors"
+
+    def load_model(self) -> tuple[Model, int]:
+        """The model, and the resolution of its images in pixels."""
+        model = load_model(self.pretrained_model_name_or_path)
+        return model, model.network.config.sample_size * model.vae_scale_factor
+
+
+def load_images(paths: Sequence[Path], resolution: int) -> torch.Tensor:
+    """The images' central squares, float32 (B, 3, R, R) in [0, 1]."""
+    return torch.cat([from_pil(crop_and_resize(read_image(path), resolution, True)) for path in paths])
+
+
+def read_square(path: str | Path) -> Image.Image:
+    """An image's central square."""
+    image = read_image(path)
+    return crop_and_resize(image, min(image.size), True)
+
+
+def load_mask(path: Path, resolution: int, grid: tuple[int, int]) -> torch.Tensor:
+    """The share of each latent cell that a mask covers, float32 (h, w) for `grid` (h, w)."""
+    mask = prepare_mask(read_mask(path, read_upright(path).size), resolution, center_crop=True)
+    return F.adaptive_avg_pool2d(mask, grid)[0, 0]
+
+
+def add_token(model: Model) -> NewRows:
+    """Add TOKEN to a model with one text encoder; its vectors are the `rows` (n, D) of what is returned.
+
+    Set `rows` before use; TOKEN itself is the first of them.
+    """
+    (tokenizer,), (encoder,) = model.tokenizers, model.text_encoders
+    weight = encoder.get_input_embeddings().weight[:len(tokenizer)]
+    embedding = NewRows(weight, torch.zeros_like(weight[:1]))
+    tokenizer.add_tokens([TOKEN])
+    encoder.set_input_embeddings(embedding)
+    return embedding
+
+
+def word_row(model: Model, word: str) -> torch.Tensor:
+    """The embedding (1, D) of a word's first token."""
+    (tokenizer,), (encoder,) = model.tokenizers, model.text_encoders
+    token = tokenizer(word, add_special_tokens=False).input_ids[0]
+    return encoder.get_input_embeddings().weight[token:token + 1].detach()
+
+
+def sensitivity(model: Model, latents: torch.Tensor, prompt: TokenizedPrompt, timesteps: Sequence[int], *,
+                replacements: int, noise_draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sensitivity maps (words, timesteps, h, w) of latents (1, C, h, w), and the noise that they were made
+    with, (noise_draws, C, h, w)."""
+    generator = torch.Generator().manual_seed(seed)
+    replaced, drawn = draw_replacements(prompt, replacements, model.tokenizers[0].vocab_size, generator)
+    noise = torch.randn((noise_draws, *latents.shape[1:]), generator=generator)
+    maps = semantic_sensitivity(model, latents, prompt, list(timesteps), noise=noise, replaced=replaced,
+                                drawn=drawn)
+    return maps, noise
+
+
+def estimate(values: Any, statistic: Callable[[np.ndarray], float] = np.mean) -> dict[str, float | None]:
+    """`statistics.bootstrap` of independent rows; a single row has no interval."""
+    result = bootstrap(np.asarray(values), statistic)
+    return result if result["n"] > 1 else {**result, "low": None, "high": None}
+
+
+def plot_grid(count: int, **options: Any) -> tuple[Any, list]:
+    """A figure and its axes, at most three in a row; those beyond `count` are hidden."""
+    columns = min(3, max(1, count))
+    figure, axes = subplots(-(-max(1, count) // columns), columns, **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat)
+
+
+def run_figure(name: str, doc: str, measure: Callable, claims: Callable, plot: Callable,
+               settings: type[Settings] = Settings, data: tuple[str, ...] = DATA) -> None:
+    """The command line of a figure: measure what `<name>.json` lacks, plot it, print and write its claims.
+
+    `--redraw` takes the JSON as it is.
+    """
+    parser = script_parser(doc)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", default=pocket.model_path(), help="the model (the pocket model)")
+    add("--data_dir", type=Path, nargs="+", default=[Path("figures")],
+        help="folders that make_data.py made; embeddings and masks are taken from the first (figures)")
+    add("--output_dir", type=Path, default=Path("results/figures"),
+        help=f"folder for {name}.json, {name}.png and {name}_claims.json (results/figures)")
+    add("--data", nargs="+", choices=data, help="data sets (all that --data_dir has)")
+    add("--concepts", nargs="+", help="concepts (all)")
+    add("--redraw", action="store_true", help=f"measure nothing: plot what {name}.json holds")
+    for field in fields(settings)[len(fields(Settings)):]:
+        several = isinstance(field.default, tuple)
+        add(f"--{field.name}", type=type(field.default[0] if several else field.default),
+            default=field.default, nargs="+" if several else None)
+    args = parser.parse_args()
+    with exit_on_input_error():
+        path = args.output_dir / f"{name}.json"
+        if args.redraw:
+            results = json.loads(path.read_text())["results"]
+        else:
+            results = measured(path, settings(**{
+                field.name: tuple(value) if isinstance(value := getattr(args, field.name), list) else value
+                for field in fields(settings)}), measure, args.data, data)
+        plot(results, path.with_suffix(".png"))
+        found = claims(results)
+        write_json(args.output_dir / f"{name}_claims.json", found)
+        for sentence, value in found.items():
+            print(f"{sentence}: {text_of(value)}")
+
+
+def measured(path: Path, settings: Settings, measure: Callable, names: Sequence[str] | None,
+             known: Sequence[str]) -> dict[str, Any]:
+    """The results of the data sets `names`, or of all `known` ones that exist.
+
+    Those in the file are kept if it has the same settings; the missing ones are measured and added to it.
+    """
+    names = names or [name for name in known if (settings.data_dir[0] / name).is_dir()]
+    if "clean" not in names:
+        raise InputError(f"The data set 'clean' is not in '{settings.data_dir[0]}' or not in --data, but the "
+                         "others are compared with it; make it with make_data.py or name it.")
+    record = json.loads(json.dumps(asdict(settings), default=str))
+    results = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        results = before["results"] if before["settings"] == record else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for data in names:
+        if data not in results:
+            results[data] = measure(settings, data)
+            write_json(path, {"settings": record, "results": results})
+    return {data: results[data] for data in names}
+
+
+def text_of(value: float | dict[str, Any]) -> str:
+    """A claim's number with its interval."""
+    if not isinstance(value, dict):
+        return f"{value:.3g}"
+    interval = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+    return f"{value['value']:.3g}{interval} (n = {value['n']})"

@@ -1,0 +1,229 @@
+"""Measure the bundled pocket world on held-out scenes, against the aims in the functions' docstrings:
+
+    python examples/train_pocket/check.py
+
+Prints the figures and adds them to `--output`, a JSON file. `--parts` chooses among size, vae, classifier,
+generation, inversion, jpeg and masks; `--model` and `--dino` name other networks than the bundled ones.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+from recipe import HELD_OUT_SEEDS, draw
+from safetensors.torch import load_file
+from train_metrics import accuracy, labels_of
+from transformers import Dinov2Model
+
+import poison_images
+import precompute_masks
+import textual_inversion_szt
+from szt_utils import pocket
+from szt_utils.arguments import command_line, number, script_parser
+from szt_utils.evaluation import evaluate_embedding
+from szt_utils.files import write_json
+from szt_utils.generation import generate, load_pipeline
+from szt_utils.images import from_pil, list_images, read_image
+from szt_utils.jpeg import jpeg_tensor
+from szt_utils.metrics import Networks
+from szt_utils.models import load_model
+from szt_utils.pgd import pgd
+from szt_utils.pocket.scenes import NOVEL_CONCEPTS, Scene, caption
+from szt_utils.poisons import pull_back
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    dino: str
+    images: int = 256  # to generate
+    steps: int = 600  # of textual inversion
+    count: int = 5  # images of each concept, for masks
+
+
+def run_quietly(script: ModuleType, **flags: object) -> None:
+    """Run one of the project's scripts in this process, without its output."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        script.main(command_line(**flags))
+
+
+def held_out(count: int) -> list[Scene]:
+    return [draw(HELD_OUT_SEEDS + i) for i in range(count)]
+
+
+def as_tensor(scene: Scene) -> torch.Tensor:
+    """A scene's image, float32 (1, 3, 128, 128) in [0, 1]."""
+    return from_pil(Image.fromarray(scene.image))
+
+
+def read_attributes(settings: Settings, scenes: list[Scene], images: Iterable[np.ndarray]) -> Figures:
+    """Share of images, uint8 (128, 128, 3), in which the attribute reader finds the scenes' attributes."""
+    state = load_file(Path(settings.dino) / "attributes.safetensors")
+    heads = torch.nn.Linear(*reversed(state["weight"].shape))
+    heads.load_state_dict(state)
+    return accuracy(Dinov2Model.from_pretrained(settings.dino).eval(), heads, np.stack(list(images)),
+                    labels_of([scene.attributes for scene in scenes]), "cpu")
+
+
+@torch.no_grad()
+def check_vae(settings: Settings) -> Figures:
+    """Reconstruction in dB (>= 28) and the error of the object's mean color in levels of 255 (<= 8)."""
+    model = load_model(settings.model)
+    quality, color = [], []
+    for scene in held_out(256):
+        x = as_tensor(scene)
+        y = model.decode(model.encode(x)).clamp(0, 1)
+        quality.append(-10 * ((x - y) ** 2).mean().log10().item())
+        inside = torch.from_numpy(scene.mask)
+        color.append((x[0, :, inside].mean(1) - y[0, :, inside].mean(1)).abs().mean().item() * 255)
+    return {"psnr_db": np.mean(quality), "object_color_error_levels": np.mean(color)}
+
+
+def check_classifier(settings: Settings) -> Figures:
+    """Accuracy of the attribute reader on real held-out scenes (>= 97 %)."""
+    scenes = held_out(512)
+    return read_attributes(settings, scenes, (scene.image for scene in scenes))
+
+
+def check_generation(settings: Settings) -> Figures:
+    """Attributes read in generated images, 25 steps, guidance 5: shape >= 80 %, color, background >= 90 %,
+    pattern >= 85 %."""
+    scenes = held_out(settings.images)
+    images = generate(load_pipeline(settings.model), [caption(scene.attributes) for scene in scenes], seed=1,
+                      steps=25, guidance_scale=5.0, batch_size=16)
+    return read_attributes(settings, scenes, map(np.asarray, images))
+
+
+def check_inversion(settings: Settings) -> Figures:
+    """Similarity after clean textual inversion over that among real images, per novel concept and on average
+    (>= 0.80)."""
+    ratios, networks = {}, Networks(settings.dino, pocket.clip_path())
+    for concept in NOVEL_CONCEPTS:
+        with tempfile.TemporaryDirectory() as folder:
+            images, learned = Path(folder) / "images", Path(folder) / "learned"
+            paths = pocket.write_concept(concept, images)
+            run_quietly(textual_inversion_szt, pretrained_model_name_or_path=settings.model,
+                        train_data_dir=images, output_dir=learned, placeholder_token="<c>",
+                        initializer_token="object", resolution=128, train_batch_size=4,
+                        max_train_steps=settings.steps, learning_rate=5e-3, seed=0)
+            _, scores = evaluate_embedding(
+                settings.model, learned / "learned_embeds.safetensors",
+                [read_image(path) for path in paths], pocket.PROMPTS, networks)
+        ratios[concept] = scores["dino"] / scores["real_real"]
+        print(f"  {concept}: {ratios[concept]:.3f}", flush=True)
+    return {"mean": np.mean(list(ratios.values())), **ratios}
+
+
+def check_size(settings: Settings) -> Figures:
+    """Size of all bundled weights in megabytes (<= 40)."""
+    folder = Path(pocket.model_path()).parent
+    return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*")
+                             if path.suffix in (".safetensors", ".pth")) / 1e6}
+
+
+def check_jpeg(settings: Settings) -> Figures:
+    """Share of an encoder attack's latent shift that JPEG at quality 25 removes (>= 0.4); root mean squares
+    of the shift in scaled latents. The attack: eps 16, 100 steps away from the clean latent."""
+    model = load_model(settings.model)
+
+    @torch.no_grad()
+    def shift(images: torch.Tensor, origin: torch.Tensor) -> float:
+        return (model.encode(images) - model.encode(origin)).square().mean().sqrt().item()
+
+    @torch.enable_grad()
+    def gradient(images: torch.Tensor, z0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = images.detach().requires_grad_()
+        latents = model.encode(leaf)
+        change = (latents - z0).detach()
+        return pull_back(latents, leaf, change), change.square().flatten(1).sum(1)
+
+    shifts = []
+    for scene in held_out(8):
+        x = as_tensor(scene)
+        with torch.no_grad():
+            z0 = model.encode(x)
+        attacked = pgd(x, lambda images, z0=z0: gradient(images, z0), eps=16, step_size=1, steps=100,
+                       generators=[torch.Generator().manual_seed(0)])
+        shifts.append([shift(attacked, x), shift(jpeg_tensor(attacked, 25), jpeg_tensor(x, 25))])
+    attacked, healed = np.array(shifts).T
+    return {"share_removed": np.mean(1 - healed / attacked), "shift": attacked.mean(),
+            "shift_after": healed.mean()}
+
+
+def check_masks(settings: Settings) -> Figures:
+    """Mean overlap with the true mask over the novel concepts, from one random click (>= 0.90) and by --auto
+    (>= 0.85), on clean and on poisoned images (ADM+ and EA, eps 16, 100 steps)."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        for concept in NOVEL_CONCEPTS:
+            pocket.write_concept(concept, home / "clean" / concept, home / "true" / concept, settings.count)
+        for data in ("clean", "ea", "adm+"):
+            if data != "clean":
+                run_quietly(poison_images, pretrained_model_name_or_path=settings.model,
+                            image_dir=home / "clean", output_dir=home / data, method=data, resolution=128,
+                            batch_size=5)
+            figures |= {f"{data}_{way}": value
+                        for way, value in mask_overlaps(home / data, home / "true").items()}
+            print(f"  {data}: {figures}", flush=True)
+    return figures
+
+
+def mask_overlaps(image_dir: Path, true_dir: Path) -> Figures:
+    """Mean overlap of masks by precompute_masks.py with the true ones, over folders of images."""
+    rng, overlaps = np.random.default_rng(0), {"click": [], "auto": []}
+    for concept in NOVEL_CONCEPTS:
+        true = {path.name: np.asarray(Image.open(path).convert("L")) > 127
+                for path in list_images(true_dir / concept)}
+        points = {}
+        for name, mask in true.items():
+            y, x = np.argwhere(mask)[rng.integers(mask.sum())]
+            points[name] = {"include": [[int(x), int(y)]]}
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "points.json"
+            write_json(file, points)
+            for way, flags in {"click": {"points_file": file}, "auto": {"auto": True}}.items():
+                run_quietly(precompute_masks, image_dir=image_dir / concept,
+                            output_dir=Path(temporary) / way, **flags)
+                for name, mask in true.items():
+                    found = np.asarray(Image.open(Path(temporary) / way / name)) > 127
+                    overlaps[way].append((found & mask).sum() / (found | mask).sum())
+    return {way: float(np.mean(values)) for way, values in overlaps.items()}
+
+
+CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier,
+          "generation": check_generation, "inversion": check_inversion, "jpeg": check_jpeg,
+          "masks": check_masks}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = script_parser(__doc__)
+    add, count = parser.add_argument, number(int, 1)
+    add("--parts", nargs="+", choices=CHECKS, default=list(CHECKS))
+    add("--model", default=pocket.model_path())
+    add("--dino", default=pocket.dino_path())
+    add("--images", type=count, default=Settings.images, help="generation: number of images (256)")
+    add("--steps", type=count, default=Settings.steps, help="inversion: training steps (600)")
+    add("--count", type=count, default=Settings.count, help="masks: images of each concept (5)")
+    add("--output", type=Path, default=Path("pocket_check.json"))
+    args = parser.parse_args(argv)
+    settings = Settings(args.model, args.dino, args.images, args.steps, args.count)
+    figures = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for part in args.parts:
+        figures[part] = {name: round(float(value), 4) for name, value in CHECKS[part](settings).items()}
+        print(part, json.dumps(figures[part], indent=2), flush=True)
+        write_json(args.output, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The concepts that a run trains: each with its own data and random numbers, in groups that share batches."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .captions import templates_for
+from .checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from .embeddings import (
+    NewRows,
+    add_tokens,
+    join_rows,
+    ordinary_words_with,
+    placeholder_prompt,
+    take_rows,
+)
+from .latents import LiveMoments, MomentCache, to_device
+from .models import Model
+from .safe_zone import SafeZone
+from .settings import ConceptSettings, TrainingSettings
+from .stream import Generators, SampleStream
+from .training_images import TrainingImages
+from .training_run import Run
+
+__all__ = ["Batch", "Concept", "Group", "Sample", "groups", "start_concepts"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sample:
+    """One concept's share of a batch: `ids` long (B, L) per text encoder, `mask` (B, 1, h, w) or None."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    ids: list[torch.Tensor]
+    mask: torch.Tensor | None
+    last: bool  # of its epoch
+
+
+@dataclass
+class Concept:
+    """One embedding in training: what is its own, and not shared with others in the batch."""
+
+    settings: ConceptSettings
+    zone: SafeZone
+    images: TrainingImages
+    tokenizers: list
+    generators: Generators
+    stream: SampleStream
+    start: list[torch.Tensor]  # its rows (n, D) of every text encoder where the training begins
+    moments: MomentCache | LiveMoments
+    masks: torch.Tensor | None  # (N, 2, 1, h, w) on the latent grid
+    step: int = 0
+    checkpoint: dict[str, Any] | None = None  # state loaded from a checkpoint
+    rows: slice | None = None  # its rows among those of its group
+    caption_ids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def name(self) -> str:
+        return self.output_dir.name
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The generator of its latents, noise and timesteps, on the training's device."""
+        return self.generators.device
+
+    def mask(self, indices: list[int], flips: list[bool]) -> torch.Tensor | None:
+        """The masks of these images, each mirrored or not, (B, 1, h, w)."""
+        if self.masks is None:
+            return None
+        return self.masks[tuple(to_device(list(map(int, places)), self.masks.device)
+                                for places in (indices, flips))]
+
+    def ids(self, templates: list[str]) -> list[torch.Tensor]:
+        """The token ids of these captions, long (B, L) per text encoder."""
+        return [torch.stack(of_encoder) for of_encoder in
+                zip(*(self.caption_ids[template] for template in templates), strict=True)]
+
+    def resume(self, name: str | None, settings: TrainingSettings) -> str:
+        """Load the checkpoint `name` of its folder, if there is one; returns a message for the user."""
+        folder = self.output_dir
+        found = name and find_checkpoint(folder, name)
+        if found:
+            self.checkpoint, own = load_checkpoint(found, self.fingerprint(settings), self.stream.rank)
+            self.step, self.start = self.checkpoint["step"], self.checkpoint["rows"]
+            self.stream.load_state_dict(own["stream"])
+            self.generators.load_state_dict(own["random"])
+            return f"Resuming from {found}."
+        if name:
+            return f"There is no checkpoint in {folder} yet: starting anew."
+        old = len(list_checkpoints(folder))
+        return f"{folder} holds {old} checkpoints of an earlier run, which this run may replace." * bool(old)
+
+    def fingerprint(self, settings: TrainingSettings) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        return {"placeholder_token": self.settings.placeholder_token, "num_vectors": settings.num_vectors,
+                "repeats": self.settings.repeats, "train_batch_size": settings.train_batch_size,
+                "learnable_property": self.settings.learnable_property,
+                "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+                "embedding width": [part.shape[1] for part in self.start],
+                "number of processes": self.stream.num_ranks,
+                "images": [path.name for path in self.images.paths]}
+
+
+def start_concepts(run: Run, model: Model, wanted: list[ConceptSettings],
+                   images: list[TrainingImages]) -> list[Concept]:
+    """The concepts of a run before their first step, with latents, masks and random numbers of their own.
+
+    Draws as upstream does: a seed's numbers begin with those of `resize_token_embeddings`.
+    """
+    settings = run.settings
+    sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
+    vocabulary, states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
+    for each, own_images in zip(wanted, images, strict=True):
+        zone = each.zone(settings.resolution, model).fit(model.num_timesteps)
+        tokenizers = copy.deepcopy(model.tokenizers)
+        initializers = [add_tokens(tokenizer, each.placeholder_token, each.initializer_token,
+                                   settings.num_vectors)[1] for tokenizer in tokenizers]
+        if words := ordinary_words_with(each.placeholder_token, vocabulary):
+            logger.warning(f"The placeholder '{each.placeholder_token}' is part of ordinary words "
+                           f"({', '.join(words[:3])}), in which it will be found too; "
+                           f"'<{each.placeholder_token}>' would be safe.")
+        generators = Generators(run.device)
+        if each.seed not in states:
+            states[each.seed] = _seeded(run, model, tokenizers, sizes, each.seed)
+        generators.load_state_dict(states[each.seed])
+        weights = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
+        masks = own_images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
+        concepts.append(Concept(
+            each, zone, own_images, tokenizers, generators,
+            SampleStream(len(own_images), each.repeats, templates_for(each.learnable_property),
+                         settings.train_batch_size, generators, rank=run.rank, num_ranks=run.num_ranks,
+                         agree=run.agree),
+            [weight[[initializer] * settings.num_vectors].detach()
+             for weight, initializer in zip(weights, initializers, strict=True)],
+            LiveMoments(model.moments, own_images.pixels) if settings.no_cache_latents else MomentCache(
+                model.moments, own_images.pixels, len(own_images), settings.train_batch_size,
+                memory_limit=int(settings.latent_cache_gb * 2**30), folder=each.output_dir),
+            None if masks is None else masks.to(run.device)))
+    if not settings.no_cache_latents:
+        model.vae = None  # the caches are all that the training needs of it
+    return concepts
+
+
+def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: int) -> dict[str, Any]:
+    """The random numbers of a seed after the text encoders have got rows for the new tokens."""
+    from accelerate.utils import set_seed
+
+    for encoder, size in zip(model.text_encoders, sizes, strict=True):
+        encoder.resize_token_embeddings(size)
+    set_seed(seed, device_specific=run.together)  # every rank draws its own noise
+    for encoder, tokenizer in zip(model.text_encoders, tokenizers, strict=True):
+        encoder.resize_token_embeddings(len(tokenizer))  # draws, in upstream too
+    return Generators(run.device).state_dict()
+
+
+@dataclass
+class Batch:
+    """The samples of several concepts as one batch of the networks."""
+
+    concepts: list[Concept]
+    samples: list[Sample]
+
+    def __post_init__(self):
+        samples = self.samples
+        self.latents, self.noise, self.timesteps = (
+            torch.cat([getattr(sample, name) for sample in samples])
+            for name in ("latents", "noise", "timesteps"))
+        self.ids = [torch.cat(ids) for ids in zip(*(sample.ids for sample in samples), strict=True)]
+        masks = [concept.zone.mask_latents(sample.mask)
+                 for concept, sample in zip(self.concepts, samples, strict=True)]
+        self.latent_mask = None if all(mask is None for mask in masks) else torch.cat([
+            torch.ones_like(sample.latents[:, :1]) if mask is None else mask
+            for mask, sample in zip(masks, samples, strict=True)])
+
+    def split(self, error: torch.Tensor) -> Iterator[tuple[Concept, Sample, torch.Tensor]]:
+        """Every concept's sample and its part of the errors of the batch."""
+        errors = error.split([len(sample.timesteps) for sample in self.samples])
+        return zip(self.concepts, self.samples, errors, strict=True)
+
+
+def groups(concepts: list[Concept], size: int) -> Iterator[list[Concept]]:
+    """The concepts in groups that can share batches: at the same step, at most `size`."""
+    for step in sorted({concept.step for concept in concepts}):
+        same = [concept for concept in concepts if concept.step == step]
+        yield from (same[i:i + size] for i in range(0, len(same), size))
+
+
+class Group:
+    """Concepts at one step that share the batches of the networks; a single concept is a group of one.
+
+    Batching changes no result: the networks treat samples, and AdamW rows, independently. `rows` are the
+    trained rows of all, a parameter (K n, D) per text encoder.
+    """
+
+    def __init__(self, run: Run, model: Model, frozen: list[torch.Tensor], concepts: list[Concept]):
+        self.run, self.step, self.concepts = run, concepts[0].step, list(concepts)
+        self.alone = len(concepts) == 1
+        count, self.rows = run.settings.num_vectors, []
+        for i, (encoder, matrix) in enumerate(zip(model.text_encoders, frozen, strict=True)):
+            embedding = NewRows(matrix, torch.cat([concept.start[i] for concept in concepts])).to(run.device)
+            encoder.set_input_embeddings(embedding)
+            encoder.train()
+            self.rows.append(embedding.rows)
+        for i, concept in enumerate(concepts):
+            concept.rows = slice(i * count, (i + 1) * count)
+            concept.caption_ids = {template: self._caption(concept, template, frozen)
+                                   for template in concept.stream.templates}
+
+    def _caption(self, concept: Concept, template: str, frozen: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder."""
+        caption = template.format(placeholder_prompt(concept.settings.placeholder_token,
+                                                     self.run.settings.num_vectors))
+        ids = [tokenizer(caption, padding="max_length", truncation=True,
+                         max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
+               for tokenizer in concept.tokenizers]
+        return [torch.where(own < len(matrix), own, own + concept.rows.start).to(self.run.device)
+                for own, matrix in zip(ids, frozen, strict=True)]
+
+    def rows_of(self, concept: Concept) -> list[torch.Tensor]:
+        """A concept's rows, (n, D) per text encoder."""
+        return [part[concept.rows].detach() for part in self.rows]
+
+    def micro_batches(self, draw: Callable[[Concept, Model], Sample], model: Model) -> Iterator[Batch]:
+        """The batches of one optimizer step; a concept's step ends early with its epoch."""
+        drawing = list(self.concepts)
+        for _ in range(self.run.settings.gradient_accumulation_steps):
+            batch = Batch(drawing, [draw(concept, model) for concept in drawing])
+            yield batch
+            drawing = [concept for concept, sample in zip(drawing, batch.samples, strict=True)
+                       if not sample.last]
+            if not drawing:
+                break
+
+    def load_state(self, optimizer: Any, schedule: Any) -> None:
+        """Continue the optimizer, the schedule and the loss scaler of the concepts' checkpoints, if any."""
+        if not self.step:
+            return
+        states = [concept.checkpoint for concept in self.concepts]
+        optimizer.load_state_dict(join_rows([state["optimizer"] for state in states]))
+        schedule.load_state_dict(states[0]["lr_scheduler"])
+        scaler = self.run.accelerator.scaler
+        if scaler is not None and states[0]["scaler"] is not None:
+            scaler.load_state_dict(states[0]["scaler"])
+
+    def save_checkpoint(self, concept: Concept, optimizer: Any, schedule: Any) -> None:
+        """Write a concept's checkpoint, and prune older ones; all its ranks must call this."""
+        run, scaler = self.run, self.run.accelerator.scaler
+        common = {"step": self.step, "rows": [part.cpu() for part in self.rows_of(concept)],
+                  "optimizer": take_rows(optimizer.state_dict(), concept.rows),
+                  "lr_scheduler": schedule.state_dict(), "fingerprint": concept.fingerprint(run.settings),
+                  "scaler": None if scaler is None else scaler.state_dict()}
+        own = {"stream": concept.stream.state_dict(), "random": concept.generators.state_dict()}
+        save_checkpoint(concept.output_dir, self.step, common, own, rank=run.rank, barrier=run.barrier)
+        if run.settings.checkpoints_total_limit and run.rank == 0:
+            prune_checkpoints(concept.output_dir, run.settings.checkpoints_total_limit)

@@ -1,0 +1,113 @@
+"""Data sets of concepts to learn: where each concept's images and masks are, and the words for it.
+
+"pocket" draws its concepts. "dreambooth" is a folder with a sub-folder of images per concept, as published
+with DreamBooth (Ruiz et al. 2023). "customconcept101" (Kumari et al. 2023) has such folders and dataset.json,
+a list of their class words and prompts. Masks are in `<mask_dir>/<concept>/<stem>.png`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from . import pocket
+from .captions import EVALUATION_PROMPTS, read_prompt_templates
+from .errors import InputError
+from .images import crop_and_resize, list_images, read_image, save_png
+from .masks import find_masks, read_mask
+
+__all__ = ["READERS", "DatasetConcept", "read_concepts", "write_images"]
+
+
+@dataclass(frozen=True)
+class DatasetConcept:
+    """One concept to learn; in `prompts` a `{}` stands for its token, or its class word in a CLIP score."""
+
+    name: str
+    image_dir: Path | None  # None: drawn by the pocket world
+    mask_dir: Path | None
+    initializer: str
+    class_word: str
+    prompts: tuple[str, ...]
+
+
+def read_pocket(dataset_dir: Path | None = None, mask_dir: Path | None = None, initializer: str | None = None,
+                prompts: Sequence[str] | None = None) -> list[DatasetConcept]:
+    """The novel concepts of the pocket world, whose images and masks `write_images` draws."""
+    return [DatasetConcept(name, None, None, initializer or "object", "object",
+                           tuple(prompts or pocket.PROMPTS)) for name in pocket.NOVEL_CONCEPTS]
+
+
+def read_dreambooth(dataset_dir: Path, mask_dir: Path | None = None, initializer: str | None = None,
+                    prompts: Sequence[str] | None = None) -> list[DatasetConcept]:
+    """A concept per sub-folder; `initializer` is its class word too."""
+    if not dataset_dir.is_dir():
+        raise InputError(f"The data set '{dataset_dir}' is no folder.")
+    folders = sorted(path for path in dataset_dir.iterdir()
+                     if path.is_dir() and not path.name.startswith("."))
+    word = initializer or "object"
+    return [DatasetConcept(folder.name, folder, mask_dir and mask_dir / folder.name, word, word,
+                           tuple(prompts or EVALUATION_PROMPTS)) for folder in folders]
+
+
+def read_customconcept101(dataset_dir: Path, mask_dir: Path | None = None, initializer: str | None = None,
+                          prompts: Sequence[str] | None = None) -> list[DatasetConcept]:
+    """The concepts of dataset.json, initialized by the last word of their class, each with its prompts."""
+    index, concepts = dataset_dir / "dataset.json", []
+    try:
+        entries = [(Path(entry["instance_data_dir"]), entry["class_prompt"],
+                    initializer or entry["class_prompt"].split()[-1], entry.get("prompt_filename"))
+                   for entry in json.loads(index.read_text())]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"'{index}' cannot be read as CustomConcept101's list of concepts "
+                         f"({type(error).__name__}: {error}).") from None
+    for folder, class_word, word, prompt_file in entries:
+        name, own = folder.name, dataset_dir / prompt_file if prompt_file else None
+        # The list has the paths of its authors' machine, of which only the last name is sure to exist here.
+        image_dir = dataset_dir / folder if (dataset_dir / folder).is_dir() else dataset_dir / name
+        own_prompts = prompts or (read_prompt_templates(own) if own and own.is_file()
+                                  else EVALUATION_PROMPTS)
+        concepts.append(DatasetConcept(name, image_dir, mask_dir and mask_dir / name, word, class_word,
+                                       tuple(own_prompts)))
+    return concepts
+
+
+READERS: dict[str, Callable[..., list[DatasetConcept]]] = {
+    "pocket": read_pocket, "dreambooth": read_dreambooth, "customconcept101": read_customconcept101}
+
+
+def read_concepts(dataset: str, dataset_dir: Path | None = None, mask_dir: Path | None = None, *,
+                  names: Sequence[str] | None = None, initializer: str | None = None,
+                  prompts: Sequence[str] | None = None) -> dict[str, DatasetConcept]:
+    """Concepts of a data set by name: those of `names`, in that order, or all.
+
+    `initializer` and `prompts` replace the data set's own. InputError names a data set that cannot be read
+    and a concept that is not in it.
+    """
+    concepts = READERS[dataset](dataset_dir, mask_dir, initializer, prompts)
+    known = {concept.name: concept for concept in concepts}
+    if not known:
+        raise InputError(f"The data set '{dataset_dir}' holds no concept.")
+    if unknown := [name for name in names or [] if name not in known]:
+        raise InputError(f"The data set has no concept '{unknown[0]}'; choose from: {', '.join(known)}.")
+    return {name: known[name] for name in names or known}
+
+
+def write_images(concept: DatasetConcept, image_dir: Path, mask_dir: Path | None, resolution: int) -> None:
+    """Write a concept's images, and with `mask_dir` its masks, as square PNGs of `resolution` pixels.
+
+    The concepts of the pocket world are drawn at 128 pixels. InputError names an image without a mask.
+    """
+    if concept.image_dir is None:
+        pocket.write_concept(concept.name, image_dir, mask_dir)
+        return
+    paths = list_images(concept.image_dir)
+    masks = find_masks(concept.mask_dir, paths) if mask_dir else [None] * len(paths)
+    for path, mask in zip(paths, masks, strict=True):
+        image, name = read_image(path), f"{path.stem}.png"
+        save_png(crop_and_resize(image, resolution, center_crop=True), image_dir / name)
+        if mask is not None:
+            save_png(crop_and_resize(read_mask(mask, image.size), resolution, True, Image.Resampling.NEAREST),
+                     mask_dir / name)

@@ -1,0 +1,99 @@
+"""Diagnosis of a folder of images, as `diagnose_images.py` does it.
+
+The output folder gets `diagnosis.json` (`szt_utils.diagnosis.report`), `calibration.json` when clean images
+are given, `options.json`, and `stats.jsonl` with the signals of every image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from . import pocket
+from .devices import best_device, dtype_of
+from .diagnosis import SIGNALS, calibrate, check_clean_count, image_signals, read_calibration, report
+from .errors import InputError
+from .files import write_json
+from .folder_run import FolderRun, sha256_of
+from .images import list_images, read_image
+from .models import load_model
+from .square_images import read_square, resolution_for
+
+__all__ = ["DiagnosisSettings", "diagnose_folder"]
+
+
+@dataclass(frozen=True)
+class DiagnosisSettings:
+    """What decides a diagnosis; a field has the name and the meaning of its flag."""
+
+    pretrained_model_name_or_path: str
+    image_dir: str
+    clean_dir: str | None = None
+    calibration: str | None = None
+    resolution: int | None = None
+    seed: int = 0
+    mixed_precision: str = "no"
+    revision: str | None = None
+    variant: str | None = None
+
+
+def diagnose_folder(settings: DiagnosisSettings, output_dir: str | Path) -> dict[str, Any]:
+    """Write and print the diagnosis of every image of a folder; returns the content of diagnosis.json.
+
+    Signals that stats.jsonl holds are not computed again. InputError for input that cannot be used, before
+    anything is written.
+    """
+    run = FolderRun(output_dir, "diagnose_images.py", asdict(settings), settings.image_dir)
+    calibration = _find_calibration(settings)
+    root = Path(settings.image_dir)
+    clean = list_images(settings.clean_dir, recursive=True) if settings.clean_dir else []
+    paths = list_images(root, recursive=True)
+    if calibration is None:
+        check_clean_count(len(clean))
+    signals = _measure([*clean, *paths], settings, run)
+    if calibration is None:
+        calibration = calibrate([signals[path] for path in clean])
+        write_json(run.folder / "calibration.json", calibration)
+    diagnosis = report(calibration, {path.relative_to(root).as_posix(): signals[path] for path in paths})
+    write_json(run.folder / "diagnosis.json", diagnosis)
+    for name, image in diagnosis["images"].items():
+        print(f"{name}: {image['sentence']}")
+    print(diagnosis["sentence"])
+    return diagnosis
+
+
+def _find_calibration(settings: DiagnosisSettings) -> dict[str, Any] | None:
+    """The calibration to use, None with a clean_dir; InputError when the model has none."""
+    if settings.calibration:
+        return read_calibration(settings.calibration)
+    if settings.clean_dir:
+        return None
+    if Path(settings.pretrained_model_name_or_path).resolve() == Path(pocket.model_path()).resolve():
+        return read_calibration(pocket.calibration_path())
+    raise InputError(f"The model '{settings.pretrained_model_name_or_path}' needs --clean_dir, a folder of "
+                     "clean images, or the --calibration of an earlier run: only the pocket model has one "
+                     "built in.")
+
+
+def _measure(paths: Sequence[Path], settings: DiagnosisSettings, run: FolderRun) -> dict[Path, list[float]]:
+    """The signals of every image; those of an image in the run's records are taken from there."""
+    for path in paths:
+        read_image(path)  # an unreadable file must not stop the run half-way
+    model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
+                       variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
+                       device=best_device())
+    resolution = resolution_for(model, settings.resolution)
+    run.begin()
+    known = {record["sha256"]: [record[name] for name in SIGNALS] for record in run.records}
+    signals = {}
+    for path in tqdm(paths, desc="signals", unit="image"):
+        _, pixels = read_square(path, resolution)
+        sha256 = sha256_of(pixels)
+        if sha256 not in known:
+            known[sha256] = image_signals(model, pixels, seed=settings.seed)
+            run.append([{"file": str(path), "sha256": sha256,
+                         **dict(zip(SIGNALS, known[sha256], strict=True))}])
+        signals[path] = known[sha256]
+    return signals

@@ -1,0 +1,162 @@
+"""Evaluation of a learned embedding (paper Sec. 5.1.3): generate images of prompts, then score them.
+
+`evaluate_embedding` returns images and scores; `evaluate_to_folder` is what `evaluate.py` does: it writes
+`images/`, `scores.json`, `contact_sheet.png` and `options.json`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from . import pocket
+from .captions import EVALUATION_PROMPTS, read_prompt_templates
+from .devices import best_device, dtype_of
+from .errors import InputError
+from .files import write_json
+from .folder_run import FolderRun
+from .generation import generate, load_into_pipeline, load_pipeline
+from .images import contact_sheet, list_images, read_image, save_png
+from .metrics import METRICS, Networks, score_images
+
+__all__ = ["EvaluationSettings", "evaluate_embedding", "evaluate_to_folder", "evaluate_token",
+           "find_embedding"]
+
+# The settings that decide the images; metrics and networks may change from run to run.
+_DECISIVE = ("pretrained_model_name_or_path", "revision", "variant", "images_per_prompt",
+             "num_inference_steps", "guidance_scale", "seed", "mixed_precision")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What decides an evaluation; a field has the name and the meaning of its flag.
+
+    Without a model, it is the pocket model and its prompts; without `dino` and `clip`, the pocket networks.
+    """
+
+    embeddings: str
+    clean_dir: str
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    prompts_file: str | None = None
+    images_per_prompt: int = 5
+    class_word: str = "object"
+    metrics: Sequence[str] = METRICS
+    dino: str | None = None
+    clip: str | None = None
+    inception: str | None = None
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    batch_size: int = 8
+    seed: int = 100
+    mixed_precision: str = "no"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, with `{}` for the concept; InputError for an invalid prompts file."""
+        if self.prompts_file:
+            return read_prompt_templates(self.prompts_file)
+        return list(EVALUATION_PROMPTS if self.pretrained_model_name_or_path else pocket.PROMPTS)
+
+    @property
+    def networks(self) -> Networks:
+        """The networks of the metrics."""
+        return Networks(self.dino or pocket.dino_path(), self.clip or pocket.clip_path(), self.inception)
+
+
+def find_embedding(path: str | Path) -> Path:
+    """The file of an embedding, given as the file or the training's output folder; InputError if missing."""
+    path = Path(path)
+    file = path / "learned_embeds.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"The embedding '{file}' does not exist; "
+                         "give its file or the training's output folder.")
+    return file
+
+
+def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image], prompts: Sequence[str],
+                       networks: Networks, *, device: torch.device | str = "cpu",
+                       pipeline_options: dict[str, Any] | None = None,
+                       **options: Any) -> tuple[list[Image.Image], dict[str, float]]:
+    """`evaluate_token` of a learned embedding's file with a Diffusers model.
+
+    `pipeline_options` go to `generation.load_pipeline`, other options to `evaluate_token`.
+    """
+    pipeline = load_pipeline(model, device=device, **(pipeline_options or {}))
+    token = load_into_pipeline(pipeline, embedding)
+    return evaluate_token(pipeline, token, real, prompts, networks, **options)
+
+
+def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: Sequence[str],
+                   networks: Networks, *, images_per_prompt: int = 1, class_word: str = "object",
+                   metrics: Iterable[str] = ("dino",), seed: int = 100, folder: str | Path | None = None,
+                   **sampling: Any) -> tuple[list[Image.Image], dict[str, float]]:
+    """Generate images of a pipeline's token and score them against `real`, the clean images.
+
+    Returns the images, `images_per_prompt` of the first prompt, then of the next, and their scores. `prompts`
+    hold `{}` for the token, for the CLIP score replaced by `class_word`. `sampling` and `folder` go to
+    `generation.generate`.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    generated = generate(pipeline, [prompt.format(token) for prompt in repeated], seed=seed, folder=folder,
+                         **sampling)
+    texts = [prompt.format(class_word) for prompt in repeated]
+    return generated, score_images(generated, real, texts, networks, metrics, pipeline.device)
+
+
+def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> None:
+    """Write and print an evaluation; images that the folder holds are not generated again.
+
+    InputError for input that cannot be used: networks are loaded after the images are generated, everything
+    else before anything is written.
+    """
+    output_dir, embedding, prompts = Path(output_dir), find_embedding(settings.embeddings), settings.prompts
+    if output_dir.resolve().is_relative_to(Path(settings.clean_dir).resolve()):
+        raise InputError(f"--output_dir '{output_dir}' is --clean_dir or lies in it; "
+                         "give another --output_dir.")
+    arguments = {name: getattr(settings, name) for name in _DECISIVE}
+    arguments |= {"embeddings": hashlib.sha256(embedding.read_bytes()).hexdigest(), "prompts_file": prompts}
+    run = FolderRun(output_dir, "evaluate.py", arguments)
+    real = [read_image(path) for path in list_images(settings.clean_dir)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        pipeline = load_pipeline(settings.pretrained_model_name_or_path or pocket.model_path(),
+                                 device=best_device(), revision=settings.revision, variant=settings.variant,
+                                 torch_dtype=dtype_of(settings.mixed_precision))
+        token = load_into_pipeline(pipeline, embedding)
+        run.begin(settings=asdict(settings))
+        generated, scores = evaluate_token(
+            pipeline, token, real, prompts, settings.networks, folder=output_dir / "images",
+            images_per_prompt=settings.images_per_prompt, class_word=settings.class_word,
+            metrics=settings.metrics, seed=settings.seed, steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale, batch_size=settings.batch_size, progress=True)
+    messages = []
+    if settings.pretrained_model_name_or_path and not (settings.dino and settings.clip):
+        messages.append("The bundled networks only know the pocket world; give --dino and --clip for photos.")
+    messages += [str(message.message) for message in caught if message.category is UserWarning]
+    _write(settings, output_dir, prompts, real, generated, scores, messages)
+
+
+def _write(settings: EvaluationSettings, output_dir: Path, prompts: list[str], real: list[Image.Image],
+           generated: list[Image.Image], scores: dict[str, float], messages: list[str]) -> None:
+    """Write scores.json and contact_sheet.png, and print warnings and scores."""
+    write_json(output_dir / "scores.json", {
+        "metrics": scores, "generated": len(generated), "real": len(real),
+        "dino": settings.dino or "pocket", "clip": settings.clip or "pocket",
+        "inception": settings.inception, "class_word": settings.class_word, "warnings": messages})
+    count = settings.images_per_prompt
+    rows = [("the clean images", real)]
+    rows += [(prompt.format("<concept>"), generated[i * count:(i + 1) * count])
+             for i, prompt in enumerate(prompts)]
+    save_png(contact_sheet(rows), output_dir / "contact_sheet.png")
+    for message in dict.fromkeys(messages):
+        print(f"warning: {message}")
+    print(f"{len(generated)} generated images, {len(real)} clean ones")
+    for name, value in scores.items():
+        print(f"  {name:10s} {value:.4f}")

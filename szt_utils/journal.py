@@ -1,0 +1,99 @@
+"""The losses of a training: in stats.jsonl, in trackers, in the progress bar; and concepts that diverge."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .concepts import Concept, Group
+from .files import append_stats
+from .masks import masked_mean
+from .training_run import Run
+
+__all__ = ["Journal"]
+
+_NAMES = ("loss", "loss_inside", "loss_outside")
+
+
+@dataclass
+class _Losses:
+    """A concept's last loss, with its plain mean inside and outside the masks, and those not yet read."""
+
+    last: torch.Tensor | None = None  # (1,) or (3,)
+    waiting: list[tuple[int, torch.Tensor, float]] = field(default_factory=list)  # step, last, learning rate
+
+
+class Journal:
+    """The records of a group's training; a context that shows its progress bar.
+
+    Losses are read in blocks of steps: reading one makes the host wait for the device. A concept whose loss
+    or rows are not finite leaves the group, and the others go on; `failures` holds a message for each.
+    """
+
+    def __init__(self, run: Run, group: Group):
+        from tqdm.auto import tqdm
+
+        self.run, self.group, self.failures = run, group, []
+        self.losses = {id(concept): _Losses() for concept in group.concepts}
+        steps, count = run.settings.max_train_steps, len(group.concepts)
+        self.progress = tqdm(total=steps, initial=min(group.step, steps),
+                             desc="Steps" if group.alone else f"Steps of {count} concepts",
+                             disable=not run.accelerator.is_local_main_process)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.close()  # before an error is printed, so that the error has a line of its own
+
+    def note(self, concept: Concept, loss: torch.Tensor, error: torch.Tensor,
+             mask: torch.Tensor | None) -> None:
+        """Note a micro-batch's loss, and its squared errors (B, C, h, w) inside and outside the mask."""
+        parts = [] if mask is None else [masked_mean(error.detach(), part, "area")
+                                         for part in (mask, 1 - mask)]
+        self.losses[id(concept)].last = torch.stack([loss.detach(), *parts])
+
+    def end_step(self, lr: float) -> None:
+        """Record the step that has just ended, at this learning rate; reads losses only when needed."""
+        group, settings = self.group, self.run.settings
+        self.progress.update(1)
+        for concept in group.concepts:
+            losses = self.losses[id(concept)]
+            losses.waiting.append((group.step, losses.last, lr))
+        if group.step % 10 == 0 or group.step == settings.max_train_steps or any(
+                group.step % every == 0 for every in (settings.save_steps, settings.checkpointing_steps)):
+            self._read(lr)
+
+    def _read(self, lr: float) -> None:
+        shown = []
+        for concept in list(self.group.concepts):
+            waiting = self.losses[id(concept)].waiting
+            values = torch.stack([losses for _, losses, _ in waiting]).tolist() if waiting else []
+            records = [{"step": step, **dict(zip(_NAMES, losses, strict=False)), "lr": at}
+                       for (step, _, at), losses in zip(waiting, values, strict=True)]
+            waiting.clear()
+            if problem := self._problem(concept, records):
+                self.failures.append(problem if self.group.alone else f"{concept.name}: {problem}")
+                self.group.concepts.remove(concept)
+            elif records and self.run.rank == 0:
+                self._write(concept, records)
+                shown.append(records[-1]["loss"])
+        if shown:
+            self.progress.set_postfix(loss=f"{sum(shown) / len(shown):.4f}", lr=lr)
+
+    def _problem(self, concept: Concept, records: list[dict[str, float]]) -> str | None:
+        if bad := [record["step"] for record in records if not math.isfinite(record["loss"])]:
+            return (f"The loss is not a number at step {bad[0]}; files written before are kept. "
+                    "Lower --learning_rate, or use bf16 instead of fp16.")
+        # The last step's update has no loss to show it yet, but may be about to be saved.
+        if not all(rows.isfinite().all() for rows in self.group.rows_of(concept)):
+            return (f"The embedding is not finite after step {self.group.step}; "
+                    "files written before are kept. Lower --learning_rate.")
+        return None
+
+    def _write(self, concept: Concept, records: list[dict[str, float]]) -> None:
+        append_stats(concept.output_dir / "stats.jsonl", records)
+        tag = "loss" if self.group.alone else f"loss/{concept.name}"
+        for record in records:
+            self.run.accelerator.log({tag: record["loss"], "lr": record["lr"]}, step=record["step"])

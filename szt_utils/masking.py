@@ -1,0 +1,255 @@
+"""Masks of the concept in a folder of images, with Segment Anything: what precompute_masks.py runs.
+
+A record of stats.jsonl says how a mask was made: "way", one of `WAYS`; "prompt", as in a points file, or the
+grid and the set of images of "auto"; "area", the mask's share of the image; "score", the model's own; and for
+"auto" the "confidence" (`consensus.Choice`).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .consensus import LARGEST_AREA, SMALLEST_AREA, candidate_masks, choose_masks
+from .devices import best_device
+from .errors import InputError
+from .folder_run import FolderRun
+from .images import name_results, read_image, read_upright, save_png
+from .mask_page import MaskPage, PageImage, serve
+from .mask_preview import mask_sheet
+from .safe_zone import SafeZone
+from .sam_prompts import SamPrompt, prompt_to_json, read_points_file, relative_prompt
+from .segment import SamCheckpoint, SamModel, load_segmenter, resize_to_image, segment
+
+__all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
+
+WAYS = ("auto", "point", "box", "points_file", "text", "ui")
+_LOW_CONFIDENCE = 0.3
+
+
+@dataclass(frozen=True)
+class MaskingSettings:
+    """The settings of a run; exactly one of `WAYS` marks the concept, else InputError.
+
+    Points (x, y) and the box (left, top, right, bottom) are shares of the width and height; a `points_file`
+    (`sam_prompts`) is in pixels. `grid` belongs to auto, `port` to ui. The preview and the page show what a
+    training with this resolution, mask dilation (by default the paper's) and crop makes of the masks.
+    """
+
+    image_dir: str
+    output_dir: str
+    sam_checkpoint: str | None = None
+    sam_model: str | None = None
+    auto: bool = False
+    point: Sequence[Sequence[float]] | None = None
+    box: Sequence[float] | None = None
+    points_file: str | None = None
+    text: str | None = None
+    ui: bool = False
+    grid: int = 12
+    preview: bool = False
+    port: int = 0
+    resolution: int = 512
+    mask_dilation: int | None = None
+    center_crop: bool = False
+
+    def __post_init__(self):
+        if len(self._ways()) != 1:
+            raise InputError(f"Exactly one of {', '.join(WAYS)} must mark the concept.")
+
+    def _ways(self) -> list[str]:
+        return [way for way in WAYS if getattr(self, way) not in (None, False)]
+
+    @property
+    def way(self) -> str:
+        """The one of `WAYS` that is set."""
+        return self._ways()[0]
+
+    @property
+    def zone(self) -> SafeZone:
+        """The zone whose mask dilation the preview and the page show."""
+        return SafeZone.paper(self.resolution, mask_dilation=self.mask_dilation)
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """An upright RGB image, its path, the name of its mask, and the SHA-256 of its size and pixels."""
+
+    path: Path
+    name: str
+    image: Image.Image
+    sha256: str
+
+
+class Masks(FolderRun):
+    """The output folder: masks and their records."""
+
+    def __init__(self, settings: MaskingSettings):
+        arguments = {name: getattr(settings, name) for name in ("image_dir", "sam_checkpoint", "sam_model")}
+        super().__init__(settings.output_dir, "precompute_masks.py", arguments, settings.image_dir)
+
+    def is_finished(self, job: ImageJob, way: str, *prompts: dict[str, Any]) -> bool:
+        """Whether the image's mask was made by clicking, or in this way from one of these prompts."""
+        record = self.finished.get(job.name)
+        return (record is not None and record["sha256"] == job.sha256
+                and (record["way"] == "ui" or (record["way"] == way and record["prompt"] in prompts)))
+
+    def save(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any], score: float,
+             **more: Any) -> dict[str, Any]:
+        """Write a mask, bool (H, W), and its record, which is returned."""
+        save_png(Image.fromarray(mask.numpy()).convert("L"), self.folder / job.name)
+        record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
+                  "prompt": prompt, "area": round(mask.float().mean().item(), 4), "score": round(score, 4),
+                  **more}
+        self.append([record])
+        return record
+
+    def read(self, job: ImageJob) -> Image.Image | None:
+        """The image's mask, "L" of 0 and 255, even if it is all black; None without one."""
+        path = self.folder / job.name
+        return read_upright(path).convert("L") if job.name in self.finished and path.exists() else None
+
+    def clicks(self, job: ImageJob) -> dict[str, Any]:
+        """The points that the image's mask was made from; empty if it was made in another way."""
+        record = self.finished.get(job.name, {})
+        return record["prompt"] if record.get("way") in ("ui", "points_file", "point") else {}
+
+
+def mask_folder(settings: MaskingSettings) -> None:
+    """Make the masks of a folder of images that are missing or outdated; print a summary and what to check.
+
+    Masks that were made by clicking are kept. InputError before any work for images, prompts and folders
+    that cannot be used.
+    """
+    masks, jobs = Masks(settings), read_jobs(settings.image_dir)
+    make = {"auto": mask_by_consensus, "ui": mask_by_clicking}.get(settings.way, mask_by_prompt)
+    make(settings, jobs, masks)
+    report(jobs, masks)
+    if settings.preview:
+        write_preview(settings, jobs, masks)
+
+
+def read_jobs(image_dir: str | Path) -> list[ImageJob]:
+    """The images of a folder; InputError when two would have the same mask."""
+    jobs = []
+    for name, path in name_results(image_dir, recursive=False).items():
+        image = read_image(path)
+        sha256 = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        jobs.append(ImageJob(path, name, image, sha256))
+    return jobs
+
+
+def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[SamPrompt]:
+    """The prompt of every image, for the ways point, box, points_file and text."""
+    if settings.points_file is not None:
+        prompts = read_points_file(settings.points_file, {job.path.name: job.image.size for job in jobs})
+        return [prompts[job.path.name] for job in jobs]
+    if settings.text is not None:
+        return [SamPrompt(text=settings.text)] * len(jobs)
+    return [relative_prompt(job.image.size, settings.point, settings.box) for job in jobs]
+
+
+def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+    """Mask every image by its own prompt."""
+    work = [(job, prompt) for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)
+            if not masks.is_finished(job, settings.way, prompt_to_json(prompt))]
+    masks.announce(len(jobs), len(work))
+    if not work:
+        return
+    segmenter = _load_segmenter(settings)
+    if settings.text is not None and not segmenter.takes_text:
+        raise InputError(f"The model '{segmenter.name}' takes no --text; give --point, --box, --points_file, "
+                         "--auto or --ui, or a SAM 3 model.")
+    masks.begin()
+    for job, prompt in tqdm(work, unit="image"):
+        try:
+            mask, score = segment(segmenter, segmenter.embed(job.image), prompt)
+        except InputError as error:
+            raise InputError(f"'{job.path}': {error}") from None
+        masks.save(job, mask, settings.way, prompt_to_json(prompt), score)
+
+
+def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+    """Mask what the images have in common; the choice in one image depends on all others."""
+    image_set = hashlib.sha256("".join(job.sha256 for job in jobs).encode()).hexdigest()
+    prompt = {"grid": settings.grid, "images": image_set}
+    prompt_of_0_1 = {"grid": settings.grid, "pictures": image_set}  # in folders made by version 0.1
+    missing = {job.name for job in jobs if not masks.is_finished(job, "auto", prompt, prompt_of_0_1)}
+    masks.announce(len(jobs), len(missing))
+    if not missing:
+        return
+    segmenter = _load_segmenter(settings)
+    masks.begin()
+    embedded, candidates = [], []
+    for job in tqdm(jobs, unit="image"):
+        full = segmenter.embed(job.image)
+        candidates.append(candidate_masks(segmenter, full, settings.grid))
+        embedded.append(dataclasses.replace(full, embedding=None, features=None))  # to save memory
+    for i, (job, choice) in enumerate(zip(jobs, choose_masks(candidates), strict=True)):
+        if job.name in missing:
+            logits = resize_to_image(candidates[i].logits[choice.index][None, None], embedded[i])
+            masks.save(job, logits[0, 0] > 0, "auto", prompt, candidates[i].merit[choice.index].item(),
+                       confidence=round(choice.confidence, 3))
+
+
+def mask_by_clicking(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+    """Serve the mask page until Ctrl-C."""
+    def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float) -> str | None:
+        return area_warning(masks.save(jobs[index], mask, "ui", prompt_to_json(prompt), score))
+
+    segmenter = _load_segmenter(settings)
+    masks.begin()
+    images = [PageImage(job.path.name, job.image, masks.read(job), masks.clicks(job)) for job in jobs]
+    page = MaskPage(segmenter, images, save, settings.zone, settings.resolution, settings.center_crop)
+    serve(page, settings.port,
+          lambda url: print(f"Open {url} in a browser on this computer; Ctrl-C ends.", flush=True))
+
+
+def _load_segmenter(settings: MaskingSettings) -> SamCheckpoint | SamModel:
+    return load_segmenter(settings.sam_checkpoint, settings.sam_model, best_device())
+
+
+def area_warning(record: dict[str, Any]) -> str | None:
+    """A warning for a mask of an untypical area; None for others."""
+    if not record["area"]:
+        return f"{record['source']}: the mask is all black, which training refuses"
+    if not SMALLEST_AREA <= record["area"] <= LARGEST_AREA:
+        return f"{record['source']}: the mask covers {record['area']:.1%} of the image"
+    return None
+
+
+def report(jobs: list[ImageJob], masks: Masks) -> None:
+    """Print how many masks there are, their areas and confidences, and which to check."""
+    records = [masks.finished[job.name] for job in jobs if job.name in masks.finished]
+    if not records:
+        return
+    areas = [record["area"] for record in records]
+    print(f"{len(records)} masks in '{masks.folder}'; the concept covers {sum(areas) / len(areas):.1%} "
+          f"of an image, from {min(areas):.1%} to {max(areas):.1%}.")
+    if confidences := [f"{record['source']} {record['confidence']:.2f}"
+                       for record in records if "confidence" in record]:
+        print(f"confidence: {', '.join(confidences)}")
+    for record in records:
+        if warning := area_warning(record):
+            print(f"warning: {warning}; check it.")
+        if record.get("confidence", 1) < _LOW_CONFIDENCE:
+            print(f"warning: {record['source']}: the mask has a low confidence ({record['confidence']:.2f}); "
+                  "check it, and correct it with --ui.")
+
+
+def write_preview(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+    """Write the contact sheet of all masks, preview/sheet.png in the output folder."""
+    pairs = [(job, mask) for job in jobs if (mask := masks.read(job)) is not None]
+    if not pairs:
+        return
+    path = masks.folder / "preview" / "sheet.png"
+    save_png(mask_sheet([job.path.name for job, _ in pairs], [job.image for job, _ in pairs],
+                        [mask for _, mask in pairs], settings.zone, settings.resolution,
+                        settings.center_crop), path)
+    print(f"The contact sheet is '{path}'.")

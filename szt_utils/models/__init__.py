@@ -1,0 +1,148 @@
+"""One protocol for every family of latent diffusion models, and THE denoising residual (paper Eq. 1-3).
+
+    z0 = scale * (E(x) - shift)      z_t = noised(z0, noise, t)
+    residual = predict(z_t, t, condition) - target(z0, noise, t)
+
+Everything that needs a model takes a `Model`. A family is one file: its parts, the condition of its network,
+and its target. `load_model` finds the family of a Diffusers folder.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import InputError
+from .parts import Condition, load_config
+from .sdxl import SDXL
+from .stable_diffusion import StableDiffusion
+
+__all__ = ["Condition", "Model", "evaluating", "expand", "find_family", "load_model", "residual", "tokenize"]
+
+# By the kind of embeddings that the U-Net takes besides the prompt's states.
+_FAMILIES = {None: StableDiffusion, "text_time": SDXL}
+
+
+class Model(Protocol):
+    """The frozen parts of a latent diffusion model, on one device; images are (B, 3, H, W) in [0, 1]."""
+
+    family: str  # as it is named to users
+    path: str
+    revision: str | None
+    variant: str | None
+    tokenizers: list
+    text_encoders: list[torch.nn.Module]
+    network: torch.nn.Module  # the U-Net or transformer
+    vae: torch.nn.Module | None
+    scheduler: Any
+    num_timesteps: int
+    vae_scale_factor: int  # pixels per latent cell along a side
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def moments(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean and log-variance of the images' latents, (B, 2 C, h, w), in the VAE's dtype."""
+
+    def latents(self, moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A sample of latents with these moments, scaled, (B, C, h, w)."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """The mean latents, scaled, (B, C, h, w) in the network's dtype; gradients flow."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of scaled latents, float32, about [0, 1] and not clipped; gradients flow."""
+
+    def condition(self, ids: list[torch.Tensor], sizes: torch.Tensor | None = None) -> Condition:
+        """What the network is told, from token ids, long (B, L) per tokenizer.
+
+        `sizes`, long (B, 4), are height and width of the original images, top and left of the crop; None
+        means images of the latents' size that were not cropped.
+        """
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """z_t, in the shape of `latents`, for long timesteps (B,)."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network is trained to predict, in the shape of `latents`."""
+
+    def predict(self, noised: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The network's prediction, in the shape of `noised`."""
+
+    def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Natural logarithm of the signal-to-noise ratio, float64 (B,); -inf at pure noise."""
+
+    def pipeline(self, *, tokenizers: list | None = None,
+                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
+        """The Diffusers pipeline of these parts, or of other tokenizers and text encoders.
+
+        With `from_files` it reads the network and the VAE again, in the precision of their files.
+        """
+
+
+def find_family(path: str, revision: str | None = None) -> type:
+    """The class of a Diffusers folder or repository's family; reads a config and no weights.
+
+    InputError for a family that is not supported.
+    """
+    kind = load_config(path, "unet", revision).get("addition_embed_type")
+    if kind not in _FAMILIES:
+        raise InputError(f"The U-Net of '{path}' takes '{kind}' embeddings; only "
+                         f"{' and '.join(family.family for family in _FAMILIES.values())} are supported.")
+    return _FAMILIES[kind]
+
+
+def load_model(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
+               text_dtype: torch.dtype | None = None) -> Model:
+    """Load a Diffusers folder or repository of any supported family, frozen and in evaluation mode.
+
+    All parts have `dtype`; the text encoders have `text_dtype` if it is given, and a VAE that would overflow
+    in float16 stays float32. `tokenizer` is another folder or id for the (first) tokenizer. InputError when a
+    part is missing or the family is not supported.
+    """
+    return find_family(path, revision).load(path, dtype=dtype, device=device, revision=revision,
+                                            variant=variant, tokenizer=tokenizer, text_dtype=text_dtype)
+
+
+def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+             condition: Condition, *, latent_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Prediction error, prediction - target, float32 (B, C, h, w); its square is the denoising loss (Eq. 2).
+
+    `latents` and `noise` are (B, C, h, w) in the network's dtype, `timesteps` long (B,). A `latent_mask`
+    (B, 1, h, w) multiplies the noised latents (the paper's ablation ZM), not the target.
+    """
+    noised = model.noised(latents, noise, timesteps)
+    if latent_mask is not None:
+        noised = noised * latent_mask.to(noised)
+    prediction = model.predict(noised, timesteps, condition)
+    return prediction.float() - model.target(latents, noise, timesteps).float()
+
+
+def tokenize(model: Model, prompts: str | list[str]) -> list[torch.Tensor]:
+    """Token ids of the prompts, padded and truncated to the tokenizer's length, long (B, L) per tokenizer."""
+    prompts = prompts if isinstance(prompts, list) else [prompts]
+    return [tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                      return_tensors="pt").input_ids for tokenizer in model.tokenizers]
+
+
+def expand(condition: Condition, count: int) -> Condition:
+    """The condition of one sample for `count` samples, without copying it."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in condition.items()}
+
+
+@contextlib.contextmanager
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode, and back into the mode they were in."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,92 @@
+"""The images of a folder that are poisoned, with their masks: as they are changed, and as they are attacked.
+
+Either is a square of the training resolution, or the image itself and, at about that resolution, the whole of
+it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .errors import InputError
+from .folder_run import sha256_of
+from .images import crop_and_resize, from_pil, name_results, read_image
+from .masks import dilate, find_masks, read_mask
+
+__all__ = ["ImageJob", "Tensors", "find_jobs", "read_job", "scale"]
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image to poison: its files, and the name of its result."""
+
+    name: str
+    path: Path
+    mask_path: Path | None = None
+    loss_mask_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """An image as it is changed and as it is attacked, float32 in [0, 1]; no mask is None."""
+
+    original: torch.Tensor  # (1, 3, H, W)
+    mask: torch.Tensor | None  # (1, 1, H, W), 1 where it may be changed
+    attacked: torch.Tensor  # (1, 3, h, w)
+    attacked_mask: torch.Tensor | None
+    loss_mask: torch.Tensor | None  # (1, 1, h, w), 1 where errors count
+
+    def sha256(self) -> str:
+        """The hash of what the result is made of."""
+        return sha256_of(self.original, self.mask, self.loss_mask)
+
+
+def find_jobs(image_dir: str | Path, mask_dir: str | Path | None = None,
+              loss_mask_dir: str | Path | None = None) -> list[ImageJob]:
+    """All images of a folder and its sub-folders with their masks; InputError when one lacks a mask."""
+    root, by_folder, jobs = Path(image_dir), {}, []
+    for name, path in name_results(root).items():
+        by_folder.setdefault(path.parent.relative_to(root), {})[name] = path
+    for folder, named in by_folder.items():
+        masks, loss_masks = (find_masks(Path(masks) / folder, list(named.values())) if masks
+                             else [None] * len(named) for masks in (mask_dir, loss_mask_dir))
+        jobs += map(ImageJob, named, named.values(), masks, loss_masks)
+    return jobs
+
+
+def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilation: int = 0) -> Tensors:
+    """Read an image and its masks; InputError when a file cannot be used.
+
+    The loss mask grows by `mask_dilation` pixels at the training resolution.
+    """
+    def read_both(path: Path | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A mask as it limits the change and as it limits the attack."""
+        if path is None:
+            return None, None
+        whole = read_mask(path, image.size)
+        part = scale(whole, resolution, keep_size, Image.Resampling.NEAREST)
+        if not part.any():
+            raise InputError(f"The mask '{path}' is black within the central square, or too fine for "
+                             f"--resolution {resolution}: no pixel of the image would count.")
+        return from_pil(whole) if keep_size else part, part
+
+    image = read_image(job.path)
+    attacked = scale(image, resolution, keep_size)
+    mask, attacked_mask = read_both(job.mask_path)
+    _, loss_mask = read_both(job.loss_mask_path)
+    return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask,
+                   None if loss_mask is None else dilate(loss_mask, mask_dilation))
+
+
+def scale(image: Image.Image, resolution: int, keep_size: bool,
+          resample: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
+    """An image or mask as the attack sees it, float32 (1, C, h, w) in [0, 1].
+
+    Its central square, or with `keep_size` the whole of it with sides that are multiples of 8.
+    """
+    if not keep_size:
+        return from_pil(crop_and_resize(image, resolution, True, resample))
+    size = [max(8, round(side * resolution / min(image.size) / 8) * 8) for side in image.size]
+    return from_pil(image.resize(size, resample))

@@ -1,0 +1,159 @@
+"""Purify a folder of images: what purify_images.py does."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from .devices import best_device, dtype_of
+from .errors import InputError
+from .folder_run import FolderRun, Record, sha256_of
+from .image_rng import image_generator
+from .images import crop_and_resize, from_pil, name_results, read_image, save_png, to_pil
+from .purify import DEFAULTS, PURIFIERS, check_strength
+
+__all__ = ["PurifySettings", "purify_folder"]
+
+# Images (B, 3, H, W) in [0, 1] and a CPU generator per image -> the purified images.
+Purifier = Callable[[torch.Tensor, list[torch.Generator]], torch.Tensor]
+Job = tuple[str, Path]  # the result's name and the image
+
+
+@dataclass(frozen=True)
+class PurifySettings:
+    """The settings of purify_images.py, by its flags' names; its help describes them.
+
+    None is the default of the method (`szt_utils.purify.DEFAULTS`); without `resolution` images keep their
+    size.
+    """
+
+    image_dir: str
+    method: str
+    jpeg_quality: int | None = None
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    upscaler: str | None = None
+    strength: float | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    prompt: str | None = None
+    resolution: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    mixed_precision: str = "no"
+
+
+def load_purifier(settings: PurifySettings) -> tuple[Purifier, dict[str, Any]]:
+    """The purifier and all its settings; InputError when they do not fit its model."""
+    method, pipelines = settings.method, []
+    given = {**asdict(settings), "quality": settings.jpeg_quality}
+    if method not in ("advclean", "jpeg"):
+        method, pipelines = load_pipelines(settings)
+    unused = [name for name in ("guidance_scale", "prompt", "upscaler")
+              if method == "pdmpure" and given[name] is not None]
+    if unused:
+        raise InputError(f"The model '{settings.pretrained_model_name_or_path}' has no text and no second "
+                         f"stage; leave out --{', --'.join(unused)}.")
+    chosen = {name: default if given.get(name) is None else given[name]
+              for name, default in DEFAULTS[method].items()}
+    function = PURIFIERS[method]
+    if not pipelines:
+        return lambda images, generators: function(images, **chosen), chosen
+    check_strength(chosen["strength"], chosen["steps"])
+    return (lambda images, generators: function(images, *pipelines, generators=generators, **chosen)), chosen
+
+
+def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
+    """The purifier's name in PURIFIERS and its Diffusers pipelines."""
+    import diffusers
+
+    path = settings.pretrained_model_name_or_path
+    files = {name: value for name, value in (("revision", settings.revision), ("variant", settings.variant))
+             if value is not None}
+    if settings.method == "regen":
+        return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, **files)]
+    if is_ddpm(path):
+        return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, **files)]
+    if not settings.upscaler:
+        raise InputError(f"The model '{path}' is IF's second stage, which needs --upscaler, such as "
+                         "stabilityai/stable-diffusion-x4-upscaler.")
+    return "pdmpure_if", [
+        load_pipeline(diffusers.IFImg2ImgSuperResolutionPipeline, path, settings, **files),
+        load_pipeline(diffusers.StableDiffusionUpscalePipeline, settings.upscaler, settings)]
+
+
+def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str | None) -> Any:
+    """A Diffusers pipeline of a folder or id, on the GPU if there is one; InputError when it cannot load."""
+    # Disable the safety checker and the watermark: both would alter the purified image.
+    files |= {} if cls.__name__ == "DDPMPipeline" else {"safety_checker": None}
+    files |= {"watermarker": None} if cls.__name__ == "IFImg2ImgSuperResolutionPipeline" else {}
+    try:
+        pipeline = cls.from_pretrained(path, torch_dtype=dtype_of(settings.mixed_precision), **files)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"The model '{path}' cannot be loaded as a {cls.__name__}: {reason}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(best_device())
+
+
+def is_ddpm(path: str) -> bool:
+    """Whether a folder or id holds a DDPMPipeline."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(path).get("_class_name") == "DDPMPipeline"
+    except (OSError, ValueError) as error:
+        raise InputError(f"The model '{path}' cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:
+    """An image as it is purified, float32 (1, 3, H, W) in [0, 1]."""
+    image = read_image(path)
+    return from_pil(crop_and_resize(image, resolution, center_crop=True) if resolution else image)
+
+
+def purify_batch(settings: PurifySettings, purifier: Purifier, jobs: list[Job],
+                 output_dir: Path) -> list[Record]:
+    """Purify images of one size together, save them, and return their records."""
+    images = [read_tensor(path, settings.resolution) for _, path in jobs]
+    results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
+    if not torch.isfinite(results).all():
+        raise InputError(f"The model turned '{jobs[0][1]}' into NaN; try --mixed_precision no.")
+    records = []
+    for (name, path), image, result, saved in zip(jobs, images, results, to_pil(results), strict=True):
+        save_png(saved, output_dir / name)
+        change = (result - image[0]).square().mean().sqrt().item() * 255
+        records.append({"file": name, "source": path.name, "sha256": sha256_of(image),
+                        "rms_change": round(change, 3)})
+    return records
+
+
+def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
+    """Purify the images of `settings.image_dir`, with its sub-folders, into `output_dir`; resumes.
+
+    InputError for files and settings that cannot be used, before any work.
+    """
+    run = FolderRun(output_dir, "purify_images.py", asdict(settings), settings.image_dir)
+
+    def read(job: Job) -> tuple[str, tuple[int, ...]]:
+        image = read_tensor(job[1], settings.resolution)
+        return sha256_of(image), image.shape
+
+    batches = run.batches(list(name_results(settings.image_dir).items()), lambda job: job[0], read,
+                          settings.batch_size)
+    if not batches:
+        return
+    purifier, chosen = load_purifier(settings)
+    run.begin(settings=chosen)
+    with tqdm(total=sum(map(len, batches)), unit="image", desc=settings.method) as progress:
+        def purify(jobs: list[Job]) -> list[Record]:
+            records = purify_batch(settings, purifier, jobs, run.folder)
+            progress.update(len(jobs))
+            return records
+
+        run.work(batches, purify)

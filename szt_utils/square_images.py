@@ -1,0 +1,28 @@
+"""Images as a model takes them: their central squares, at its resolution."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .errors import InputError
+from .images import crop_and_resize, from_pil, read_image
+from .models import Model
+
+__all__ = ["read_square", "resolution_for"]
+
+
+def read_square(path: str | Path, resolution: int) -> tuple[Image.Image, torch.Tensor]:
+    """The central square of an image file, as a Pillow image and as float32 (1, 3, R, R) in [0, 1]."""
+    image = crop_and_resize(read_image(path), resolution, center_crop=True)
+    return image, from_pil(image)
+
+
+def resolution_for(model: Model, resolution: int | None = None) -> int:
+    """The resolution in pixels, or the model's own; InputError for one that the VAE does not divide."""
+    factor = model.vae_scale_factor
+    resolution = resolution or model.network.config.sample_size * factor
+    if resolution % factor:
+        raise InputError(f"The model needs a --resolution that is a multiple of {factor}, "
+                         f"but it is {resolution}.")
+    return resolution

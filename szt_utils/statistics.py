@@ -1,0 +1,87 @@
+"""Statistics: bootstrap intervals, area under the ROC curve, shapes of distributions, spectra of latents."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+__all__ = ["bimodality", "bootstrap", "excess_kurtosis", "high_frequency_share", "mass_inside",
+           "radial_spectrum", "roc_auc"]
+
+
+def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.mean, *, draws: int = 2000,
+              confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """A statistic of values (N, ...) and its percentile interval: {"value", "low", "high", "n"}.
+
+    Rows are resampled as wholes: give one row per independent unit (a concept, an image), with what belongs
+    together (clean and poisoned) in one row.
+    """
+    values = np.asarray(values)
+    rng = np.random.default_rng(seed)
+    resampled = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
+    low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def mass_inside(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of the sum of each map (..., h, w) that lies where the mask (h, w) is 1, shape (...)."""
+    return (maps * mask).sum((-2, -1)) / maps.sum((-2, -1))
+
+
+def roc_auc(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive scores above a negative; ties count half."""
+    difference = np.asarray(positives)[:, None] - np.asarray(negatives)[None, :]
+    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+
+
+def excess_kurtosis(values: np.ndarray) -> float:
+    """Fourth standardized moment minus 3.
+
+    0 for a Gaussian, -1.2 for a uniform distribution, -2 for two equally frequent values.
+    """
+    centered = _centered(values)
+    return float((centered**4).mean() / (centered**2).mean() ** 2 - 3)
+
+
+def bimodality(values: np.ndarray) -> float:
+    """Sarle's bimodality coefficient, (skewness^2 + 1) / kurtosis, in (0, 1].
+
+    1/3 for a Gaussian, 5/9 for a uniform distribution, 1 for two values; more than 5/9 suggests two modes.
+    """
+    centered = _centered(values)
+    skewness = (centered**3).mean() / (centered**2).mean() ** 1.5
+    return float((skewness**2 + 1) / (excess_kurtosis(centered) + 3))
+
+
+def _centered(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64).ravel()
+    return values - values.mean()
+
+
+def radial_spectrum(latents: torch.Tensor, bands: int = 8) -> torch.Tensor:
+    """Mean power of latents (B, C, h, w) by spatial frequency, (B, bands), without the mean.
+
+    Bands have equal width up to the Nyquist frequency of a row; the last one includes the diagonals beyond
+    it. A band so narrow that no frequency falls into it is nan.
+    """
+    power, frequency = _power(latents, norm="ortho")
+    power = power.mean(1)  # (B, h, w)
+    band = (frequency * 2 * bands).ceil().long().clamp(1, bands) - 1
+    band[0, 0] = bands  # the mean
+    return torch.stack([power[:, band == i].mean(1) for i in range(bands)], dim=1)
+
+
+def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
+    """Share of the power of latents (B, C, h, w) above half the Nyquist frequency, (B,), without the mean."""
+    power, frequency = _power(latents)
+    power = power.sum(1)
+    return power[:, frequency > 0.25].sum(1) / power.sum((-2, -1))
+
+
+def _power(latents: torch.Tensor, norm: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Power spectrum without the mean, float64 (B, C, h, w), and the spatial frequencies (h, w)."""
+    centered = latents.double() - latents.double().mean((-2, -1), keepdim=True)
+    height, width = latents.shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height, dtype=torch.float64).view(-1, 1),
+                            torch.fft.fftfreq(width, dtype=torch.float64).view(1, -1))
+    return torch.fft.fft2(centered, norm=norm).abs().square(), frequency

@@ -1,0 +1,258 @@
+"""Tables of scores: cells of data against defences as JSON lines, and the statistics made of them.
+
+A folder holds `cells/<concept>.jsonl`, one line per cell, and `run.json`, the list of the settings, versions
+and commits of its runs, to which a cell refers by position. Only one process may write a concept's file.
+"""
+
+import csv
+import io
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from .errors import InputError
+from .files import write_bytes, write_json
+from .plots import score_sweep, score_table
+
+__all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "plan",
+           "poison_average", "read_cells", "recovered", "run_index", "write_table"]
+
+SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The scores of one training, by its data, defence, concept and seed: cells are equal when these are."""
+
+    data: str
+    defence: str
+    concept: str
+    seed: int
+    metrics: dict[str, float] = field(default_factory=dict, compare=False)
+    seconds: float | None = field(default=None, compare=False)
+    passes: int | None = field(default=None, compare=False)  # of one image through the U-Net
+    run: int | None = field(default=None, compare=False)  # position in run.json
+
+    @property
+    def name(self) -> str:
+        """Name of the cell's folders."""
+        return f"{self.data}_{self.defence}_{self.concept}_{self.seed}".replace(" ", "-")
+
+
+class Average(NamedTuple):
+    """A mean over concepts, its standard error (None for a single value) and the number of cells."""
+
+    mean: float
+    error: float | None
+    count: int
+
+
+def read_cells(folder: str | Path) -> list[Cell]:
+    """Finished cells of a folder, sorted by file, then in the order they were added; none if it is new.
+
+    A last line that a crash cut short is ignored. InputError names a damaged line or a cell's second line.
+    """
+    cells = {}
+    for path in sorted((Path(folder) / "cells").glob("*.jsonl")):
+        for number, line in enumerate(_whole_lines(path), 1):
+            try:
+                cell = Cell(**json.loads(line))
+                if not all(isinstance(value, int | float) for value in cell.metrics.values()):
+                    raise TypeError
+                known = cell in cells  # a list in the place of a name has no hash
+            except (ValueError, TypeError, AttributeError):
+                raise InputError(f"Line {number} of '{path}' is damaged; restore the line, or remove it to "
+                                 "compute its cell again.") from None
+            if known:
+                raise InputError(f"Line {number} of '{path}' repeats the cell '{cell.name}'; "
+                                 "remove one of the two lines.")
+            cells[cell] = cell
+    return list(cells)
+
+
+def append_cell(folder: str | Path, cell: Cell) -> None:
+    """Add a line to the file of the cell's concept, atomically; only one process may write to a concept."""
+    path = Path(folder) / "cells" / f"{cell.concept}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = _whole_lines(path) if path.exists() else []
+    lines.append(json.dumps(asdict(cell)).encode())
+    write_bytes(path, b"".join(line + b"\n" for line in lines))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a JSON lines file without a last one that a crash cut short."""
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    try:
+        json.loads(lines[-1])  # whole, but an editor has removed the newline
+    except ValueError:
+        lines.pop()
+    return lines
+
+
+def run_index(folder: str | Path, record: dict[str, Any]) -> int:
+    """Position of a run's settings, versions and commit in the folder's run.json; a new record is added.
+
+    Processes of one launch may do this at the same time: they add the same record to the same list.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        records = json.loads(path.read_text()) if path.exists() else []
+        position = records.index(record) if record in records else len(records)
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"'{path}' is damaged: its cells refer to the list in it; restore it.") from None
+    if position == len(records):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, [*records, record])
+    return position
+
+
+def plan(missing: Sequence[Cell], passes: dict[str, int], finished: Sequence[Cell],
+         seconds: float | None) -> str:
+    """The missing cells and their cost, `passes` of an image through the U-Net by stage.
+
+    `seconds` of one pass are used until there are finished cells to measure it by; None is unknown.
+    """
+    rates = [cell.seconds / cell.passes for cell in finished if cell.passes]
+    rate, source = (mean(rates), "the rate of the cells that are there") if rates else (
+        seconds, "the rate of two CPU cores")
+    lines = [cell.name for cell in missing]
+    lines += [f"{stage:9s} {count:12,d} passes of an image through the U-Net"
+              for stage, count in passes.items()]
+    if rate is not None:
+        total = sum(passes.values()) * rate
+        time = f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.0f} minutes"
+        lines.append(f"about {time} on one process at {source}")
+    elif missing:
+        lines.append("how long that takes is not known yet: run a few cells, then --dry_run again")
+    return "\n".join(lines)
+
+
+def averages(cells: Sequence[Cell], metric: str) -> dict[tuple[str, str], Average]:
+    """Averages of a metric by data and defence; cells without the metric do not count.
+
+    Seeds are averaged within a concept first; the error is over concepts, or over the seeds of a single one.
+    """
+    values: dict = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        if metric in cell.metrics:
+            values[cell.data, cell.defence][cell.concept].append(cell.metrics[metric])
+    result = {}
+    for place, concepts in values.items():
+        samples = [mean(v) for v in concepts.values()] if len(concepts) > 1 else next(iter(concepts.values()))
+        error = stdev(samples) / len(samples) ** 0.5 if len(samples) > 1 else None
+        result[place] = Average(mean(samples), error, sum(map(len, concepts.values())))
+    return result
+
+
+def poison_average(cells: Sequence[Cell], poisons: Sequence[str], defences: Sequence[str],
+                   metric: str) -> dict[str, Average]:
+    """Averages over those of the poisons that have cells, by defence; the error is over concepts, if several.
+
+    There is none for a single poison, nor for a defence that lacks one of the poisons.
+    """
+    cells = [cell for cell in cells if metric in cell.metrics]
+    present = {cell.data for cell in cells} & set(poisons)
+    result = {}
+    for defence in defences:
+        own = [cell for cell in cells if cell.defence == defence and cell.data in present]
+        if len(present) < 2 or {cell.data for cell in own} != present:
+            continue
+        average = averages([replace(cell, data="all") for cell in own], metric)["all", defence]
+        several = len({cell.concept for cell in own}) > 1
+        result[defence] = average if several else average._replace(error=None)
+    return result
+
+
+def recovered(defended: float, nominal: float, clean: float) -> float | None:
+    """Share of a poison's damage that a defence undoes: (defended - nominal) / (clean - nominal).
+
+    None where the damage is 0.05 or less.
+    """
+    return (defended - nominal) / (clean - nominal) if clean - nominal > 0.05 else None
+
+
+def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defences: Sequence[str],
+                   poisons: Sequence[str]) -> str:
+    """Mean ± error by data (rows) and defence (columns), in the given order and without empty ones.
+
+    Below follow the average over the poisons and, for similarity, the recovered shares.
+    """
+    places = averages(cells, metric)
+    data, defences = _present(places, data, defences)
+    rows = {name: {d: places[name, d] for d in defences if (name, d) in places} for name in data}
+    if average := poison_average(cells, poisons, defences, metric):
+        rows["poisons' mean"] = average
+
+    def line(name: str, values: Iterable[str]) -> str:
+        return f"| {name} | " + " | ".join(values) + " |"
+
+    def shown(average: Average | None) -> str:
+        if average is None:
+            return ""
+        return f"{average.mean:.3f}" + (f" ± {average.error:.3f}" if average.error is not None else "")
+
+    lines = [line("data", defences), "| --- |" + " --- |" * len(defences)]
+    lines += [line(name, [shown(row.get(d)) for d in defences]) for name, row in rows.items()]
+    if metric == SIMILARITY and "nominal" in rows.get("clean", {}):
+        clean = rows.pop("clean")["nominal"].mean
+        for name, row in rows.items():
+            if "nominal" in row and len(row) > 1:
+                shares = [recovered(row[d].mean, row["nominal"].mean, clean)
+                          if d in row and d != "nominal" else None for d in defences]
+                lines.append(line(f"{name}: recovered", ["" if s is None else f"{s:.0%}" for s in shares]))
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(cells: Sequence[Cell], metrics: Sequence[str], data: Sequence[str],
+              defences: Sequence[str]) -> str:
+    """A row per metric, data and defence with cells: the mean, its standard error, the number of cells."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["metric", "data", "defence", "mean", "standard_error", "cells"])
+    for metric in metrics:
+        places = averages(cells, metric)
+        for place in itertools.product(data, defences):
+            if place in places:
+                average = places[place]
+                writer.writerow([metric, *place, average.mean, average.error, average.count])
+    return text.getvalue()
+
+
+def write_table(stem: Path, cells: Sequence[Cell], metrics: Sequence[str], data: Sequence[str],
+                defences: Sequence[str], poisons: Sequence[str], sweep: bool = False) -> str:
+    """Write <stem>.csv and <stem>.md of all metrics, and <stem>.png of similarity: a colored table, or with
+    `sweep` a line per data set. Returns the Markdown table of similarity, or all tables if there is none."""
+    metrics = [metric for metric in metrics if any(metric in cell.metrics for cell in cells)]
+    tables = {metric: markdown_table(cells, metric, data, defences, poisons) for metric in metrics}
+    text = "".join(f"## {metric}\n\n{table}\n" for metric, table in tables.items())
+    most = len({(cell.concept, cell.seed) for cell in cells})
+    foot = (f"{len(cells)} cells, at most {most} a place; ± is the standard error over concepts. FID, KID "
+            "and FD-DINOv2 of so few images serve for comparison within this table only.\n")
+    write_bytes(stem.with_suffix(".csv"), csv_table(cells, metrics, data, defences).encode())
+    write_bytes(stem.with_suffix(".md"), (text + foot).encode())
+    if SIMILARITY not in tables:
+        return text
+    places, label = averages(cells, SIMILARITY), "similarity to the clean concept"
+    data, defences = _present(places, data, defences)
+    means, errors = ([[places[d, v][i] if (d, v) in places else None for v in defences] for d in data]
+                     for i in (0, 1))
+    if sweep:
+        means, errors = (dict(zip(data, rows, strict=True)) for rows in (means, errors))
+        score_sweep(stem.with_suffix(".png"), defences, means, errors, stem.name, label)
+    else:
+        score_table(stem.with_suffix(".png"), data, defences, means, errors, label)
+    return tables[SIMILARITY]
+
+
+def _present(places: Iterable[tuple[str, str]], data: Sequence[str],
+             defences: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of the data sets and defences that have cells."""
+    places = set(places)
+    return ([name for name in data if any(place[0] == name for place in places)],
+            [name for name in defences if any(place[1] == name for place in places)])

@@ -1,0 +1,70 @@
+"""A concept's images and masks at the training resolution."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .errors import InputError
+from .images import from_pil, list_images
+from .masks import find_masks, to_latent_grid
+from .safe_zone import SafeZone
+from .settings import ConceptSettings
+
+__all__ = ["TrainingImages"]
+
+_KEPT_BYTES = 2**30  # of a concept's images in memory; further ones are read again when they are needed
+
+# (image's path, mask's path or None, ...) -> RGB image (R, R) and mask (1, 1, R, R) or None.
+Prepare = Callable[[Path, Path | None], tuple[Image.Image, torch.Tensor | None]]
+
+
+class TrainingImages:
+    """The images of a folder and their masks, as `prepare` makes them.
+
+    All are read once, so that whatever is wrong with one shows before a model is loaded.
+    """
+
+    def __init__(self, settings: ConceptSettings, zone: SafeZone, prepare: Prepare):
+        self.zone, self.prepare = zone, prepare
+        self.paths = list_images(settings.train_data_dir)
+        self.mask_paths = find_masks(settings.loss_mask_dir, self.paths) if settings.loss_mask_dir else None
+        self.kept, kept_bytes = {}, 0
+        for i in range(len(self.paths)):
+            image, mask = self.read(i)
+            kept_bytes += 3 * image.width * image.height + (0 if mask is None else mask.nbytes)
+            if kept_bytes < _KEPT_BYTES:
+                self.kept[i] = image, mask
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, i: int) -> tuple[Image.Image, torch.Tensor | None]:
+        """The i-th image, as it is encoded, and its mask (1, 1, R, R), if there are masks."""
+        if i in self.kept:
+            return self.kept[i]
+        image, mask = self.prepare(self.paths[i], self.mask_paths[i] if self.mask_paths else None)
+        if mask is not None and not mask.any():
+            raise InputError(f"The mask '{self.mask_paths[i]}' is all black after cropping "
+                             "to the training resolution.")
+        return image, mask
+
+    def pixels(self, i: int) -> torch.Tensor:
+        """The i-th image as the VAE sees it, float32 (3, R, R) in [0, 1]."""
+        image, mask = self.read(i)
+        return self.zone.mask_image(from_pil(image), mask)[0]
+
+    def latent_masks(self, grid: tuple[int, int]) -> torch.Tensor | None:
+        """All masks and their mirror images on the latent grid, (N, 2, 1, h, w); None without masks."""
+        masks = []
+        for i, path in enumerate(self.paths):
+            _, mask = self.read(i)
+            if mask is None:
+                return None
+            masks.append(to_latent_grid(torch.cat([mask, mask.flip(-1)]), grid))
+            if not masks[-1].any():
+                raise InputError(f"The mask of '{path}' is smaller than a cell of the latent grid "
+                                 f"({grid[0]} x {grid[1]}), so nothing would be trained on; "
+                                 "give it a --mask_dilation.")
+        return torch.stack(masks)

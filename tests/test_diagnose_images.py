@@ -1,0 +1,114 @@
+"""The script: signals to verdict, a calibration for later, resume, one sentence per mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import build_tiny_sdxl, run_script
+from PIL import Image
+
+from szt_utils import pocket
+
+SCRIPT = "diagnose_images.py"
+
+
+def here(*arguments) -> None:
+    import diagnose_images
+
+    diagnose_images.main([*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of 12 clean images, and one of 6 of which the first three have strong noise."""
+    folder, rng = tmp_path_factory.mktemp("diagnosis"), np.random.default_rng(0)
+    for i, concept in enumerate(list(pocket.NOVEL_CONCEPTS)[:6]):
+        pocket.write_concept(concept, folder / "clean", count=2)
+        (path,) = pocket.write_concept(concept, folder / "set" / str(i), count=1, seed=1)
+        if i < 3:
+            pixels = np.asarray(Image.open(path)).astype(int)
+            noise = rng.choice([-40, 40], size=pixels.shape)
+            Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_it_calibrates_on_clean_images_and_finds_the_poisoned(folders, tmp_path):
+    """Strong noise shows in every signal."""
+    model = ["--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", folders / "set"]
+    done = run_script(SCRIPT, *model, "--clean_dir", folders / "clean", "--output_dir", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    suspects = [image["suspect"] for _, image in sorted(report["images"].items())]
+    assert suspects[:3] == [True] * 3 and report["poisoned"] and sum(suspects) == report["suspects"]
+    scores = [image["score"] for _, image in sorted(report["images"].items())]
+    assert min(scores[:3]) > max(scores[3:])
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 and "looks poisoned" in lines[0] and lines[-1] == report["sentence"]
+    # The calibration alone gives the same, and the same command computes no signal again.
+    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
+    assert again == report
+    stats = (tmp_path / "again" / "stats.jsonl").read_bytes()
+    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
+    assert (tmp_path / "again" / "stats.jsonl").read_bytes() == stats
+
+
+def test_the_pocket_models_calibration_is_bundled(tmp_path):
+    pocket.write_concept("blue-dotted-cross", tmp_path / "set", count=2, seed=9)
+    here("--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", tmp_path / "set",
+         "--output_dir", tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["images"]) == 2
+
+
+def test_another_model_than_the_pocket_model_needs_clean_images(tiny_model, concept_folder, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", tiny_model, "--image_dir", concept_folder[0], "--output_dir",
+             tmp_path / "out")
+    assert "needs --clean_dir" in str(caught.value)
+    shutil.copytree(concept_folder[0], tmp_path / "set")
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", tiny_model, "--image_dir", tmp_path / "set", "--clean_dir",
+             concept_folder[0], "--output_dir", tmp_path / "set" / "out")
+    assert "lies in it" in str(caught.value)
+
+
+def test_an_sdxl_model_diagnoses_too(folders, tmp_path, capsys):
+    model = build_tiny_sdxl(tmp_path / "sdxl")
+    here("--pretrained_model_name_or_path", model, "--image_dir", folders / "set" / "5", "--clean_dir",
+         folders / "clean", "--output_dir", tmp_path / "out")
+    (image,) = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["images"].values()
+    assert np.isfinite(list(image["signals"].values())).all() and len(image["signals"]) == 5
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--clean_dir", "few"], "at least 10 clean images, but there are 5"),
+    (["--clean_dir", "none"], "'none' does not exist"),
+    (["--calibration", "none.json"], "'none.json' is not a calibration"),
+    (["--clean_dir", "enough", "--resolution", 100], "multiple of 8"),
+    (["--clean_dir", "enough", "--pretrained_model_name_or_path", "no/such"], "no usable"),
+    (["--clean_dir", "broken"], "broken.png' cannot be read"),
+])
+def test_one_sentence_per_mistake(tiny_model, concept_folder, folders, tmp_path, monkeypatch, arguments,
+                                  message):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("few", concept_folder[0]), ("enough", folders / "clean"),
+                         ("broken", folders / "clean")):
+        shutil.copytree(source, name)
+    (tmp_path / "broken" / "broken.png").write_text("not an image")
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", tiny_model, "--image_dir", concept_folder[0],
+             "--output_dir", "out", *arguments)
+    assert str(caught.value).startswith("error: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--image_dir"),
+    (["--image_dir", "x", "--clean_dir", "d", "--calibration", "c"], "--calibration: not used"),
+    (["--image_dir", "x", "--seed", "-1"], "-1 is not at least 0"),
+])
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        here("--pretrained_model_name_or_path", "m", "--output_dir", "o", *arguments)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
