@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Textual inversion that learns a concept safely from images that may be poisoned: Safe-Zone Training.
 
-A drop-in replacement for the Diffusers example `textual_inversion.py`: same flags, same defaults, same result
-with one seed. Safe-Zone Training (Styborski, Lyu et al., "When and Where do Data Poisons Attack Textual
-Inversion?", Eq. 7) adds
+A drop-in replacement for the Diffusers examples `textual_inversion.py` and `textual_inversion_sdxl.py`: same
+flags, same defaults, same result with one seed. Safe-Zone Training (Styborski, Lyu et al., "When and Where do
+Data Poisons Attack Textual Inversion?", Eq. 7) adds
 
     --jpeg_quality 25   JPEG-compress the training images            (removes high-frequency poison)
     --t_min 500         train at noisy timesteps only                (WHEN: poisons act at low timesteps)
@@ -54,10 +54,22 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
         help="how many concepts share a batch, each with --train_batch_size images (default: 8)")
     add = parser.add_argument_group("Speed and memory").add_argument
     add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
+    add("--quantize", choices=["8bit", "4bit"],
+        help="hold the frozen U-Net or transformer in fewer bits: int8 by torchao, or NF4 by bitsandbytes, "
+             "which needs a GPU")
     add("--no_cache_latents", action="store_true",
         help="encode the images at every step instead of once; same result, slower, needs no cache")
     add("--latent_cache_gb", type=number(float, 0), default=4,
         help="a concept's larger cache is a file in its output folder (default: 4)")
+    add = parser.add_argument_group("Model families").add_argument
+    add("--clip_skip", type=number(int, 0), default=0,
+        help="last layers of the text encoders to skip, as in Diffusers: 1 is what A1111 and kohya call 2")
+    add("--pooled_token", choices=["upstream", "end"], default="upstream",
+        help="SDXL: the token that the second text encoder pools: that of transformers, which may be the "
+             "placeholder, or the end of the text, as in ComfyUI, A1111 and kohya (default: upstream)")
+    add("--micro_conditioning", choices=["crop", "upstream"], default="crop",
+        help="SDXL with --center_crop: the crop that the U-Net is told: the real one, or (0, 0) as in the "
+             "Diffusers example (default: crop)")
     add_diffusers_flags(parser)
     args = parser.parse_args(argv)
 
@@ -84,7 +96,7 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
 def read_settings(args: argparse.Namespace,
                   argv: list[str]) -> "tuple[TrainingSettings, list[ConceptSettings]]":
     """The frozen settings of the run, and those of every concept: one, or the entries of --concepts."""
-    from szt_utils.embeddings import safe_file_name
+    from szt_utils.embedding_files import safe_file_name
     from szt_utils.settings import ConceptSettings, TrainingSettings, read_entries
 
     shared = TrainingSettings.from_flags(vars(args))
@@ -107,18 +119,19 @@ def read_settings(args: argparse.Namespace,
 
 
 def prepare(settings: "TrainingSettings", concept: "ConceptSettings", path: Path,
-            mask_path: Path | None) -> "tuple[Image.Image, torch.Tensor | None]":
-    """One training image, Pillow RGB (R, R), and its mask (1, 1, R, R) or None, as the training sees them."""
+            mask_path: Path | None) -> "tuple[Image.Image, torch.Tensor | None, tuple[int, int]]":
+    """One training image, Pillow RGB (R, R), its mask (1, 1, R, R) or None, and its size in the file."""
     from szt_utils.images import crop_and_resize, read_image
     from szt_utils.masks import read_mask
 
     zone, image, mask = concept.zone(settings.resolution), read_image(path), None
+    size = image.size
     if mask_path:
-        mask_image = read_mask(mask_path, image.size)
+        mask_image = read_mask(mask_path, size)
         mask = zone.prepare_mask(mask_image, settings.resolution, concept.center_crop)                # SZT
     image = crop_and_resize(image, settings.resolution, concept.center_crop)
     image = zone.purify(image)                                                                        # SZT
-    return image, mask
+    return image, mask, size
 
 
 def draw(concept: "Concept", model: "Model") -> "Sample":
@@ -134,7 +147,7 @@ def draw(concept: "Concept", model: "Model") -> "Sample":
     low, high, weights = concept.zone.timestep_range(model.num_timesteps)                             # SZT
     timesteps = sample_timesteps(len(latents), low, high, weights, device=latents.device,
                                  generator=concept.rng)
-    return Sample(latents, noise, timesteps, concept.ids(batch.templates),
+    return Sample(latents, noise, timesteps, concept.ids(batch.templates), concept.sizes_of(batch.indices),
                   concept.mask(batch.indices, batch.flips), batch.last)
 
 
@@ -142,7 +155,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
     """Train concepts that share their batches, one or several; returns a message for each that diverged."""
     from szt_utils.journal import Journal
     from szt_utils.models import residual
-    from szt_utils.outputs import save_rows, validate
+    from szt_utils.outputs import save_learned, validate
 
     settings = run.settings
     optimizer, schedule = run.optimizer(group.rows)
@@ -150,7 +163,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
     with Journal(run, group) as journal:
         while group.step < settings.max_train_steps and group.concepts:
             for batch in group.micro_batches(draw, model):
-                condition, losses = run.condition(model, batch.ids), []
+                condition, losses = run.condition(model, batch.ids, batch.sizes), []
                 errors = residual(model, batch.latents, batch.noise, batch.timesteps, condition,
                                   latent_mask=batch.latent_mask).square()
                 for concept, sample, error in batch.split(errors):
@@ -167,7 +180,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
                 settings.save_steps, settings.checkpointing_steps, settings.validation_steps))
             for concept in group.concepts:
                 if saving and run.rank == 0:
-                    save_rows(run, group, concept, f"learned_embeds-steps-{group.step}")
+                    save_learned(run, model, group, concept, f"-steps-{group.step}")
                 if keeping:
                     group.save_checkpoint(concept, optimizer, schedule)
                 if validating and concept.settings.validation_prompt is not None:

@@ -1,5 +1,5 @@
-"""The models that are timed: the bundled pocket model, or Stable Diffusion 1.5's architecture with random
-weights, which is as fast as with learned ones."""
+"""The models that are timed: the bundled pocket model, or the architectures of Stable Diffusion 1.5 and
+SDXL with random weights, which are as fast and as large as learned ones."""
 
 import json
 import string
@@ -17,13 +17,16 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def model_folder(size: str) -> tuple[str, int]:
-    """A model's folder and its resolution; "sd15" is made on first use, in the system's temporary folder."""
+    """A model's folder and its resolution: "pocket", "sd15" or "sdxl".
+
+    The last two are made on first use, in the system's temporary folder.
+    """
     if size == "pocket":
         return pocket.model_path(), 128
-    folder = Path(tempfile.gettempdir()) / "szt-benchmark-sd15"
+    folder = Path(tempfile.gettempdir()) / f"szt-benchmark-{size}"
     if not (folder / "model_index.json").exists():
-        make_sd15(folder)
-    return str(folder), 512
+        {"sd15": make_sd15, "sdxl": make_sdxl}[size](folder)
+    return str(folder), {"sd15": 512, "sdxl": 1024}[size]
 
 
 def big_tokenizer(folder: Path) -> Any:
@@ -39,6 +42,40 @@ def big_tokenizer(folder: Path) -> Any:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def make_sdxl(folder: Path) -> None:
+    """Write an SDXL with random weights in bfloat16, in Diffusers format: 7 GB."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = big_tokenizer(folder / "vocabulary")
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        unet = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024,
+                            down_block_types=["DownEncoderBlock2D"] * 4, scaling_factor=0.13025,
+                            up_block_types=["UpDecoderBlock2D"] * 4)
+        encoders = [
+            CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                         num_attention_heads=12, **ids)),
+            CLIPTextModelWithProjection(CLIPTextConfig(
+                hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                projection_dim=1280, hidden_act="gelu", **ids))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False)
+    StableDiffusionXLPipeline(vae, *encoders, tokenizer, tokenizer, unet, scheduler,
+                              add_watermarker=False).save_pretrained(folder)
 
 
 def make_sd15(folder: Path) -> None:

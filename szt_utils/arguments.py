@@ -47,8 +47,9 @@ class EntryParser(argparse.ArgumentParser):
 
 def script_parser(doc: str, parser: type[argparse.ArgumentParser] = argparse.ArgumentParser,
                   **options: Any) -> argparse.ArgumentParser:
-    """A parser whose help begins with the script's docstring as it is."""
-    return parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    """A parser whose help begins with the script's docstring as it is, not with a list of all flags."""
+    return parser(description=doc, usage="%(prog)s [flags]",
+                  formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def command_line(**flags: Any) -> list[str]:
@@ -113,7 +114,7 @@ def add_safe_zone_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the Diffusers example `textual_inversion.py`, with its defaults."""
+    """The flags of the Diffusers examples `textual_inversion.py` and `_sdxl.py`, with their defaults."""
     add = parser.add_argument_group("As in the Diffusers example").add_argument
     count = number(int, 1)
     add("--pretrained_model_name_or_path", required=True, help="Diffusers folder, or id on the Hub")
@@ -152,6 +153,8 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta2", type=number(float, 0, 1, below=True), default=0.999)
     add("--adam_weight_decay", type=number(float, 0), default=1e-2)
     add("--adam_epsilon", type=number(float, 0), default=1e-8)
+    add("--use_8bit_adam", action="store_true",
+        help="accepted for compatibility: it would save nothing for a few rows")
     add("--push_to_hub", action="store_true", help="upload the output folder to the Hub")
     add("--hub_token", help="token for the upload")
     add("--hub_model_id", help="name of the repository to upload to (default: the output folder's name)")
@@ -159,7 +162,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
         help="precision of the frozen networks")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs since Ampere")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, or all")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, or none")
     add("--validation_prompt", help="prompt with the placeholder, generated from during the training")
     add("--num_validation_images", type=count, default=4)
     add("--validation_steps", type=count, default=100, help="generate validation images every so many steps")

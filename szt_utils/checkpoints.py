@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any],
     """Read `common` and this rank's `own`;
     InputError when it is damaged or `common["fingerprint"]` is of another run."""
     try:
-        common = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        common = _today(torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True))
         for key, value in fingerprint.items():
             if common["fingerprint"].get(key) != value:
                 raise InputError(f"The checkpoint '{folder}' does not fit this run: {key} was "
@@ -82,3 +82,12 @@ def load_checkpoint(folder: Path, fingerprint: dict[str, Any],
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
                          "remove it to use an older one.") from None
+
+
+def _today(common: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of version 0.1, which knew one text encoder only, in today's form; others as they are."""
+    before = common.get("fingerprint", {})
+    if "pictures" not in before:
+        return common
+    return {**common, "rows": [common["rows"]], "fingerprint": {
+        **before, "embedding width": [before["embedding width"]], "images": before["pictures"]}}

@@ -26,7 +26,7 @@ from .embeddings import (
     take_rows,
 )
 from .latents import LiveMoments, MomentCache, to_device
-from .models import Model
+from .models import T5, Model
 from .safe_zone import SafeZone
 from .settings import ConceptSettings, TrainingSettings
 from .stream import Generators, SampleStream
@@ -40,12 +40,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Sample:
-    """One concept's share of a batch: `ids` long (B, L) per text encoder, `mask` (B, 1, h, w) or None."""
+    """One concept's share of a batch: `ids` long (B, L) per text encoder, `sizes` long (B, 4) of SDXL, and
+    `mask` (B, 1, h, w); the last two may be None."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     ids: list[torch.Tensor]
+    sizes: torch.Tensor | None
     mask: torch.Tensor | None
     last: bool  # of its epoch
 
@@ -63,6 +65,7 @@ class Concept:
     start: list[torch.Tensor]  # its rows (n, D) of every text encoder where the training begins
     moments: MomentCache | LiveMoments
     masks: torch.Tensor | None  # (N, 2, 1, h, w) on the latent grid
+    sizes: torch.Tensor | None = None  # (N, 4), of SDXL
     step: int = 0
     checkpoint: dict[str, Any] | None = None  # state loaded from a checkpoint
     rows: slice | None = None  # its rows among those of its group
@@ -87,6 +90,10 @@ class Concept:
             return None
         return self.masks[tuple(to_device(list(map(int, places)), self.masks.device)
                                 for places in (indices, flips))]
+
+    def sizes_of(self, indices: list[int]) -> torch.Tensor | None:
+        """What SDXL is told of the sizes of these images, long (B, 4)."""
+        return None if self.sizes is None else self.sizes[to_device(indices, self.sizes.device)]
 
     def ids(self, templates: list[str]) -> list[torch.Tensor]:
         """The token ids of these captions, long (B, L) per text encoder."""
@@ -153,7 +160,9 @@ def start_concepts(run: Run, model: Model, wanted: list[ConceptSettings],
             LiveMoments(model.moments, own_images.pixels) if settings.no_cache_latents else MomentCache(
                 model.moments, own_images.pixels, len(own_images), settings.train_batch_size,
                 memory_limit=int(settings.latent_cache_gb * 2**30), folder=each.output_dir),
-            None if masks is None else masks.to(run.device)))
+            None if masks is None else masks.to(run.device),
+            own_images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
+            if model.uses_sizes else None))
     if not settings.no_cache_latents:
         model.vae = None  # the caches are all that the training needs of it
     return concepts
@@ -184,6 +193,7 @@ class Batch:
             torch.cat([getattr(sample, name) for sample in samples])
             for name in ("latents", "noise", "timesteps"))
         self.ids = [torch.cat(ids) for ids in zip(*(sample.ids for sample in samples), strict=True)]
+        self.sizes = None if samples[0].sizes is None else torch.cat([sample.sizes for sample in samples])
         masks = [concept.zone.mask_latents(sample.mask)
                  for concept, sample in zip(self.concepts, samples, strict=True)]
         self.latent_mask = None if all(mask is None for mask in masks) else torch.cat([
@@ -221,18 +231,23 @@ class Group:
             self.rows.append(embedding.rows)
         for i, concept in enumerate(concepts):
             concept.rows = slice(i * count, (i + 1) * count)
-            concept.caption_ids = {template: self._caption(concept, template, frozen)
+            concept.caption_ids = {template: self._caption(concept, template, frozen, model.t5)
                                    for template in concept.stream.templates}
 
-    def _caption(self, concept: Concept, template: str, frozen: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder."""
+    def _caption(self, concept: Concept, template: str, frozen: list[torch.Tensor],
+                 t5: T5 | None) -> list[torch.Tensor]:
+        """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder.
+
+        T5 has no rows for it, and sees its spelling.
+        """
         caption = template.format(placeholder_prompt(concept.settings.placeholder_token,
                                                      self.run.settings.num_vectors))
         ids = [tokenizer(caption, padding="max_length", truncation=True,
                          max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
                for tokenizer in concept.tokenizers]
-        return [torch.where(own < len(matrix), own, own + concept.rows.start).to(self.run.device)
-                for own, matrix in zip(ids, frozen, strict=True)]
+        shifted = [torch.where(own < len(matrix), own, own + concept.rows.start).to(self.run.device)
+                   for own, matrix in zip(ids, frozen, strict=True)]
+        return shifted if t5 is None else [*shifted, t5.tokenize(caption)[0].to(self.run.device)]
 
     def rows_of(self, concept: Concept) -> list[torch.Tensor]:
         """A concept's rows, (n, D) per text encoder."""

@@ -1,21 +1,19 @@
-"""Learned token embeddings: placeholder tokens, training of the new rows only, files that any tool loads."""
+"""Learned token embeddings: placeholder tokens, training of the new rows only, loading into models."""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .embedding_files import ANY_ENCODER, read_embedding
 from .errors import InputError
-from .files import write_bytes, write_torch
 
-__all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "join_rows", "load_embedding",
-           "ordinary_embedding", "ordinary_words_with", "placeholder_prompt", "safe_file_name",
-           "save_embedding", "take_rows", "train_rows"]
+__all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "join_rows", "load_into",
+           "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows", "train_rows"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
@@ -119,16 +117,18 @@ def train_rows(text_encoder: torch.nn.Module, num_rows: int) -> NewRows:
 
 
 @contextlib.contextmanager
-def ordinary_embedding(text_encoder: torch.nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """For a while the text encoder has an ordinary torch embedding that ends in `rows` (n, D),
-    in place of its NewRows."""
-    trained = text_encoder.get_input_embeddings()
-    weight = torch.cat([trained.frozen, rows.detach().to(trained.frozen)])
-    text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
+def ordinary_embeddings(text_encoders: list[torch.nn.Module], rows: list[torch.Tensor]) -> Iterator[None]:
+    """For a while, text encoders have ordinary torch embeddings that end in `rows`, (n, D) each, in place of
+    their NewRows."""
+    trained = [encoder.get_input_embeddings() for encoder in text_encoders]
+    for encoder, before, new in zip(text_encoders, trained, rows, strict=True):
+        weight = torch.cat([before.frozen, new.detach().to(before.frozen)])
+        encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
     try:
         yield
     finally:
-        text_encoder.set_input_embeddings(trained)
+        for encoder, before in zip(text_encoders, trained, strict=True):
+            encoder.set_input_embeddings(before)
 
 
 def take_rows(optimizer_state: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -148,82 +148,60 @@ def join_rows(optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:
         for i, state in first["state"].items()}}
 
 
-def safe_file_name(token: str) -> str:
-    """The token without what file systems dislike:
-    A1111 and ComfyUI use the file's name as the trigger word."""
-    return re.sub(r"[^\w.-]+", "", token).strip(".") or "concept"
+def load_into(pipeline: Any, path: str | Path) -> str:
+    """Load a learned embedding into a Diffusers pipeline, in one call whatever its family; returns its token.
 
-
-def save_embedding(path: str | Path, token: str, rows: torch.Tensor,
-                   metadata: dict[str, str] | None = None) -> None:
-    """Write `{token: float32 (n, D)}` atomically, as safetensors or,
-    when the suffix is `.bin`, with torch.save."""
-    from safetensors.torch import save
-
-    content = {token: rows.detach().float().cpu().clone().contiguous()}
-    if str(path).endswith(".bin"):
-        write_torch(path, content)
-    else:
-        write_bytes(path, save(content, metadata={"format": "pt", **(metadata or {})}))
-
-
-def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
-    """Read a file of `save_embedding`: the token and its rows (n, D);
-    InputError when it is something else."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        content = torch.load(path, weights_only=True) if str(path).endswith(".bin") else load_file(path)
-    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError,
-            UnpicklingError) as error:
-        raise InputError(f"The embedding '{path}' cannot be read ({error}).") from None
-    if not isinstance(content, dict) or len(content) != 1:
-        held = len(content) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
-    return next(iter(content.items()))
+    `path` is any file of `read_embedding`, or a training's output folder. InputError for an embedding of
+    another model.
+    """
+    parts = [(getattr(pipeline, f"tokenizer{suffix}", None), getattr(pipeline, f"text_encoder{suffix}", None))
+             for suffix in ("", "_2", "_3")]
+    parts = [part for part in parts if None not in part]
+    if not parts:
+        raise InputError(f"A {type(pipeline).__name__} has no text encoder for the embedding '{path}'.")
+    return add_embedding(*map(list, zip(*parts, strict=True)), path)[0]
 
 
 def add_embedding(tokenizers: list, text_encoders: list[torch.nn.Module],
                   path: str | Path) -> tuple[str, int]:
     """Add a learned embedding to a model's tokenizers and text encoders; its token and number of vectors.
 
-    A model with one text encoder takes a file of one token, (n, D). One with two (SDXL) takes rows `clip_l`
-    (n, D) and `clip_g` (n, D2), and the token is the file's name in angle brackets. InputError for an
-    embedding of another model.
+    `path` is any file of `read_embedding`. Every CLIP text encoder must have its rows in it; a T5 encoder has
+    them if the file does. InputError for an embedding of another model.
     """
-    token, rows = _rows_for(path, len(text_encoders))
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in text_encoders]
-    if [part.dim() for part in rows] != [2] * len(widths) or [part.shape[1] for part in rows] != widths:
-        raise InputError(f"The embedding '{path}' has vectors of shape "
-                         f"{' and '.join(str(tuple(part.shape)) for part in rows)}, but the model's are "
-                         f"{' and '.join(map(str, widths))} wide; it was learned with another model.")
-    tokens = _tokens(token, len(rows[0]))
-    for tokenizer, encoder, part in zip(tokenizers, text_encoders, rows, strict=True):
-        if f"{token}</w>" in tokenizer.get_vocab() or tokenizer.add_tokens(tokens) != len(tokens):
+    token, rows = read_embedding(path)
+    keys = _keys_of(text_encoders)
+    if ANY_ENCODER in rows and len([key for key in keys if key.startswith("clip")]) == 1:
+        rows = {"clip_l": rows[ANY_ENCODER]}
+    widths = {key: encoder.get_input_embeddings().weight.shape[1]
+              for key, encoder in zip(keys, text_encoders, strict=True)}
+    needed = [key for key in keys if key in rows or key.startswith("clip")]
+    if any(key not in rows or rows[key].shape[1] != widths[key] for key in needed) or not needed:
+        raise InputError(f"The embedding '{path}' has vectors of width "
+                         f"{' and '.join(str(part.shape[1]) for part in rows.values())}, but the model's are "
+                         f"{' and '.join(str(widths[key]) for key in keys)} wide; it was learned with "
+                         "another model.")
+    tokens = _tokens(token, len(rows[needed[0]]))
+    # A T5 encoder that the embedding was learned without keeps its tokenizer.
+    used = [part for part in zip(keys, tokenizers, text_encoders, strict=True) if part[0] in rows]
+    for _, tokenizer, _ in used:
+        known = tokenizer.get_vocab()
+        if any(name in known or f"{name}</w>" in known for name in tokens):
             raise InputError(f"The token '{token}' of the embedding '{path}' is already in the model's "
                              "vocabulary.")
+    for key, tokenizer, encoder in used:
+        tokenizer.add_tokens(tokens)
         ids = tokenizer.convert_tokens_to_ids(tokens)
         if ids[-1] >= len(encoder.get_input_embeddings().weight):
             encoder.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
         with torch.no_grad():
             weight = encoder.get_input_embeddings().weight
-            weight[ids] = part.to(weight)
+            weight[ids] = rows[key].to(weight)
         encoder.requires_grad_(False)
     return token, len(tokens)
 
 
-def _rows_for(path: str | Path, num_encoders: int) -> tuple[str, list[torch.Tensor]]:
-    """The token of an embedding file and its rows for each text encoder."""
-    if num_encoders == 1:
-        token, rows = load_embedding(path)
-        return token, [rows]
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        content = load_file(path)
-        return f"<{Path(path).stem.lower()}>", [content["clip_l"], content["clip_g"]]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise InputError(f"The embedding '{path}' cannot be read as one of an SDXL model, "
-                         f"with rows clip_l and clip_g ({error}).") from None
+def _keys_of(text_encoders: list[torch.nn.Module]) -> list[str]:
+    """The names of text encoders in embedding files: CLIP-L, then CLIP-G, and T5."""
+    clip = iter(("clip_l", "clip_g"))
+    return ["t5xxl" if "t5" in encoder.config.model_type else next(clip) for encoder in text_encoders]

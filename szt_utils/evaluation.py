@@ -17,10 +17,11 @@ from PIL import Image
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .devices import best_device, dtype_of
+from .embeddings import load_into
 from .errors import InputError
 from .files import write_json
 from .folder_run import FolderRun
-from .generation import generate, load_into_pipeline, load_pipeline
+from .generation import generate, load_pipeline
 from .images import contact_sheet, list_images, read_image, save_png
 from .metrics import METRICS, Networks, score_images
 
@@ -89,7 +90,7 @@ def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image
     `pipeline_options` go to `generation.load_pipeline`, other options to `evaluate_token`.
     """
     pipeline = load_pipeline(model, device=device, **(pipeline_options or {}))
-    token = load_into_pipeline(pipeline, embedding)
+    token = load_into(pipeline, embedding)
     return evaluate_token(pipeline, token, real, prompts, networks, **options)
 
 
@@ -129,7 +130,7 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
         pipeline = load_pipeline(settings.pretrained_model_name_or_path or pocket.model_path(),
                                  device=best_device(), revision=settings.revision, variant=settings.variant,
                                  torch_dtype=dtype_of(settings.mixed_precision))
-        token = load_into_pipeline(pipeline, embedding)
+        token = load_into(pipeline, embedding)
         run.begin(settings=asdict(settings))
         generated, scores = evaluate_token(
             pipeline, token, real, prompts, settings.networks, folder=output_dir / "images",

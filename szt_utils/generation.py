@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .embeddings import add_embedding, load_embedding
+from .embeddings import load_into
 from .errors import InputError
 from .images import read_image, save_png
+from .models.parts import absent_parts
 
-__all__ = ["generate", "load_into_pipeline", "load_pipeline"]
+__all__ = ["generate", "load_pipeline", "use_dpm_solver"]
 
 # A safety checker would blank images, a watermark would change them.
 _WITHOUT = {"safety_checker": None, "add_watermarker": False}
@@ -35,42 +36,25 @@ def load_pipeline(model: str | Path, embedding: str | Path | None = None,
         config = diffusers.DiffusionPipeline.load_config(model, revision=kwargs.get("revision"))
         accepted = inspect.signature(getattr(diffusers, config["_class_name"], object).__init__).parameters
         pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-            model, **{name: value for name, value in _WITHOUT.items() if name in accepted}, **kwargs)
+            model, **{name: value for name, value in _WITHOUT.items() if name in accepted},
+            **absent_parts(config), **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"The model '{model}' cannot be loaded as a text-to-image pipeline: "
                          f"{reason}") from None
     pipeline.to(device).set_progress_bar_config(disable=True)
-    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    use_dpm_solver(pipeline)
     if embedding is not None:
-        load_into_pipeline(pipeline, embedding)
+        load_into(pipeline, embedding)
     return pipeline
 
 
-def load_into_pipeline(pipeline: Any, embedding: str | Path) -> str:
-    """Load a learned embedding into a pipeline's CLIP text encoders; returns its token.
+def use_dpm_solver(pipeline: Any) -> None:
+    """Sample with DPM-Solver++, but for flow models, which keep their own scheduler."""
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-    InputError for an embedding that cannot be read or is of another model.
-    """
-    parts = [(getattr(pipeline, f"tokenizer{suffix}", None), getattr(pipeline, f"text_encoder{suffix}", None))
-             for suffix in ("", "_2")]
-    parts = [(tokenizer, encoder) for tokenizer, encoder in parts
-             if encoder is not None and encoder.config.model_type == "clip_text_model"]
-    if not parts:
-        raise InputError(f"A {type(pipeline).__name__} has no CLIP text encoder, which the embedding "
-                         f"'{embedding}' needs.")
-    if len(parts) > 1:
-        return add_embedding(*map(list, zip(*parts, strict=True)), embedding)[0]
-    token, rows = load_embedding(embedding)
-    width = parts[0][1].get_input_embeddings().weight.shape[1]
-    if rows.shape[-1] != width:
-        raise InputError(f"The embedding '{embedding}' has vectors of shape {tuple(rows.shape)}, but the "
-                         f"model's are {width} wide; it was learned with another model.")
-    try:
-        pipeline.load_textual_inversion(str(embedding))
-    except ValueError as error:
-        raise InputError(f"The embedding '{embedding}' cannot be loaded into the model: {error}") from None
-    return token
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
 
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 25,

@@ -20,10 +20,11 @@ from .errors import InputError
 from .files import write_bytes
 from .folder_run import FolderRun, sha256_of
 from .images import read_image
-from .models import Model, load_model
+from .models import Model, find_family, load_model
 from .plots import map_grid
 from .sensitivity import (
     TokenizedPrompt,
+    check_cross_attention,
     cross_attention_maps,
     draw_replacements,
     semantic_sensitivity,
@@ -63,6 +64,8 @@ def make_maps(settings: MapSettings, output_dir: str | Path) -> None:
     """
     run = FolderRun(output_dir, "sensitivity_maps.py", json.loads(json.dumps(asdict(settings))))
     folders = _folders(settings.image, run.folder)
+    if settings.cross_attention:
+        check_cross_attention(find_family(settings.pretrained_model_name_or_path, settings.revision))
     model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
                        variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
                        device=best_device())

@@ -17,6 +17,7 @@ from PIL import Image
 
 from .errors import InputError
 from .images import from_pil
+from .models.parts import check_weights
 
 __all__ = ["METRICS", "Networks", "clip_scores", "frechet_distance", "image_features", "inception_features",
            "kernel_distance", "pairwise_similarity", "score_images", "similarity"]
@@ -44,10 +45,12 @@ def _load(network: str, device: str) -> tuple[Any, torch.nn.Module]:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor, model = AutoImageProcessor.from_pretrained(network), AutoModel.from_pretrained(network)
+        processor = AutoImageProcessor.from_pretrained(network)
+        model, report = AutoModel.from_pretrained(network, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(f"The image encoder '{network}' cannot be loaded: "
                          f"{str(error).splitlines()[0]}") from None
+    check_weights(model, report, f"The image encoder '{network}'")
     return processor, model.requires_grad_(False).eval().to(device)
 
 

@@ -9,15 +9,17 @@ import torch
 from PIL import Image
 
 from .concepts import Concept, Group
-from .embeddings import ordinary_embedding, safe_file_name, save_embedding
+from .embedding_files import safe_file_name, save_rows
+from .embeddings import ordinary_embeddings
 from .errors import InputError
 from .files import truncate_stats, write_json
 from .folder_run import provenance
+from .generation import use_dpm_solver
 from .images import read_image, save_png
 from .models import Model, evaluating
 from .training_run import Run
 
-__all__ = ["describe_start", "make_folder", "save_all", "save_rows", "validate"]
+__all__ = ["describe_start", "make_folder", "save_all", "save_learned", "validate"]
 
 
 def make_folder(path: str | Path) -> None:
@@ -43,29 +45,56 @@ def describe_start(run: Run, model: Model, concept: Concept, resumed: str) -> No
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                      "the third part of the defence is missing")
+    if model.t5 is not None:
+        lines.append("T5 gets no embedding of the token: it reads its spelling")
+    if model.family == "SDXL":
+        lines.append(f"pooled token: {run.settings.pooled_token}, as "
+                     + ("Diffusers does; ComfyUI, A1111 and kohya pool the end of the text (--pooled_token "
+                        "end)" if run.settings.pooled_token == "upstream" else
+                        "ComfyUI, A1111 and kohya do; Diffusers pools the placeholder"))
+    if run.settings.use_8bit_adam:
+        lines.append("--use_8bit_adam is ignored: it would save nothing for a few rows")
     for line in lines + run.describe_trackers():
         tqdm.write(line if run.together else f"{concept.name}: {line}")
 
 
-def save_rows(run: Run, group: Group, concept: Concept, name: str) -> None:
-    """Write a concept's rows as `<name>.safetensors`, or `.bin`; the metadata says how they were trained."""
+def save_learned(run: Run, model: Model, group: Group, concept: Concept, tail: str = "") -> None:
+    """Write a concept's rows as `learned_embeds<tail>`, of a second text encoder `learned_embeds_2<tail>`.
+
+    The metadata of a .safetensors file says how they were trained.
+    """
+    for i, rows in enumerate(group.rows_of(concept)):
+        name = f"learned_embeds{f'_{i + 1}' if i else ''}{tail}.{run.settings.suffix}"
+        save_rows(concept.output_dir / name, {concept.settings.placeholder_token: rows},
+                  _metadata(run, model, group, concept))
+
+
+def _save_named(run: Run, model: Model, group: Group, concept: Concept) -> None:
+    """Write a file named after the token: A1111 and ComfyUI take the file's name for the word."""
+    name, rows = safe_file_name(concept.settings.placeholder_token), group.rows_of(concept)
+    keys = model.embedding_keys if len(rows) > 1 else (concept.settings.placeholder_token,)
+    if name != "learned_embeds":
+        save_rows(concept.output_dir / f"{name}.{run.settings.suffix}", dict(zip(keys, rows, strict=True)),
+                  _metadata(run, model, group, concept))
+
+
+def _metadata(run: Run, model: Model, group: Group, concept: Concept) -> dict[str, str]:
     settings, shared = concept.settings, run.settings
     metadata = {"base_model": shared.pretrained_model_name_or_path, "step": group.step, "szt": settings.szt,
                 "loss_mask_dir": settings.loss_mask_dir, **asdict(concept.zone), "seed": settings.seed,
                 "learning_rate": shared.learning_rate, "train_batch_size": shared.train_batch_size,
-                "resolution": shared.resolution}
-    (rows,) = group.rows_of(concept)
-    save_embedding(concept.output_dir / f"{name}.{shared.suffix}", settings.placeholder_token, rows,
-                   {option: str(value) for option, value in metadata.items()})
+                "resolution": shared.resolution, "clip_skip": shared.clip_skip}
+    if model.family == "SDXL":
+        metadata["pooled_token"] = shared.pooled_token
+    return {option: str(value) for option, value in metadata.items()}
 
 
 def save_all(run: Run, model: Model, group: Group) -> None:
     """Write the results of a group's concepts, and upload them if asked to."""
     settings = run.settings
     for concept in group.concepts if run.rank == 0 else []:
-        save_rows(run, group, concept, "learned_embeds")
-        if (name := safe_file_name(concept.settings.placeholder_token)) != "learned_embeds":
-            save_rows(run, group, concept, name)  # A1111 and ComfyUI take the file's name for the word
+        save_learned(run, model, group, concept)
+        _save_named(run, model, group, concept)
         if settings.save_as_full_pipeline or settings.push_to_hub:
             _save_pipeline(model, group, concept)
         if settings.push_to_hub:
@@ -79,21 +108,19 @@ def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
 
     Draws no random number of the training's.
     """
-    from diffusers import DPMSolverMultistepScheduler
-
     settings, stream = run.settings, concept.stream
     pipeline = model.pipeline(tokenizers=concept.tokenizers)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    use_dpm_solver(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(run.device)
     folder = concept.output_dir / "validation"
-    (encoder,), (rows,) = model.text_encoders, group.rows_of(concept)
-    with (evaluating(encoder, model.network), torch.no_grad(), ordinary_embedding(encoder, rows),
-          run.evaluation()):
+    with (evaluating(*model.text_encoders, model.network), torch.no_grad(),
+          ordinary_embeddings(model.text_encoders, group.rows_of(concept)), run.evaluation()):
         for i in range(stream.rank, settings.num_validation_images, stream.num_ranks):
             generator = torch.Generator(run.device).manual_seed(concept.settings.seed + i)
             image = pipeline(concept.settings.validation_prompt, num_inference_steps=25, generator=generator,
-                             height=settings.resolution, width=settings.resolution).images[0]
+                             height=settings.resolution, width=settings.resolution,
+                             clip_skip=settings.clip_skip or None).images[0]
             save_png(image, folder / f"step-{group.step:05d}-{i}.png")
     run.barrier()
     if run.accelerator.is_main_process:
@@ -116,11 +143,10 @@ def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> 
 
 def _save_pipeline(model: Model, group: Group, concept: Concept) -> None:
     """Save the whole pipeline with the new token; U-Net and VAE in the precision of their files."""
-    (encoder,), (rows,) = model.text_encoders, group.rows_of(concept)
-    with ordinary_embedding(encoder, rows):
-        encoder = copy.deepcopy(encoder)
-    model.pipeline(tokenizers=concept.tokenizers, text_encoders=[encoder.float().cpu()],
-                   from_files=True).save_pretrained(concept.output_dir)
+    with ordinary_embeddings(model.text_encoders, group.rows_of(concept)):
+        encoders = copy.deepcopy(model.text_encoders)
+    model.pipeline(tokenizers=concept.tokenizers, from_files=True, text_encoders=[
+        encoder.float().cpu() for encoder in encoders]).save_pretrained(concept.output_dir)
 
 
 def _push_to_hub(run: Run, concept: Concept) -> None:

@@ -56,37 +56,39 @@ def find_jobs(image_dir: str | Path, mask_dir: str | Path | None = None,
     return jobs
 
 
-def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilation: int = 0) -> Tensors:
+def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilation: int = 0,
+             multiple: int = 8) -> Tensors:
     """Read an image and its masks; InputError when a file cannot be used.
 
-    The loss mask grows by `mask_dilation` pixels at the training resolution.
+    The loss mask grows by `mask_dilation` pixels at the training resolution; `multiple` as of `scale`.
     """
     def read_both(path: Path | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """A mask as it limits the change and as it limits the attack."""
         if path is None:
             return None, None
         whole = read_mask(path, image.size)
-        part = scale(whole, resolution, keep_size, Image.Resampling.NEAREST)
+        part = scale(whole, resolution, keep_size, multiple, Image.Resampling.NEAREST)
         if not part.any():
             raise InputError(f"The mask '{path}' is black within the central square, or too fine for "
                              f"--resolution {resolution}: no pixel of the image would count.")
         return from_pil(whole) if keep_size else part, part
 
     image = read_image(job.path)
-    attacked = scale(image, resolution, keep_size)
+    attacked = scale(image, resolution, keep_size, multiple)
     mask, attacked_mask = read_both(job.mask_path)
     _, loss_mask = read_both(job.loss_mask_path)
     return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask,
                    None if loss_mask is None else dilate(loss_mask, mask_dilation))
 
 
-def scale(image: Image.Image, resolution: int, keep_size: bool,
+def scale(image: Image.Image, resolution: int, keep_size: bool, multiple: int = 8,
           resample: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
     """An image or mask as the attack sees it, float32 (1, C, h, w) in [0, 1].
 
-    Its central square, or with `keep_size` the whole of it with sides that are multiples of 8.
+    Its central square, or with `keep_size` the whole of it with sides that are multiples of `multiple`.
     """
     if not keep_size:
         return from_pil(crop_and_resize(image, resolution, True, resample))
-    size = [max(8, round(side * resolution / min(image.size) / 8) * 8) for side in image.size]
+    size = [max(multiple, round(side * resolution / min(image.size) / multiple) * multiple)
+            for side in image.size]
     return from_pil(image.resize(size, resample))

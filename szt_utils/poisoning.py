@@ -5,6 +5,7 @@ change is enlarged and added to the original. Every result is read back from its
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +20,17 @@ from .devices import best_device, dtype_of
 from .folder_run import FolderRun, Record
 from .image_rng import image_generator
 from .images import from_pil, read_image, save_png, to_pil
-from .models import Model, load_model, tokenize
+from .models import Model, find_family, load_model, tokenize
 from .pgd import add_within_budget, pgd, project, rms, warn_if_unmoved
 from .poison_jobs import ImageJob, Tensors, find_jobs, read_job, scale
-from .poisons import Victim, find_poison, image_gradient, measure_objective, target_pattern
+from .poisons import (
+    Victim,
+    check_chain,
+    find_poison,
+    image_gradient,
+    measure_objective,
+    target_pattern,
+)
 from .safe_zone import SafeZone, paper_dilation
 from .square_images import resolution_for
 
@@ -96,12 +104,26 @@ class PoisonSettings:
 
     def read(self, job: ImageJob) -> Tensors:
         """An image and its masks as these settings need them."""
-        return read_job(job, self.resolution, self.keep_size, self.zone().mask_dilation)
+        return read_job(job, self.resolution, self.keep_size, self.zone().mask_dilation,
+                        self.multiple if self.keep_size else 8)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a whole image must be multiples of, in pixels; reads the model's config."""
+        return 8 * _patch(self.pretrained_model_name_or_path, self.revision)
+
+
+@functools.lru_cache(maxsize=1)
+def _patch(path: str, revision: str | None) -> int:
+    return find_family(path, revision).patch
 
 
 def load_victim(settings: PoisonSettings) -> Victim:
     """The victim of all images, on the GPU if there is one; InputError when a setting does not fit it."""
     torch.backends.cudnn.deterministic = True  # the same image twice has the same gradient
+    if settings.method == "da":
+        check_chain(find_family(settings.pretrained_model_name_or_path, settings.revision),
+                    settings.chain_steps, settings.strength)
     model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
                        variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
                        device=best_device())
@@ -177,7 +199,7 @@ def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
 
     def seen(results: list[torch.Tensor]) -> list[torch.Tensor]:
         """Of results, the images as a model will see them."""
-        return ([scale(to_pil(image)[0], settings.resolution, True) for image in results]
+        return ([scale(to_pil(image)[0], settings.resolution, True, settings.multiple) for image in results]
                 if settings.keep_size else results)
 
     with warnings_to(report):

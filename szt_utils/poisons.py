@@ -26,9 +26,9 @@ from .models import Condition, Model, expand, residual
 from .pgd import Gradient
 from .safe_zone import SafeZone
 
-__all__ = ["POISONS", "LatentGradient", "Objective", "Poison", "Victim", "denoising_objective",
-           "differentiate", "diffusion_objective", "encoder_objective", "find_poison", "image_gradient",
-           "image_to_image", "measure_objective", "pull_back", "sample_noise_and_timesteps",
+__all__ = ["POISONS", "LatentGradient", "Objective", "Poison", "Victim", "check_chain",
+           "denoising_objective", "differentiate", "diffusion_objective", "encoder_objective", "find_poison",
+           "image_gradient", "image_to_image", "measure_objective", "pull_back", "sample_noise_and_timesteps",
            "score_distillation", "target_pattern"]
 
 
@@ -164,28 +164,31 @@ def image_to_image(victim: Victim, latents: torch.Tensor, noise: torch.Tensor) -
     """The output of guided image-to-image on `latents` (B, C, h, w), float32 (B, 3, H, W); gradients flow.
 
     Images are about [0, 1] and not clipped. The timesteps are those of Diffusers' image-to-image pipeline
-    with a DDIM scheduler. Every step and the decoder are checkpointed: memory does not grow with
-    `chain_steps`.
+    with a DDIM scheduler, of flow models with their own. Every step and the decoder are checkpointed: memory
+    does not grow with `chain_steps`.
     """
-    from diffusers import DDIMScheduler
-
-    model = victim.model
-    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    model, count = victim.model, len(latents)
     steps = round(victim.chain_steps / victim.strength)
-    scheduler.set_timesteps(steps, device=latents.device)
-    timesteps = scheduler.timesteps[steps - victim.chain_steps:]
-    empty, prompted = (expand(condition, len(latents)) for condition in (victim.empty, victim.condition))
-    both = {name: torch.cat([empty[name], prompted[name]]) for name in prompted}
+    first = steps - victim.chain_steps
+    timesteps, advance = model.sampler(steps, latents)
+    prompted, empty = (expand(condition, count) for condition in (victim.condition, victim.empty))
 
-    def step(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        unguided, guided = model.predict(torch.cat([latents] * 2), t.expand(2 * len(latents)), both).chunk(2)
-        prediction = unguided + victim.guidance_scale * (guided - unguided)
-        return scheduler.step(prediction, t, latents).prev_sample
+    def step(latents: torch.Tensor, i: int) -> torch.Tensor:
+        prediction = model.guide(latents, timesteps[i].expand(count), prompted, empty, victim.guidance_scale)
+        return advance(prediction, i, latents)
 
-    latents = scheduler.add_noise(latents, noise, timesteps[:1].expand(len(latents)))
-    for t in timesteps:
-        latents = checkpoint(step, latents, t, use_reentrant=False)
+    latents = model.noised(latents, noise, timesteps[first].expand(count))
+    for i in range(first, steps):
+        latents = checkpoint(step, latents, i, use_reentrant=False)
     return checkpoint(model.decode, latents, use_reentrant=False)
+
+
+def check_chain(family: type[Model], chain_steps: int, strength: float) -> None:
+    """InputError when a flow model's chain begins at pure noise, where no gradient reaches the image."""
+    if family.network_name == "transformer" and round(chain_steps / strength) == chain_steps:
+        raise InputError(f"A chain of {chain_steps} steps at strength {strength} begins at pure noise, where "
+                         f"{family.family} sees nothing of the image; lower --strength or raise "
+                         "--chain_steps.")
 
 
 def differentiate(objective: Objective) -> LatentGradient:

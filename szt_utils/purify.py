@@ -118,9 +118,13 @@ def regen(images: torch.Tensor, pipeline: Any, *, generators: Sequence[torch.Gen
     """
     check_strength(strength, steps)
     height, width = images.shape[-2:]
-    result = pipeline([prompt] * len(images), image=_padded(images, pipeline.vae_scale_factor),
-                      strength=strength, num_inference_steps=steps, guidance_scale=guidance_scale,
-                      generator=list(generators), output_type="pt").images
+    # A transformer takes latent cells two by two, and its pipeline resizes to a size of its own.
+    transformer = hasattr(pipeline, "transformer")
+    padded = _padded(images, pipeline.vae_scale_factor * (2 if transformer else 1))
+    size = {"height": padded.shape[-2], "width": padded.shape[-1]} if transformer else {}
+    result = pipeline([prompt] * len(images), image=padded, strength=strength, num_inference_steps=steps,
+                      guidance_scale=guidance_scale, generator=list(generators), output_type="pt",
+                      **size).images
     return result.float().cpu()[..., :height, :width].clamp(0, 1)
 
 

@@ -14,6 +14,7 @@ from .errors import InputError
 from .folder_run import FolderRun, Record, sha256_of
 from .image_rng import image_generator
 from .images import crop_and_resize, from_pil, name_results, read_image, save_png, to_pil
+from .models.parts import absent_parts
 from .purify import DEFAULTS, PURIFIERS, check_strength
 
 __all__ = ["PurifySettings", "purify_folder"]
@@ -93,6 +94,7 @@ def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str |
     files |= {} if cls.__name__ == "DDPMPipeline" else {"safety_checker": None}
     files |= {"watermarker": None} if cls.__name__ == "IFImg2ImgSuperResolutionPipeline" else {}
     try:
+        files |= absent_parts(cls.load_config(path, revision=files.get("revision")))
         pipeline = cls.from_pretrained(path, torch_dtype=dtype_of(settings.mixed_precision), **files)
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

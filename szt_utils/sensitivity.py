@@ -19,17 +19,23 @@ import torch.nn.functional as F
 from .errors import InputError
 from .models import Condition, Model, tokenize
 
-__all__ = ["TokenizedPrompt", "attention_recorded", "cross_attention_maps", "draw_replacements",
-           "prompt_conditions", "semantic_sensitivity", "tokenize_words"]
+__all__ = ["TokenizedPrompt", "attention_recorded", "check_cross_attention", "cross_attention_maps",
+           "draw_replacements", "prompt_conditions", "semantic_sensitivity", "tokenize_words"]
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """Token ids of a prompt, long (1, L) per tokenizer, and the sorted positions of each of its `words`."""
+    """Token ids of a prompt, long (1, L) per tokenizer, and the sorted positions of each of its `words`.
+
+    CLIP tokenizers have the same positions. T5's, the last, has positions of its own, and a vocabulary of
+    `t5_size` tokens.
+    """
 
     ids: list[torch.Tensor]
     words: list[str]
     positions: list[list[int]]
+    t5_positions: list[list[int]] | None = None
+    t5_size: int = 0
 
 
 def tokenize_words(model: Model, prompt: str, words: Sequence[str] | None = None) -> TokenizedPrompt:
@@ -45,16 +51,22 @@ def tokenize_words(model: Model, prompt: str, words: Sequence[str] | None = None
         raise InputError(f"The prompt '{prompt}' has more than the {length} tokens that the model takes; "
                          "shorten it.")
     ids = tokenize(model, prompt)
-    flat = ids[0][0].tolist()
     words = list(dict.fromkeys(prompt.split()) if words is None else words)
-    positions = []
-    for word in words:
-        own = tokenizer(word, add_special_tokens=False).input_ids
-        starts = [i for i in range(len(flat)) if own and flat[i:i + len(own)] == own]
-        if not starts:
-            raise InputError(f"The word '{word}' is not in the prompt '{prompt}'.")
-        positions.append(sorted({start + i for start in starts for i in range(len(own))}))
-    return TokenizedPrompt(ids, words, positions)
+    positions = [_positions(tokenizer, ids[0], word) for word in words]
+    if not all(positions):
+        raise InputError(f"The word '{words[positions.index([])]}' is not in the prompt '{prompt}'.")
+    if model.t5 is None:
+        return TokenizedPrompt(ids, words, positions)
+    special, other = tokenizer.all_special_tokens, model.t5.tokenizer  # which does not have these
+    return TokenizedPrompt(ids, words, positions, [
+        [] if word in special else _positions(other, ids[-1], word) for word in words], other.vocab_size)
+
+
+def _positions(tokenizer: Any, ids: torch.Tensor, word: str) -> list[int]:
+    """The sorted positions of a word's tokens in token ids (1, L)."""
+    flat, own = ids[0].tolist(), tokenizer(word, add_special_tokens=False).input_ids
+    starts = [i for i in range(len(flat)) if own and flat[i:i + len(own)] == own]
+    return sorted({start + i for start in starts for i in range(len(own))})
 
 
 def draw_replacements(prompt: TokenizedPrompt, count: int, vocabulary_size: int,
@@ -62,13 +74,19 @@ def draw_replacements(prompt: TokenizedPrompt, count: int, vocabulary_size: int,
     """Draw `count` random replacements per word, uniformly from the vocabulary.
 
     Returns `replaced` bool, the positions of the word, and `drawn` long, token ids: both (words * count, L).
+    With T5 they are wider: its columns, drawn from its own vocabulary, follow those of CLIP.
     """
-    length = prompt.ids[0].shape[1]
-    replaced = torch.zeros(len(prompt.words), length, dtype=torch.bool)
-    for row, positions in zip(replaced, prompt.positions, strict=True):
-        row[positions] = True
-    drawn = torch.randint(vocabulary_size, (len(prompt.words) * count, length), generator=generator)
-    return replaced.repeat_interleave(count, 0), drawn
+    drawn_from = [(prompt.positions, prompt.ids[0], vocabulary_size)]
+    if prompt.t5_positions is not None:
+        drawn_from.append((prompt.t5_positions, prompt.ids[-1], prompt.t5_size))
+    all_replaced, all_drawn = [], []
+    for positions, ids, size in drawn_from:
+        replaced = torch.zeros(len(prompt.words), ids.shape[1], dtype=torch.bool)
+        for row, places in zip(replaced, positions, strict=True):
+            row[places] = True
+        all_replaced.append(replaced.repeat_interleave(count, 0))
+        all_drawn.append(torch.randint(size, (len(prompt.words) * count, ids.shape[1]), generator=generator))
+    return torch.cat(all_replaced, dim=1), torch.cat(all_drawn, dim=1)
 
 
 @torch.no_grad()
@@ -81,8 +99,12 @@ def prompt_conditions(model: Model, prompt: TokenizedPrompt, replaced: torch.Ten
     count = 1 if replaced is None else len(replaced)
     with contextlib.ExitStack() as stack:
         if replaced is not None:
+            length = prompt.ids[0].shape[1]
             for encoder in model.text_encoders:
-                stack.enter_context(_embeddings_replaced(encoder, replaced, drawn))
+                stack.enter_context(_embeddings_replaced(encoder, replaced[:, :length], drawn[:, :length]))
+            if model.t5 is not None:  # whose forward pass goes to the embedding of its stack
+                stack.enter_context(_embeddings_replaced(model.t5.encoder.encoder, replaced[:, length:],
+                                                         drawn[:, length:]))
         return model.condition([ids.expand(count, -1) for ids in prompt.ids])
 
 
@@ -183,14 +205,22 @@ def _grid(pixels: int, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+def check_cross_attention(model: Model | type[Model]) -> None:
+    """InputError for a model, or a family, whose network has no cross-attention."""
+    if model.network_name != "unet":
+        raise InputError(f"Cross-attention maps need a U-Net, which {model.family} models do not have; leave "
+                         "out --cross_attention.")
+
+
 @torch.no_grad()
 def cross_attention_maps(model: Model, latents: torch.Tensor, prompt: TokenizedPrompt,
                          timesteps: Sequence[int], *, noise: torch.Tensor) -> torch.Tensor:
     """Share of its attention that each location gives a word, float32 (words, timesteps, h, w) in [0, 1].
 
-    For models with a U-Net; arguments as of `semantic_sensitivity`. Averaged over heads, layers (each resized
-    to the latent grid) and draws; the positions of a word add up.
+    Arguments as of `semantic_sensitivity`. Averaged over heads, layers (each resized to the latent grid) and
+    draws; the positions of a word add up. InputError for models without a U-Net.
     """
+    check_cross_attention(model)
     conditions, size, maps = prompt_conditions(model, prompt), tuple(latents.shape[-2:]), 0
     for draw in noise.to(latents).split(1):
         of_draw = []

@@ -86,12 +86,17 @@ class TrainingSettings:
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
     enable_xformers_memory_efficient_attention: bool = False
+    use_8bit_adam: bool = False
+    clip_skip: int = 0
+    pooled_token: str = "upstream"
+    micro_conditioning: str = "crop"
     no_safe_serialization: bool = False
     save_steps: int = 500
     save_as_full_pipeline: bool = False
     concepts: str | None = None
     concepts_per_batch: int = 8
     compile: bool = False
+    quantize: str | None = None
     no_cache_latents: bool = False
     latent_cache_gb: float = 4.0
 

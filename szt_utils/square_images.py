@@ -19,10 +19,10 @@ def read_square(path: str | Path, resolution: int) -> tuple[Image.Image, torch.T
 
 
 def resolution_for(model: Model, resolution: int | None = None) -> int:
-    """The resolution in pixels, or the model's own; InputError for one that the VAE does not divide."""
-    factor = model.vae_scale_factor
-    resolution = resolution or model.network.config.sample_size * factor
-    if resolution % factor:
-        raise InputError(f"The model needs a --resolution that is a multiple of {factor}, "
+    """The resolution in pixels, or the model's own; InputError for one that the model cannot divide."""
+    multiple = model.vae_scale_factor * model.patch
+    resolution = resolution or model.resolution
+    if resolution % multiple:
+        raise InputError(f"The model needs a --resolution that is a multiple of {multiple}, "
                          f"but it is {resolution}.")
     return resolution

@@ -19,8 +19,8 @@ from .errors import InputError
 from .files import write_bytes, write_json
 from .plots import score_sweep, score_table
 
-__all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "plan",
-           "poison_average", "read_cells", "recovered", "run_index", "write_table"]
+__all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "poison_average",
+           "read_cells", "recovered", "run_index", "write_table"]
 
 SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
 
@@ -110,27 +110,6 @@ def run_index(folder: str | Path, record: dict[str, Any]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, [*records, record])
     return position
-
-
-def plan(missing: Sequence[Cell], passes: dict[str, int], finished: Sequence[Cell],
-         seconds: float | None) -> str:
-    """The missing cells and their cost, `passes` of an image through the U-Net by stage.
-
-    `seconds` of one pass are used until there are finished cells to measure it by; None is unknown.
-    """
-    rates = [cell.seconds / cell.passes for cell in finished if cell.passes]
-    rate, source = (mean(rates), "the rate of the cells that are there") if rates else (
-        seconds, "the rate of two CPU cores")
-    lines = [cell.name for cell in missing]
-    lines += [f"{stage:9s} {count:12,d} passes of an image through the U-Net"
-              for stage, count in passes.items()]
-    if rate is not None:
-        total = sum(passes.values()) * rate
-        time = f"{total / 3600:.1f} hours" if total > 5400 else f"{total / 60:.0f} minutes"
-        lines.append(f"about {time} on one process at {source}")
-    elif missing:
-        lines.append("how long that takes is not known yet: run a few cells, then --dry_run again")
-    return "\n".join(lines)
 
 
 def averages(cells: Sequence[Cell], metric: str) -> dict[tuple[str, str], Average]:

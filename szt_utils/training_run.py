@@ -35,7 +35,8 @@ class Run:
                 warnings.simplefilter("ignore")  # a missing tracker is reported by `describe_trackers`
                 self.accelerator = Accelerator(
                     gradient_accumulation_steps=settings.gradient_accumulation_steps,
-                    mixed_precision=settings.mixed_precision, log_with=settings.report_to,
+                    mixed_precision=settings.mixed_precision,
+                    log_with=None if settings.report_to == "none" else settings.report_to,
                     project_config=ProjectConfiguration(project_dir=str(folder),
                                                         logging_dir=str(folder / settings.logging_dir)))
         except ValueError as error:
@@ -77,14 +78,17 @@ class Run:
     def load_model(self) -> Model:
         """The frozen model, as the training needs it: text encoders in float32, the rest in its precision."""
         settings = self.settings
-        path, revision = settings.pretrained_model_name_or_path, settings.revision
-        family = find_family(path, revision)
-        if family.family != "Stable Diffusion":
-            raise InputError(f"The model '{path}' is an {family.family} model; this script trains Stable "
-                             "Diffusion models only.")
-        model = load_model(path, dtype=self.dtype, device=self.device, revision=revision,
-                           variant=settings.variant, tokenizer=settings.tokenizer_name,
-                           text_dtype=torch.float32)
+        reason = find_family(settings.pretrained_model_name_or_path, settings.revision).no_training
+        if reason:
+            raise InputError(reason)
+        model = load_model(settings.pretrained_model_name_or_path, dtype=self.dtype, device=self.device,
+                           revision=settings.revision, variant=settings.variant,
+                           tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
+                           quantize=settings.quantize)
+        if model.t5 is not None:
+            model.t5.known = {}  # captions come again and again
+        model.clip_skip = settings.clip_skip
+        model.pooled_token = settings.pooled_token  # of SDXL; the others have none
         if settings.gradient_checkpointing:
             model.network.train()  # checkpointing is off in evaluation mode
             model.network.enable_gradient_checkpointing()
@@ -103,6 +107,10 @@ class Run:
         if settings.resolution < model.vae_scale_factor:
             raise InputError(f"--resolution must be at least {model.vae_scale_factor}, one cell of this "
                              f"model's latent grid, but is {settings.resolution}.")
+        cell = model.vae_scale_factor * model.patch
+        if model.patch > 1 and settings.resolution % cell:
+            raise InputError(f"--resolution must be a multiple of {cell} for this model, but is "
+                             f"{settings.resolution}.")
         return model
 
     def _compile(self, model: Model) -> None:
@@ -113,10 +121,10 @@ class Run:
         for network in (model.network, *model.text_encoders):
             network.compile()
 
-    def condition(self, model: Model, ids: list[torch.Tensor]) -> Condition:
+    def condition(self, model: Model, ids: list[torch.Tensor], sizes: torch.Tensor | None) -> Condition:
         """The model's condition, from text encoders in float32 under autocast; gradients flow."""
         with self.accelerator.autocast():
-            return model.condition(ids)
+            return model.condition(ids, sizes)
 
     def optimizer(self, rows: list[torch.nn.Parameter]) -> tuple[Any, Any]:
         """AdamW on the rows, and the schedule of its learning rate."""
@@ -152,7 +160,7 @@ class Run:
 
     def describe_trackers(self) -> list[str]:
         """A line about trackers that are not installed, if there is one to print."""
-        return [] if self.accelerator.log_with else [
+        return [] if self.accelerator.log_with or self.settings.report_to == "none" else [
             f"no tracker for --report_to {self.settings.report_to} is installed: the losses go to "
             "stats.jsonl only"]
 

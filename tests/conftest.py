@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from szt_utils.arguments import command_line
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "textual_inversion_szt.py"
@@ -160,3 +160,98 @@ def concept_folder(tmp_path_factory) -> tuple[Path, Path]:
 def tiny_sdxl(tmp_path_factory) -> Path:
     """The folder of `build_tiny_sdxl`."""
     return build_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+def _tiny_t5(width: int):
+    """A T5 encoder of random weights, and a tokenizer of the pocket world's words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    from szt_utils.pocket.vocabulary import words
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words()),
+              *(chr(code) for code in range(33, 127))]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(i > 2) - (len(piece) == 1))
+                                          for i, piece in enumerate(dict.fromkeys(pieces))], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer.get_vocab()), d_model=width, d_kv=8, d_ff=64,
+                                      num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+    return tokenizer, encoder, T5TokenizerFast
+
+
+def _tiny_flow_parts(folder: Path, encoder_classes: list, t5_width: int | None) -> dict:
+    """What both flow models share: a VAE, the CLIP encoders of widths 32 and 24, T5, and tokenizers."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from tokenizers import Tokenizer
+    from transformers import CLIPTextConfig
+
+    from szt_utils.pocket.vocabulary import pocket_tokenizer
+
+    torch.manual_seed(0)
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=16, sample_size=64,
+        scaling_factor=0.5, shift_factor=0.25, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)}
+    for i, cls in enumerate(encoder_classes):
+        suffix, tokenizer = f"_{i + 1}" if i else "", pocket_tokenizer(folder / "vocabulary")
+        parts[f"tokenizer{suffix}"] = tokenizer
+        parts[f"text_encoder{suffix}"] = cls(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=(32, 24)[i], intermediate_size=64, num_hidden_layers=3,
+            projection_dim=16, num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id))
+    suffix = f"_{len(encoder_classes) + 1}"
+    parts |= {f"tokenizer{suffix}": None, f"text_encoder{suffix}": None}
+    if t5_width:
+        tokenizer, parts[f"text_encoder{suffix}"], cls = _tiny_t5(t5_width)
+        assert isinstance(tokenizer, Tokenizer)
+        (folder / "t5").mkdir(parents=True)
+        tokenizer.save(str(folder / "t5" / "tokenizer.json"))
+        parts[f"tokenizer{suffix}"] = cls.from_pretrained(
+            folder / "t5", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=0,
+            model_max_length=512)
+    return parts
+
+
+def build_tiny_sd3(folder: Path, t5: bool = True) -> Path:
+    """An SD3-shaped folder of random weights: 64-px images, 8x8x16 latents, two CLIP encoders, T5 or none."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    parts = _tiny_flow_parts(folder, [CLIPTextModelWithProjection] * 2, 64 if t5 else None)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=32,
+        pos_embed_max_size=16)
+    StableDiffusion3Pipeline(transformer=transformer, **parts).save_pretrained(folder)
+    return folder
+
+
+def build_tiny_flux(folder: Path, guidance_embeds: bool = True) -> Path:
+    """A FLUX-shaped folder of random weights, with 8x8x16 latents at 64 px; distilled like FLUX.1-dev, or not
+    like FLUX.1-schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    parts = _tiny_flow_parts(folder, [CLIPTextModel], 48)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6))
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    FluxPipeline(transformer=transformer, **parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory) -> Path:
+    """The folder of `build_tiny_sd3`."""
+    return build_tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """The folder of `build_tiny_flux`."""
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")

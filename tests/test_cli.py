@@ -119,7 +119,7 @@ def test_every_kind_of_image_is_handled(tiny_model, tmp_path, capsys):
     found = TrainingImages(concept, SafeZone(),
                            functools.partial(textual_inversion_szt.prepare, settings, concept))
     assert len(found) == len(expected) == 8 and found.latent_masks([8, 8]) is None
-    for (image, _), pixels in zip(found.kept.values(), expected, strict=True):
+    for (image, _, _), pixels in zip(found.kept.values(), expected, strict=True):
         assert image.mode == "RGB" and image.size == (side, side)
         assert (np.asarray(image) == pixels).all()
 

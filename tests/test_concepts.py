@@ -9,7 +9,7 @@ from conftest import SCRIPT, flags, run_here, run_script, two_ranks
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 from szt_utils.files import read_stats
 from szt_utils.pocket import write_concept
 

@@ -6,7 +6,7 @@ import torch
 from conftest import flags, run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 
 READ = torch.ops.aten._local_scalar_dense.default  # the host waits for a value
 

@@ -7,16 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from szt_utils.embedding_files import load_embedding, safe_file_name, save_embedding
 from szt_utils.embeddings import (
     NewRows,
     add_placeholder,
     join_rows,
-    load_embedding,
-    ordinary_embedding,
+    ordinary_embeddings,
     ordinary_words_with,
     placeholder_prompt,
-    safe_file_name,
-    save_embedding,
     take_rows,
     train_rows,
 )
@@ -71,7 +69,7 @@ def test_only_the_rows_of_the_text_encoder_train_and_they_go_back(parts):
     with torch.no_grad():
         new.rows += 1
     trained = text_encoder(tokens)[0].detach()
-    with ordinary_embedding(text_encoder, new.rows):
+    with ordinary_embeddings([text_encoder], [new.rows]):
         assert type(text_encoder.get_input_embeddings()) is torch.nn.Embedding
         assert torch.equal(text_encoder.get_input_embeddings().weight[ids], new.rows)
         assert torch.equal(text_encoder(tokens)[0], trained)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import build_tiny_sdxl, run_script
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 from szt_utils import pocket
-from szt_utils.embeddings import save_embedding
+from szt_utils.embedding_files import save_embedding
 from szt_utils.metrics import Networks, image_features, pairwise_similarity, score_images, similarity
 
 
@@ -116,12 +116,18 @@ def test_an_sdxl_model_is_evaluated_and_a_mistake_leaves_the_folder_as_it_was(ru
     model = build_tiny_sdxl(tmp_path / "sdxl")
     save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 24)}, tmp_path / "Toy.safetensors")
     options = ["--pretrained_model_name_or_path", model, "--metrics", "dino"]
-    with pytest.raises(SystemExit, match="clip_l and clip_g"):
+    with pytest.raises(SystemExit, match="width 32, but the model's are 32 and 24 wide"):
         run(tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
     run(tmp_path / "out", *options, "--embeddings", tmp_path / "Toy.safetensors")
     assert len(images_in(tmp_path / "out")) == 4
     assert "dino" in json.loads((tmp_path / "out" / "scores.json").read_text())["metrics"]
+    # A training's folder holds a file for each text encoder.
+    for name, width in (("learned_embeds", 32), ("learned_embeds_2", 24)):
+        save_file({"<toy>": load_file(tmp_path / "Toy.safetensors")["clip_l" if width == 32 else "clip_g"]},
+                  tmp_path / f"{name}.safetensors")
+    run(tmp_path / "both", *options, "--embeddings", tmp_path)
+    assert images_in(tmp_path / "both") == images_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize("line, message", [("a photo of a toy", "Line 1"), ("{} and {}", "Line 1"),

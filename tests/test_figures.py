@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from szt_utils.embeddings import save_embedding
+from szt_utils.embedding_files import save_embedding
 from szt_utils.pocket import write_concept
 
 FIGURES = {"fig2": ["--timesteps", 500, "--replacements", 2, "--images", 1],

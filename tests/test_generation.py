@@ -7,9 +7,10 @@ from conftest import build_tiny_sdxl
 from safetensors.torch import save_file
 
 from szt_utils import pocket
-from szt_utils.embeddings import save_embedding
+from szt_utils.embedding_files import save_embedding
+from szt_utils.embeddings import load_into
 from szt_utils.errors import InputError
-from szt_utils.generation import generate, load_into_pipeline, load_pipeline
+from szt_utils.generation import generate, load_pipeline
 
 PROMPTS = ["a photo of a red star", "a photo of a blue house", "a photo of a <new>"]
 
@@ -55,7 +56,7 @@ def test_a_pipeline_has_the_models_own_class_and_no_filters(model_and_embedding)
 def test_both_vectors_of_an_embedding_are_in_the_prompt(model_and_embedding):
     model, embedding = model_and_embedding
     pipeline = load_pipeline(model)
-    assert load_into_pipeline(pipeline, embedding) == "<new>"
+    assert load_into(pipeline, embedding) == "<new>"
     assert pipeline.maybe_convert_prompt("a <new>", pipeline.tokenizer) == "a <new> <new>_1"
 
 

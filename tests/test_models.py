@@ -1,31 +1,39 @@
 """One contract for every model family, on tiny random models; the residual against closed forms."""
 
+import math
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny_sdxl
 from diffusers import AutoencoderKL, DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 from szt_utils.errors import InputError
 from szt_utils.models import evaluating, expand, find_family, load_model, residual, tokenize
 from szt_utils.models.parts import load_part
 
 FAMILIES = {"epsilon": "Stable Diffusion", "velocity": "Stable Diffusion", "terminal": "Stable Diffusion",
-            "sdxl": "SDXL"}
-WIDTHS = {"Stable Diffusion": 32, "SDXL": 32 + 24}
+            "sdxl": "SDXL", "sd3": "Stable Diffusion 3", "flux": "FLUX"}
+ENCODERS = {"sdxl": 2, "sd3": 2}
+FLOW = ("sd3", "flux")
+CHANNELS = {"sd3": 16, "flux": 16}
+# Tokens and width of the prompt's states; CLIP has 24 tokens here.
+STATES = {"Stable Diffusion": (24, 32), "SDXL": (24, 32 + 24), "Stable Diffusion 3": (24 + 256, 64),
+          "FLUX": (512, 48)}
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_model, tiny_velocity_model, tmp_path_factory):
+def folders(tiny_model, tiny_velocity_model, tiny_sd3, tiny_flux, tmp_path_factory):
     """A folder of every family and prediction; "terminal" is a velocity model with zero terminal SNR."""
     terminal = shutil.copytree(tiny_velocity_model, tmp_path_factory.mktemp("terminal") / "model")
     scheduler = DDPMScheduler.from_pretrained(terminal, subfolder="scheduler")
     DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True).save_pretrained(
         terminal / "scheduler")
     return {"epsilon": tiny_model, "velocity": tiny_velocity_model, "terminal": terminal,
-            "sdxl": build_tiny_sdxl(tmp_path_factory.mktemp("sdxl"))}
+            "sdxl": build_tiny_sdxl(tmp_path_factory.mktemp("sdxl")), "sd3": tiny_sd3, "flux": tiny_flux}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,7 +49,8 @@ def model(folders, name):
 @torch.no_grad()
 def a_batch(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator).to(dtype) for _ in range(2))
+    channels = model.vae.config.latent_channels
+    latents, noise = (torch.randn(3, channels, 8, 8, generator=generator).to(dtype) for _ in range(2))
     condition = model.condition(tokenize(model, ["a star", "a photo of a ring", ""]))
     return latents, noise, torch.tensor([3, 500, 999]), condition
 
@@ -59,9 +68,12 @@ def one(condition, i):
 
 def test_the_family_is_found_and_its_parts_are_frozen(model, name, folders):
     assert model.family == find_family(str(folders[name])).family == FAMILIES[name]
-    assert len(model.tokenizers) == len(model.text_encoders) == (2 if name == "sdxl" else 1)
+    assert len(model.tokenizers) == len(model.text_encoders) == ENCODERS.get(name, 1)
     assert (model.num_timesteps, model.vae_scale_factor) == (1000, 8)
-    for module in (*model.text_encoders, model.vae, model.network):
+    assert (model.network_name, model.patch) == (("transformer", 2) if name in FLOW else ("unet", 1))
+    assert model.resolution == (1024 if name == "flux" else 64)
+    assert (model.t5 is not None) == (name in FLOW)
+    for module in (*model.text_encoders, *([model.t5.encoder] if model.t5 else []), model.vae, model.network):
         parameters = list(module.parameters())
         assert parameters and not module.training and not any(p.requires_grad for p in parameters)
 
@@ -69,7 +81,8 @@ def test_the_family_is_found_and_its_parts_are_frozen(model, name, folders):
 @pytest.mark.parametrize("dtype, text_dtype", [(torch.bfloat16, None), (torch.bfloat16, torch.float32)])
 def test_every_part_has_the_precision_that_was_asked_for(folders, name, dtype, text_dtype):
     model = load_model(str(folders[name]), dtype=dtype, text_dtype=text_dtype)
-    assert {p.dtype for part in (model.vae, model.network) for p in part.parameters()} == {dtype}
+    frozen = [model.vae, model.network, *([model.t5.encoder] if model.t5 else [])]
+    assert {p.dtype for part in frozen for p in part.parameters()} == {dtype}
     assert {p.dtype for encoder in model.text_encoders for p in encoder.parameters()} == {text_dtype or dtype}
     assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
     latents = model.encode(torch.rand(1, 3, 64, 64))
@@ -80,16 +93,17 @@ def test_every_part_has_the_precision_that_was_asked_for(folders, name, dtype, t
     assert torch.equal(next(model.network.parameters()), next(whole.network.parameters()).to(dtype))
 
 
-def test_moments_latents_and_the_encoders_mean_agree(model):
+def test_moments_latents_and_the_encoders_mean_agree(model, name):
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         moments = model.moments(images)
         posterior = model.vae.encode(images * 2 - 1).latent_dist
-        scale = model.vae.config.scaling_factor
-        assert moments.shape == (2, 8, 8, 8)
-        assert torch.allclose(model.encode(images), posterior.mean * scale, atol=1e-5)
+        scale, shift = model.vae.config.scaling_factor, model.vae.config.shift_factor or 0
+        assert (shift != 0) == (name in FLOW)
+        assert moments.shape == (2, 2 * CHANNELS.get(name, 4), 8, 8)
+        assert torch.allclose(model.encode(images), (posterior.mean - shift) * scale, atol=1e-5)
         drawn = model.latents(moments, torch.Generator().manual_seed(5))
-        noise = (drawn / scale - posterior.mean) / posterior.std
+        noise = (drawn / scale + shift - posterior.mean) / posterior.std
         again = model.latents(moments, torch.Generator().manual_seed(5))
     assert torch.equal(drawn, again) and abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
 
@@ -98,18 +112,19 @@ def test_decode_gives_images_and_gradients_flow_through_both(model):
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     latents = model.encode(images)
     decoded = model.decode(latents)
-    expected = (model.vae.decode(latents / model.vae.config.scaling_factor).sample + 1) / 2
+    config = model.vae.config
+    expected = (model.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample + 1) / 2
     assert decoded.dtype == torch.float32 and torch.allclose(decoded, expected, atol=1e-5)
     decoded.sum().backward()
     assert images.grad.abs().max() > 0
 
 
 def test_a_condition_is_one_row_per_prompt(model):
-    length = model.tokenizers[0].model_max_length
+    assert model.tokenizers[0].model_max_length == 24
     with torch.no_grad():
         condition = model.condition(tokenize(model, ["a star", "star " * 100]))
         alone = model.condition(tokenize(model, "a star"))
-    assert condition["states"].shape == (2, length, WIDTHS[model.family])
+    assert condition["states"].shape == (2, *STATES[model.family])
     for key, value in expand(alone, 3).items():
         assert value.shape == (3, *condition[key].shape[1:])
         assert torch.allclose(value[2], condition[key][0], atol=1e-6)
@@ -131,7 +146,11 @@ def test_residual_follows_the_closed_forms_of_noise_and_target(model, name):
         roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     signal = roots[timesteps].view(-1, 1, 1, 1)
     spread = (1 - signal**2).sqrt()
-    target = noise if name in ("epsilon", "sdxl") else signal * noise - spread * latents
+    if name in FLOW:
+        spread = (timesteps.view(-1, 1, 1, 1) + 1) / 1000
+        signal = 1 - spread
+    target = (noise if name in ("epsilon", "sdxl") else noise - latents if name in FLOW
+              else signal * noise - spread * latents)
     noised = signal * latents + spread * noise
     assert torch.allclose(model.noised(latents, noise, timesteps), noised, atol=1e-3)
     assert torch.allclose(model.target(latents, noise, timesteps), target, atol=1e-3)
@@ -150,6 +169,9 @@ def test_log_snr_is_that_of_the_schedule(model, name):
     assert found.dtype == torch.float64 and (found.diff() < 0).all()
     if name == "terminal":
         assert found[-1] < -15  # nearly no signal is left
+    elif name in FLOW:
+        assert found[-1] == -torch.inf and found[1] == pytest.approx(-0.008, abs=1e-3)
+        assert found[0] == pytest.approx(2 * math.log(999))
     else:
         assert found[1] == pytest.approx(-0.963, abs=1e-3)
 
@@ -172,27 +194,34 @@ def test_a_latent_mask_hides_the_noised_latent_but_not_the_target(model, name):
 
 def test_the_pipeline_has_the_models_own_parts(model):
     pipeline = model.pipeline()
-    assert pipeline.unet is model.network and pipeline.vae is model.vae
+    assert getattr(pipeline, model.network_name) is model.network and pipeline.vae is model.vae
     assert pipeline.text_encoder is model.text_encoders[0] and pipeline.tokenizer is model.tokenizers[0]
-    if model.family == "SDXL":
-        assert pipeline.text_encoder_2 is model.text_encoders[1]
-        assert pipeline.tokenizer_2 is model.tokenizers[1]
+    for i in range(1, len(model.text_encoders)):
+        assert getattr(pipeline, f"text_encoder_{i + 1}") is model.text_encoders[i]
+        assert getattr(pipeline, f"tokenizer_{i + 1}") is model.tokenizers[i]
+    if model.t5:
+        number = len(model.text_encoders) + 1
+        assert getattr(pipeline, f"text_encoder_{number}") is model.t5.encoder
+        assert getattr(pipeline, f"tokenizer_{number}") is model.t5.tokenizer
     model.vae = None  # as after the latents have been cached: it comes from the files again
     fresh = model.pipeline()
-    assert fresh.vae is not None and fresh.unet is model.network
-    assert model.pipeline(from_files=True).unet is not model.network
+    assert fresh.vae is not None and getattr(fresh, model.network_name) is model.network
+    assert getattr(model.pipeline(from_files=True), model.network_name) is not model.network
 
 
-def test_a_pipeline_gives_the_condition_that_the_model_computes(model):
+def test_a_pipeline_gives_the_condition_that_the_model_computes(model, name):
     """What training sees of a prompt is what a user's pipeline will see."""
     pipeline = model.pipeline()
+    options = {} if name == "flux" else {"do_classifier_free_guidance": False}
+    options |= {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
     with torch.no_grad():
         condition = model.condition(tokenize(model, "a photo of a star"))
         encoded = pipeline.encode_prompt("a photo of a star", device="cpu", num_images_per_prompt=1,
-                                         do_classifier_free_guidance=False)
+                                         **options)
     assert torch.allclose(condition["states"], encoded[0], atol=1e-5)
-    if model.family == "SDXL":
-        assert torch.allclose(condition["pooled"], encoded[2], atol=1e-5)
+    assert ("pooled" in condition) == (model.family != "Stable Diffusion")
+    if "pooled" in condition:
+        assert torch.allclose(condition["pooled"], encoded[1 if name == "flux" else 2], atol=1e-5)
 
 
 # --- SDXL
@@ -226,6 +255,40 @@ def test_a_vae_that_overflows_in_half_precision_stays_in_float32(folders, tmp_pa
     vae.register_to_config(force_upcast=False)
     vae.save_pretrained(copy / "vae")
     assert load_model(str(copy), dtype=torch.float16).vae.dtype == torch.float16
+
+
+# --- Quantized networks
+
+@pytest.mark.skipif(not find_spec("torchao"), reason="needs pip install szt-utils[quantize]")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_of_8_bits_predicts_and_differentiates_nearly_as_the_whole_one(dtype):
+    """With the bundled weights: a random model says nothing of what rounding does to a trained one."""
+    from szt_utils import pocket
+
+    gradients, predictions, sizes = [], [], []
+    for quantize in (None, "8bit"):
+        model = load_model(pocket.model_path(), dtype=dtype, quantize=quantize)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.no_grad():
+            condition = model.condition(tokenize(model, "a photo of a star"))
+        leaf = condition["states"].requires_grad_()
+        predictions.append(model.predict(latents, torch.tensor([700]), condition).float())
+        gradients.append(torch.autograd.grad(predictions[-1].square().mean(), leaf)[0].float())
+        sizes.append({type(module.weight.data) for module in model.network.modules()
+                      if isinstance(module, torch.nn.Linear)})
+    assert sizes[0] == {torch.Tensor} and torch.Tensor not in sizes[1]
+    for (whole, small), bound in ((predictions, 0.02), (gradients, 0.1)):
+        assert 0 < (small - whole).norm() < bound * whole.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_4_bits_without_a_gpu_or_a_library_are_refused_in_a_sentence(tiny_model, monkeypatch):
+    with pytest.raises(InputError, match="--quantize 4bit needs bitsandbytes|no usable unet: No GPU"):
+        load_model(str(tiny_model), quantize="4bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for bits, library in (("8bit", "torchao"), ("4bit", "bitsandbytes")):
+        with pytest.raises(InputError, match=f"--quantize {bits} needs {library}: pip install"):
+            load_model(str(tiny_model), quantize=bits)
 
 
 # --- The residual without a model
@@ -270,7 +333,24 @@ def test_another_family_is_refused_before_its_weights_are_read(tiny_model, tmp_p
                                                  '"addition_embed_type": "image"'))
     for path in copy.rglob("*.safetensors"):
         path.unlink()
-    with pytest.raises(InputError, match="takes 'image' embeddings; only Stable Diffusion and SDXL"):
+    with pytest.raises(InputError, match="takes 'image' embeddings; only Stable Diffusion, SDXL, Stable "
+                                         "Diffusion 3 and FLUX are supported"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("before, after, message", [
+    ("SD3Transformer2DModel", "PixArtTransformer2DModel",
+     "is a PixArtTransformer2DModel; only Stable Diffusion, SDXL, Stable Diffusion 3 and FLUX"),
+    ('"in_channels": 16', '"in_channels": 33', "takes 33 channels, more than the latents have")])
+def test_another_transformer_is_refused_before_its_weights_are_read(tiny_sd3, tmp_path, before, after,
+                                                                    message):
+    copy = shutil.copytree(tiny_sd3, tmp_path / "model")
+    config = copy / "transformer" / "config.json"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after))
+    for path in copy.rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=message):
         load_model(str(copy))
 
 
@@ -288,6 +368,35 @@ def test_a_model_with_a_missing_or_damaged_part_is_named(tiny_model, tmp_path):
     shutil.rmtree(copy / "vae")
     with pytest.raises(InputError, match="no usable vae"):
         load_model(str(copy))
+
+
+def rewrite(path, change):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("change, message", [
+    (lambda weights: weights.pop(sorted(weights)[3]), "lacks 1 weights"),
+    (lambda weights: weights.update(extra=torch.ones(2)), "has 1 unknown weights, such as 'extra'"),
+    (lambda weights: weights.update({f"other.{name}": weights.pop(name) for name in list(weights)}), "lacks"),
+    (lambda weights: weights[sorted(weights)[3]].fill_(torch.nan), "not finite")],
+    ids=["missing", "unknown", "renamed", "nan"])
+def test_weights_that_are_not_the_networks_are_refused(tiny_model, tmp_path, part, change, message):
+    """Libraries would fill in random numbers, and a training would succeed at learning nothing."""
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    (path,) = (copy / part).glob("*.safetensors")
+    rewrite(path, change)
+    with pytest.raises(InputError, match=f"The {part} of '.*{message}"):
+        load_model(str(copy))
+
+
+def test_position_ids_of_older_versions_do_no_harm(tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    rewrite(copy / "text_encoder" / "model.safetensors", lambda weights: weights.update(
+        {"text_model.embeddings.position_ids": torch.arange(16)[None]}))
+    load_model(str(copy))
 
 
 def test_evaluating_restores_every_modules_own_mode():

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import build_tiny_sdxl
 from safetensors.torch import save_file
 
-from szt_utils.embeddings import add_embedding, save_embedding
+from szt_utils.embedding_files import save_embedding
+from szt_utils.embeddings import add_embedding
 from szt_utils.errors import InputError
 from szt_utils.models import Model, load_model
 from szt_utils.sensitivity import (
@@ -200,7 +201,7 @@ def test_what_does_not_fit_the_model_is_refused(folders, tmp_path):
                           ("none", "cannot be read")):
         with pytest.raises(InputError, match=message):
             add(model, tmp_path / f"{name}.safetensors")
-    with pytest.raises(InputError, match="clip_l and clip_g"):
+    with pytest.raises(InputError, match="width 33, but the model's are 32 and 24 wide"):
         add(load(folders["sdxl"]), tmp_path / "wide.safetensors")
     shutil.copytree(folders["sdxl"], tmp_path / "half", ignore=shutil.ignore_patterns("text_encoder_2"))
     with pytest.raises(InputError, match="text_encoder_2"):

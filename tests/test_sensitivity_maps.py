@@ -69,7 +69,7 @@ def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
 
 
 def test_resolution_embeddings_and_all_words(options, tmp_path):
-    from szt_utils.embeddings import save_embedding
+    from szt_utils.embedding_files import save_embedding
 
     save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(2, 32))
     here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",

@@ -6,22 +6,21 @@ import re
 import runpy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell, read_cells
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
 RESULTS = ROOT / "results" / "table1"
 
 
-def table(*flags):
-    """The settings of a command line."""
-    args = TABLE1["parse_args"]([*map(str, flags)])
-    return TABLE1["Table"](**{name: getattr(args, name) for name in TABLE1["Table"].__dataclass_fields__})
+def table(*flags) -> Table:
+    """The table of a command line."""
+    return TABLE1["read_settings"](TABLE1["parse_args"]([*map(str, flags)]))
 
 
 def cell(data, defence, value, concept="c", seed=0, **extra) -> Cell:
@@ -59,9 +58,11 @@ def test_every_poison_and_variant_names_real_flags():
 
 @pytest.mark.parametrize("preset", TABLE1["PRESETS"])
 def test_presets_differ_from_the_table_and_have_settings_of_their_own(preset):
-    args = TABLE1["parse_args"](["--preset", preset])
-    assert "nominal" in args.defences and len(args.defences) >= 4 and "clean" in args.data
-    assert len({json.dumps(TABLE1["VARIANTS"][name]) for name in args.defences}) == len(args.defences)
+    own = table("--preset", preset)
+    assert "nominal" in own.defences and len(own.defences) >= 4 and "clean" in own.data and own.swept
+    assert own.defences == own.columns and not set(own.swept) & set(TABLE1["DEFENCES"])
+    assert not table().swept and list(table().columns) == list(TABLE1["DEFENCES"])
+    assert len({json.dumps(flags) for flags in own.defences.values()}) == len(own.defences)
 
 
 def test_a_preset_takes_the_tables_cells_of_its_own_concepts_and_data(tmp_path):
@@ -76,8 +77,8 @@ def test_a_preset_takes_the_tables_cells_of_its_own_concepts_and_data(tmp_path):
 
 @pytest.mark.parametrize("given", [["--max_train_steps", "7"], ["--steps", "7"]])
 def test_the_training_steps_have_two_names(given):
-    assert table(*given).settings["steps"] == 7
-    assert table().settings["steps"] == 400
+    assert table(*given).settings.steps == 7
+    assert table().settings.steps == 400
 
 
 def test_the_committed_cells_give_the_committed_tables(tmp_path, capsys):
@@ -155,43 +156,6 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     assert (tmp_path / "out" / "table1.csv").read_bytes() == before
 
 
-def test_a_script_runs_quietly_and_its_failure_is_shown(capsys):
-    def script(error=None):
-        def main(argv):
-            print("printed:", *argv)
-            if error:
-                raise error
-        return SimpleNamespace(main=main)
-
-    run = TABLE1["run_quietly"]
-    run(script(), method="ea", masks=None)
-    with pytest.raises(SystemExit, match="error: no image"):
-        run(script(SystemExit("error: no image")), method="ea")
-    assert capsys.readouterr() == ("", "")
-    for error in (RuntimeError("a bug"), SystemExit(2), KeyboardInterrupt()):
-        with pytest.raises(type(error)):
-            run(script(error), method="ea", draws=[1, 2])
-        assert capsys.readouterr() == ("", "printed: --method ea --draws 1 2\n\n")
-
-
-def test_the_training_does_not_see_the_launcher(monkeypatch, capfd):
-    """A child that saw the launcher's variables would wait for the other processes."""
-    found = []
-    monkeypatch.setattr("subprocess.run", lambda command, **options: found.append((command, options))
-                        or SimpleNamespace(returncode=len(found) - 1, stdout="out", stderr="err"))
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-                        "MASTER_ADDR": "here", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
-        monkeypatch.setenv(name, value)
-    TABLE1["train_apart"](seed=0)
-    command, options = found[0]
-    assert command[1].endswith("textual_inversion_szt.py") and command[2:] == ["--seed", "0"]
-    assert options["env"]["CUDA_VISIBLE_DEVICES"] == "6" and options["env"]["PATH"]
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-                "MASTER_PORT"} & set(options["env"])
-    with pytest.raises(SystemExit, match="--seed 0\nouterr"):
-        TABLE1["train_apart"](seed=0)
-
-
 def test_each_process_uses_a_gpu_of_its_own(tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -221,6 +185,14 @@ def test_a_cell_is_planned_once(tmp_path, capsys, seeds):
 def test_bad_input_is_one_sentence(flags, message):
     done = run_script("examples/table1.py", *flags, "--dry_run", expect=1)
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["-1", "0", "7"])
+def test_a_resolution_that_no_script_would_take_is_refused(tmp_path, capsys, given):
+    with pytest.raises(SystemExit, match="2"):
+        TABLE1["main"](["--output_dir", str(tmp_path / "out"), "--resolution", given])
+    assert f"argument --resolution: {given} is not at least 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_line_is_one_sentence(tmp_path):

@@ -14,7 +14,6 @@ from szt_utils.tables import (
     averages,
     csv_table,
     markdown_table,
-    plan,
     poison_average,
     read_cells,
     recovered,
@@ -187,17 +186,3 @@ def test_a_table_without_similarity_has_no_plot(tmp_path):
     shown = write_table(tmp_path / "t", cells, ["dino", "clip"], DATA, DEFENCES, POISONS)
     assert "## clip" in shown and not (tmp_path / "t.png").exists()
     assert write_table(tmp_path / "empty", [], ["dino"], DATA, DEFENCES, POISONS) == ""
-
-
-def test_a_plan_takes_the_rate_of_finished_cells_before_the_given_one():
-    missing, passes = [Cell("clean", "szt", "a", 0)], {"train": 1000, "generate": 200}
-    finished = [Cell("ea", "szt", "a", 0, {}, 300.0, 1000), Cell("da", "szt", "a", 0, {}, 100.0, 1000),
-                Cell("ea", "lm", "a", 0)]
-    assert plan(missing, passes, finished, 0.1).splitlines() == [
-        "clean_szt_a_0", "train            1,000 passes of an image through the U-Net",
-        "generate           200 passes of an image through the U-Net",
-        "about 4 minutes on one process at the rate of the cells that are there"]
-    for seconds, time in ((0.1, "2 minutes"), (10, "3.3 hours")):
-        assert plan(missing, passes, [], seconds).endswith(
-            f"about {time} on one process at the rate of two CPU cores")
-    assert "not known yet" in plan(missing, passes, [], None) and plan([], {}, [], None) == ""

@@ -88,6 +88,19 @@ def test_resume_continues_bit_for_bit(plain_run, tiny_model, concept_folder, tmp
     assert read_stats(tmp_path / "stats.jsonl") == read_stats(plain_run[0] / "stats.jsonl")
 
 
+def test_a_checkpoint_of_version_0_1_is_resumed(plain_run, tiny_model, concept_folder, tmp_path):
+    """That version wrote the rows of its only text encoder as a tensor, and called images pictures."""
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, checkpointing_steps=3, max_train_steps=3))
+    path = tmp_path / "checkpoint-3" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    (state["rows"],) = state["rows"]
+    state["fingerprint"]["pictures"] = state["fingerprint"].pop("images")
+    (state["fingerprint"]["embedding width"],) = state["fingerprint"]["embedding width"]
+    torch.save(state, path)
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, resume_from_checkpoint="latest"))
+    assert torch.equal(embedding(tmp_path), embedding(plain_run[0]))
+
+
 def test_resuming_a_finished_run_trains_no_further(plain_run, tiny_model, concept_folder):
     before = embedding(plain_run[0])
     (plain_run[0] / "checkpoint-abc").mkdir(exist_ok=True)  # upstream crashes on such a name
@@ -201,6 +214,23 @@ def test_validation_epochs_count_epochs_and_change_nothing(tiny_model, concept_f
     assert names == [f"step-{step:05d}-{i}.png" for step in (3, 6) for i in (0, 1)]
     run_here(flags(tiny_model, concept_folder[0], tmp_path / "b"))
     assert torch.equal(embedding(tmp_path / "a"), embedding(tmp_path / "b"))
+
+
+def test_clip_skip_trains_and_validates_with_the_last_layer_skipped(tiny_model, concept_folder, tmp_path):
+    options = dict(validation_prompt=f"a {TOKEN}", validation_steps=2, num_validation_images=1,
+                   max_train_steps=2)
+    for skipped in (0, 1):
+        run_here(flags(tiny_model, concept_folder[0], tmp_path / str(skipped), clip_skip=skipped, **options))
+    rows = [embedding(tmp_path / name) for name in "01"]
+    assert not torch.allclose(*rows, atol=1e-4)
+    images = [(tmp_path / name / "validation" / "step-00002-0.png").read_bytes() for name in "01"]
+    assert images[0] != images[1]
+
+
+def test_no_tracker_is_a_choice(tiny_model, concept_folder, tmp_path, capsys):
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, report_to="none", max_train_steps=1))
+    assert "no tracker" not in capsys.readouterr().out and not (tmp_path / "logs").exists()
+    assert len(read_stats(tmp_path / "stats.jsonl")) == 1
 
 
 def test_a_full_pipeline_keeps_its_precision_and_knows_all_vectors_of_the_token(tiny_model, concept_folder,

@@ -17,10 +17,12 @@ from szt_utils.captions import OBJECT_TEMPLATES
 
 
 class UpstreamImages(torch.utils.data.Dataset):
-    """Images of a folder with captions, as upstream's data set draws them."""
+    """Images of a folder with captions, as upstream's data set draws them; SDXL's has a second tokenizer."""
 
-    def __init__(self, folder: Path, tokenizer, tokens: list[str], repeats: int, resolution: int):
+    def __init__(self, folder: Path, tokenizer, tokens: list[str], repeats: int, resolution: int,
+                 second_tokenizer=None):
         self.paths, self.tokenizer, self.tokens = sorted(folder.iterdir()), tokenizer, tokens
+        self.second_tokenizer = second_tokenizer or tokenizer
         self.repeats, self.resolution = repeats, resolution
 
     def __len__(self):
@@ -28,14 +30,16 @@ class UpstreamImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image = Image.open(self.paths[i % len(self.paths)]).convert("RGB")
+        height, width = image.height, image.width
         text = random.choice(OBJECT_TEMPLATES).format(" ".join(self.tokens))
         image = image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC)
         if torch.rand(1) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = (np.array(image).astype(np.uint8) / 127.5 - 1.0).astype(np.float32)
-        return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1),
-                "ids": self.tokenizer(text, padding="max_length", truncation=True,
-                                      return_tensors="pt").input_ids[0]}
+        ids = [tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+               for tokenizer in (self.tokenizer, self.second_tokenizer)]
+        return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1), "ids": ids[0], "ids_2": ids[1],
+                "size": torch.tensor([height, width])}
 
 
 def upstream(model, images: Path, *, token: str = "<star>", initializer: str = "star", batch_size: int = 4,
@@ -99,3 +103,78 @@ def upstream(model, images: Path, *, token: str = "<star>", initializer: str = "
             if step >= steps:
                 break
     return weight.data[ids].clone()
+
+
+def upstream_sdxl(model, images: Path, *, token: str = "<star>", initializer: str = "star",
+                  batch_size: int = 4, steps: int = 6, accumulation: int = 1, seed: int = 3, repeats: int = 2,
+                  num_vectors: int = 1, lr: float = 5e-2, resolution: int = 64, t_min: int = 0,
+                  mixed_precision: str = "no") -> list[torch.Tensor]:
+    """The rows that upstream's loop for SDXL learns, (num_vectors, D) of both text encoders.
+
+    As upstream does, it holds the second text encoder in half precision when that is asked for.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
+    set_seed(seed)
+    tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder=name)
+                  for name in ("tokenizer", "tokenizer_2")]
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    encoders = [CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),
+                CLIPTextModelWithProjection.from_pretrained(model, subfolder="text_encoder_2")]
+    encoders[0].float()
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype).requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype)
+    unet.requires_grad_(False)
+    tokens = [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
+    ids, weights = [], []
+    for tokenizer in tokenizers:
+        tokenizer.add_tokens(tokens)
+        ids.append(tokenizer.convert_tokens_to_ids(tokens))
+    for tokenizer, encoder, new in zip(tokenizers, encoders, ids, strict=True):
+        encoder.resize_token_embeddings(len(tokenizer))
+        weight = encoder.get_input_embeddings().weight
+        weight.data[new] = weight.data[tokenizer.encode(initializer, add_special_tokens=False)[0]].clone()
+        encoder.requires_grad_(False)
+        weights.append(weight.requires_grad_(True))
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-2)
+    data = UpstreamImages(images, tokenizers[0], tokens, repeats, resolution, tokenizers[1])
+    loader = torch.utils.data.DataLoader(data, batch_size=batch_size, shuffle=True)
+    optimizer, loader = accelerator.prepare(optimizer, loader)
+    encoders[1].to(dtype)
+    originals, step = [weight.data.clone() for weight in weights], 0
+    for encoder in encoders:
+        encoder.train()
+    while step < steps:
+        for batch in loader:
+            with accelerator.accumulate(*encoders):
+                latents = vae.encode(batch["pixels"].to(dtype)).latent_dist.sample()
+                latents = latents * vae.config.scaling_factor
+                noise = torch.randn_like(latents)
+                timesteps = torch.randint(t_min, scheduler.config.num_train_timesteps, (len(latents),))
+                with accelerator.autocast():
+                    first, second = (encoder(batch[key], output_hidden_states=True)
+                                     for encoder, key in zip(encoders, ("ids", "ids_2"), strict=True))
+                states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1).to(dtype)
+                target_size = torch.tensor([[resolution, resolution]] * len(latents))
+                time_ids = torch.cat([batch["size"], torch.zeros_like(target_size), target_size], dim=1)
+                prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states,
+                                  added_cond_kwargs={"text_embeds": second[0].to(dtype),
+                                                     "time_ids": time_ids.to(dtype)}).sample
+                accelerator.backward(F.mse_loss(prediction.float(), noise.float()))
+                optimizer.step()
+                optimizer.zero_grad()
+                for weight, original, new in zip(weights, originals, ids, strict=True):
+                    frozen = torch.ones(len(weight), dtype=torch.bool)
+                    frozen[new] = False
+                    weight.data[frozen] = original[frozen]
+            step += accelerator.sync_gradients
+            if step >= steps:
+                break
+    return [weight.data[new].clone() for weight, new in zip(weights, ids, strict=True)]

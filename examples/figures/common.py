@@ -60,7 +60,7 @@ class Settings:
     def load_model(self) -> tuple[Model, int]:
         """The model, and the resolution of its images in pixels."""
         model = load_model(self.pretrained_model_name_or_path)
-        return model, model.network.config.sample_size * model.vae_scale_factor
+        return model, model.resolution
 
 
 def load_images(paths: Sequence[Path], resolution: int) -> torch.Tensor:

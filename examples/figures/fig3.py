@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 from szt_utils.plots import map_grid
 from szt_utils.sensitivity import tokenize_words
 from szt_utils.statistics import mass_inside

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 from szt_utils.models import residual, tokenize
 from szt_utils.plots import COLORS, save_figure, subplots
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embeddings import load_embedding
+from szt_utils.embedding_files import load_embedding
 from szt_utils.masks import masked_mean
 from szt_utils.models import expand, residual, tokenize
 from szt_utils.plots import COLORS, save_figure, subplots

@@ -14,14 +14,19 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import InputError
-from .parts import Condition, load_config
+from .flow import T5
+from .flux import Flux
+from .parts import Condition, Step, load_config
+from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["Condition", "Model", "evaluating", "expand", "find_family", "load_model", "residual", "tokenize"]
+__all__ = ["T5", "Condition", "Model", "evaluating", "expand", "find_family", "load_model", "residual",
+           "tokenize"]
 
-# By the kind of embeddings that the U-Net takes besides the prompt's states.
-_FAMILIES = {None: StableDiffusion, "text_time": SDXL}
+# By the kind of embeddings that the U-Net takes besides the prompt's states, or by the transformer's class.
+_UNETS = {None: StableDiffusion, "text_time": SDXL}
+_TRANSFORMERS = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": Flux}
 
 
 class Model(Protocol):
@@ -31,13 +36,21 @@ class Model(Protocol):
     path: str
     revision: str | None
     variant: str | None
-    tokenizers: list
-    text_encoders: list[torch.nn.Module]
+    tokenizers: list  # CLIP's
+    text_encoders: list[torch.nn.Module]  # CLIP's, which may get rows for new tokens
+    t5: T5 | None  # the text encoder that never does
     network: torch.nn.Module  # the U-Net or transformer
+    network_name: str  # "unet" or "transformer"
+    patch: int  # latent cells, along a side, that the network takes together
     vae: torch.nn.Module | None
     scheduler: Any
     num_timesteps: int
+    resolution: int  # of the images that it generates, in pixels
     vae_scale_factor: int  # pixels per latent cell along a side
+    clip_skip: int  # last layers of the text encoders to skip, as in Diffusers' pipelines
+    embedding_keys: tuple[str, ...]  # of the text encoders' rows in an embedding file, as A1111 names them
+    uses_sizes: bool  # whether `condition` uses sizes
+    no_training: str  # why textual inversion is not offered, or ""
 
     @property
     def device(self) -> torch.device: ...
@@ -58,7 +71,7 @@ class Model(Protocol):
         """Images of scaled latents, float32, about [0, 1] and not clipped; gradients flow."""
 
     def condition(self, ids: list[torch.Tensor], sizes: torch.Tensor | None = None) -> Condition:
-        """What the network is told, from token ids, long (B, L) per tokenizer.
+        """What the network is told, from token ids, long (B, L) per tokenizer, T5's last.
 
         `sizes`, long (B, 4), are height and width of the original images, top and left of the crop; None
         means images of the latents' size that were not cropped.
@@ -72,6 +85,16 @@ class Model(Protocol):
 
     def predict(self, noised: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         """The network's prediction, in the shape of `noised`."""
+
+    def guide(self, noised: torch.Tensor, timesteps: torch.Tensor, condition: Condition, empty: Condition,
+              guidance_scale: float) -> torch.Tensor:
+        """The prediction as the family's pipeline guides it, against the condition `empty` if it does so."""
+
+    def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        """The timesteps (steps,) of sampling at the size of `latents`, noise first, and one step of it.
+
+        DDIM, or Euler for flow models, whose timesteps may lie between whole ones; gradients flow.
+        """
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Natural logarithm of the signal-to-noise ratio, float64 (B,); -inf at pure noise."""
@@ -89,24 +112,40 @@ def find_family(path: str, revision: str | None = None) -> type:
 
     InputError for a family that is not supported.
     """
-    kind = load_config(path, "unet", revision).get("addition_embed_type")
-    if kind not in _FAMILIES:
-        raise InputError(f"The U-Net of '{path}' takes '{kind}' embeddings; only "
-                         f"{' and '.join(family.family for family in _FAMILIES.values())} are supported.")
-    return _FAMILIES[kind]
+    try:
+        config = load_config(path, "unet", revision)
+        name, kind, families = "U-Net", config.get("addition_embed_type"), _UNETS
+        found = f"The U-Net of '{path}' takes '{kind}' embeddings"
+    except InputError as no_unet:
+        try:
+            config = load_config(path, "transformer", revision)
+        except InputError:
+            raise no_unet from None
+        name, kind, families = "transformer", config.get("_class_name"), _TRANSFORMERS
+        found = f"The transformer of '{path}' is a {kind}"
+    if kind not in families:
+        *others, last = [family.family for family in (*_UNETS.values(), *_TRANSFORMERS.values())]
+        raise InputError(f"{found}; only {', '.join(others)} and {last} are supported.")
+    family, channels = families[kind], config.get("in_channels", 4)
+    if channels != family.packed * load_config(path, "vae", revision).get("latent_channels", 4):
+        raise InputError(f"The {name} of '{path}' takes {channels} channels, more than the latents have, as "
+                         "inpainting models do; use a text-to-image model.")
+    return family
 
 
 def load_model(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
-               text_dtype: torch.dtype | None = None) -> Model:
+               text_dtype: torch.dtype | None = None, quantize: str | None = None) -> Model:
     """Load a Diffusers folder or repository of any supported family, frozen and in evaluation mode.
 
     All parts have `dtype`; the text encoders have `text_dtype` if it is given, and a VAE that would overflow
-    in float16 stays float32. `tokenizer` is another folder or id for the (first) tokenizer. InputError when a
-    part is missing or the family is not supported.
+    in float16 stays float32. `quantize`, "8bit" or "4bit", quantizes the network (`parts.quantization`).
+    `tokenizer` is another folder or id for the (first) tokenizer. InputError when a part is missing or the
+    family is not supported.
     """
     return find_family(path, revision).load(path, dtype=dtype, device=device, revision=revision,
-                                            variant=variant, tokenizer=tokenizer, text_dtype=text_dtype)
+                                            variant=variant, tokenizer=tokenizer, text_dtype=text_dtype,
+                                            quantize=quantize)
 
 
 def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
@@ -124,10 +163,14 @@ def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps
 
 
 def tokenize(model: Model, prompts: str | list[str]) -> list[torch.Tensor]:
-    """Token ids of the prompts, padded and truncated to the tokenizer's length, long (B, L) per tokenizer."""
+    """Token ids of the prompts, padded and truncated to the tokenizer's length, long (B, L) per tokenizer.
+
+    Those of T5, if the model has it, are the last.
+    """
     prompts = prompts if isinstance(prompts, list) else [prompts]
-    return [tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                      return_tensors="pt").input_ids for tokenizer in model.tokenizers]
+    ids = [tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids for tokenizer in model.tokenizers]
+    return ids if model.t5 is None else [*ids, model.t5.tokenize(prompts)]
 
 
 def expand(condition: Condition, count: int) -> Condition:

@@ -1,0 +1,230 @@
+"""The cells of a table: each poisons and purifies a concept's images, learns them, generates and scores.
+
+`data/<concept>` holds the images, `learned/<cell>` the embeddings, `generated/<cell>` what they generate, and
+`cells/<concept>.jsonl` the scores. Only what is missing is made.
+"""
+
+import contextlib
+import gc
+import io
+import itertools
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from .arguments import command_line
+from .datasets import DatasetConcept, write_images
+from .devices import best_device, dtype_of
+from .errors import InputError
+from .evaluation import evaluate_embedding
+from .files import atomic_path, write_json
+from .folder_run import provenance
+from .images import contact_sheet, list_images, read_image
+from .metrics import METRICS
+from .poisoning import PoisonSettings, poison_folder
+from .purifying import PurifySettings, purify_folder
+from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
+from .tables import Cell, append_cell, read_cells, run_index, write_table
+
+__all__ = ["make_cells", "make_table"]
+
+# Beside this package, in a checkout and when installed.
+TRAINING = Path(__file__).resolve().parent.parent / "textual_inversion_szt.py"
+BATCH_SIZE = 5  # images poisoned or purified together
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what the block prints, and print it to stderr when the block fails."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    except BaseException as error:
+        if not isinstance(error, InputError | OSError):  # their messages say it all
+            print(printed.getvalue(), file=sys.stderr)
+        raise
+    finally:  # the training is another process: leave it the GPU's memory
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def poison(table: Table, home: Path, data: str) -> Path:
+    """The folder of a concept's images with a poison; poisons the images that are missing."""
+    images = home / data.replace(" ", "-")
+    if table.rows[data]:
+        with quiet():
+            poison_folder(images, PoisonSettings(
+                table.model, str(home / "clean"), resolution=table.settings.resolution, batch_size=BATCH_SIZE,
+                mixed_precision=table.mixed_precision, **with_masks(table.rows[data], home)))
+    return images
+
+
+def purify(table: Table, home: Path, images: Path, defence: str) -> Path:
+    """The folder of images after a defence's purifier, if it has one; purifies those that are missing."""
+    if "purify" not in table.defences[defence]:
+        return images
+    flags = table.defences[defence]["purify"]
+    models = {"regen": (table.model, None), "pdmpure": (table.pdmpure_model, table.upscaler)}
+    if flags["method"] in models:
+        model, upscaler = models[flags["method"]]
+        flags = {**flags, "pretrained_model_name_or_path": model, "upscaler": upscaler,
+                 "mixed_precision": table.mixed_precision, "batch_size": BATCH_SIZE}
+    output = home / f"{images.name}-{defence}"
+    with quiet():
+        purify_folder(output, PurifySettings(str(images), **flags))
+    return output
+
+
+def with_masks(flags: Flags, home: Path) -> Flags:
+    """Flags whose loss_mask_dir, if there is one, is that of a concept."""
+    return {name: str(home / value) if name == "loss_mask_dir" else value for name, value in flags.items()}
+
+
+def training_flags(table: Table, home: Path, defence: str) -> Flags:
+    """The flags of a defence that the training has."""
+    flags = with_masks(table.defences[defence], home)
+    flags.pop("purify", None)
+    if "dilation" in flags:
+        flags["mask_dilation"] = round(flags.pop("dilation") * table.settings.resolution / 512)
+    return flags
+
+
+def training_entries(table: Table, home: Path, cells: Sequence[Cell]) -> list[Flags]:
+    """The entries of --concepts for the cells without an embedding; poisons and purifies their images."""
+    entries, poisoned, purified = [], {}, {}
+    for cell in cells:
+        embedding, place = table.embedding(cell), (cell.data, cell.defence)
+        if embedding.exists():
+            continue
+        if cell.data not in poisoned:
+            poisoned[cell.data] = poison(table, home, cell.data)
+        if place not in purified:
+            purified[place] = purify(table, home, poisoned[cell.data], cell.defence)
+        entries.append({"train_data_dir": str(purified[place]), "output_dir": str(embedding.parent),
+                        "seed": cell.seed, **training_flags(table, home, cell.defence)})
+    return entries
+
+
+def train(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
+    """Train the missing embeddings of a concept's cells in one run; each is one of its --concepts."""
+    settings, home = table.settings, table.home(concept.name)
+    if entries := training_entries(table, home, cells):
+        write_json(home / "concepts.json", entries)
+        train_apart(pretrained_model_name_or_path=table.model, output_dir=home / "training",
+                    concepts=home / "concepts.json", placeholder_token="<concept>",
+                    initializer_token=concept.initializer, resolution=settings.resolution,
+                    learning_rate=settings.learning_rate, train_batch_size=settings.train_batch_size,
+                    max_train_steps=settings.steps, checkpointing_steps=max(100, settings.steps // 5),
+                    checkpoints_total_limit=1, resume_from_checkpoint="latest",
+                    mixed_precision=table.mixed_precision)
+
+
+def train_apart(**flags: object) -> None:
+    """Run the training in a process of its own, on the GPU of this one.
+
+    SystemExit with the command and what it printed, when it fails.
+    """
+    # A child that saw the launcher's variables would wait for the other processes.
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
+    if "LOCAL_RANK" in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        rank = int(os.environ["LOCAL_RANK"])
+        environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)] if visible != [""] else str(rank)
+    command = [sys.executable, str(TRAINING), *command_line(**flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]:
+    """Generate with a cell's embedding and compare with the clean images."""
+    settings = table.settings
+    clean = [read_image(path) for path in list_images(table.home(concept.name) / "clean")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FID and FD-DINOv2 rest")  # the table's foot says it once
+        _, metrics = evaluate_embedding(
+            table.model, table.embedding(cell), clean, concept.prompts, table.networks,
+            class_word=concept.class_word, images_per_prompt=settings.images_per_prompt,
+            metrics=table.metrics, device=best_device(), folder=table.generated(cell),
+            steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            pipeline_options={"torch_dtype": dtype_of(table.mixed_precision)})
+    return metrics
+
+
+def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
+    """Train and score a concept's missing cells, and add them to its file."""
+    start, home = time.perf_counter(), table.home(concept.name)
+    run = run_index(table.output_dir, {**asdict(table.settings), "dataset": table.dataset,
+                                       "model": Path(table.model).name, **provenance()})
+    write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
+                 table.settings.resolution)
+    train(table, concept, cells)
+    shared = (time.perf_counter() - start) / len(cells)
+    share = sum(passes(table, cells, {concept.name: concept}).values()) / len(cells)
+    for i, cell in enumerate(cells, 1):
+        start = time.perf_counter()
+        metrics = score(table, concept, cell)
+        seconds = round(shared + time.perf_counter() - start, 2)
+        append_cell(table.output_dir,
+                    replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run))
+        print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
+              + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
+
+
+def write_sheet(table: Table, concept: str, seed: int) -> None:
+    """One generated image of each cell of a concept: a row per data set, a column per defence."""
+    scores = {(cell.data, cell.defence): cell.metrics for cell in table.cells()
+              if cell.concept == concept and cell.seed == seed}
+    rows = [(f"{concept}: the clean images",
+             [read_image(path) for path in list_images(table.home(concept) / "clean")])]
+    for data in table.rows:
+        images, caption = [], f"{data}:"
+        for defence in table.columns:
+            path = table.generated(Cell(data, defence, concept, seed)) / "000.png"
+            if (data, defence) in scores and path.exists():
+                images.append(read_image(path))
+                caption += f"   {defence} {scores[data, defence].get('dino', float('nan')):.2f}"
+        if images:
+            rows.append((caption, images))
+    path = table.output_dir / "sheets" / f"{f'{table.name}-' if table.swept else ''}{concept}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_path(path) as temporary:
+        contact_sheet(rows).save(temporary, format="JPEG", quality=85)
+
+
+def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequence[int],
+               dry_run: bool = False) -> None:
+    """Make the missing cells of this process's concepts, then write the table of all that are finished.
+
+    With `dry_run`, print which cells are missing and what they cost instead.
+    """
+    finished = dict.fromkeys(read_cells(table.output_dir))
+    cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
+                               in itertools.product(seeds, concepts, table.data, table.defences)))
+    missing = [cell for cell in cells if cell not in finished]
+    print(f"{len(cells)} cells, {len(missing)} of them to do.")
+    if dry_run:
+        print(plan(missing, passes(table, missing, concepts), list(finished),
+                   POCKET_SECONDS if table.dataset == "pocket" else None))
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Seeds of a concept share its poisoned images, and one process writes its file: processes share concepts.
+    for concept in list(concepts.values())[rank::processes]:
+        if own := [cell for cell in missing if cell.concept == concept.name]:
+            make_cells(table, concept, own)
+        if table.home(concept.name).exists():  # cells may have come without the images
+            write_sheet(table, concept.name, seeds[0])
+    table.output_dir.mkdir(parents=True, exist_ok=True)
+    print(write_table(table.output_dir / table.name, table.cells(), METRICS, list(table.rows),
+                      list(table.columns), table.plain_poisons, sweep=bool(table.swept)))

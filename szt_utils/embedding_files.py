@@ -1,0 +1,107 @@
+"""Files of learned embeddings: what the training writes, and what other tools write."""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from .errors import InputError
+from .files import write_bytes, write_torch
+
+__all__ = ["ANY_ENCODER", "load_embedding", "read_embedding", "safe_file_name", "save_embedding", "save_rows"]
+
+ANY_ENCODER = "any"  # names the rows of a model's only text encoder
+_ENCODER_KEYS = ("clip_l", "clip_g", "t5xxl")
+_NAMELESS = {"emb_params": ANY_ENCODER, "emp_params": ANY_ENCODER, "t5": "t5xxl"}  # kohya, OneTrainer
+
+
+def safe_file_name(token: str) -> str:
+    """The token without what file systems dislike; A1111 and ComfyUI take the file's name for the word."""
+    return re.sub(r"[^\w.-]+", "", token).strip(".") or "concept"
+
+
+def save_embedding(path: str | Path, token: str, rows: torch.Tensor,
+                   metadata: dict[str, str] | None = None) -> None:
+    """Write `{token: float32 (n, D)}` by `save_rows`."""
+    save_rows(path, {token: rows}, metadata)
+
+
+def save_rows(path: str | Path, rows: dict[str, torch.Tensor],
+              metadata: dict[str, str] | None = None) -> None:
+    """Write rows by name, float32 (n, D), atomically: as safetensors, or with torch.save as `.bin`."""
+    from safetensors.torch import save
+
+    content = {name: part.detach().float().cpu().clone().contiguous() for name, part in rows.items()}
+    if str(path).endswith(".bin"):
+        write_torch(path, content)
+    else:
+        write_bytes(path, save(content, metadata={"format": "pt", **(metadata or {})}))
+
+
+def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
+    """The token and the rows (n, D) of a file of one text encoder; InputError when it is something else."""
+    token, rows = _read_file(Path(path))
+    if list(rows) != [ANY_ENCODER]:
+        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {len(rows)}.")
+    return token, rows[ANY_ENCODER]
+
+
+def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The token of an embedding and its rows (n, D) by text encoder: "clip_l", "clip_g", "t5xxl", or "any"
+    where the file does not say.
+
+    Takes what Diffusers, A1111, ComfyUI, kohya and OneTrainer write: `{token: rows}`, `emb_params`,
+    `string_to_param`, `clip_l` and `clip_g`; a training's folder, or its `learned_embeds` beside
+    `learned_embeds_2`. The token of a file without one is its name in angle brackets. Runs no code of the
+    file; InputError for others.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((file for suffix in ("safetensors", "bin")
+                     if (file := path / f"learned_embeds.{suffix}").is_file()),
+                    path / "learned_embeds.safetensors")
+    token, rows = _read_file(path)
+    second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
+    if list(rows) == [ANY_ENCODER] and second != path and second.is_file():
+        rows = {"clip_l": rows[ANY_ENCODER], "clip_g": load_embedding(second)[1]}
+    return token, rows
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    content, token = _read_tensors(path), f"<{path.stem.lower()}>"
+    if isinstance(content.get("string_to_param"), dict):  # A1111
+        token, content = str(content.get("name") or token), dict(content["string_to_param"])
+        content = {ANY_ENCODER: next(iter(content.values()))} if len(content) == 1 else content
+    elif len(content) == 1 and not set(content) & {*_ENCODER_KEYS, *_NAMELESS}:  # Diffusers
+        (token, rows), = content.items()
+        content = {ANY_ENCODER: rows}
+    content = {_NAMELESS.get(name, name): rows for name, rows in content.items()
+               if not name.endswith("_out")}
+    if not content or not set(content) <= {ANY_ENCODER, *_ENCODER_KEYS} or not all(
+            torch.is_tensor(rows) and rows.dim() in (1, 2) for rows in content.values()):
+        held = len(content) if content else "none"
+        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
+    rows = {name: content[name].detach().reshape(-1, content[name].shape[-1])
+            for name in (ANY_ENCODER, *_ENCODER_KEYS) if name in content}
+    if not all(part.isfinite().all() for part in rows.values()):
+        raise InputError(f"The embedding '{path}' holds values that are not finite; it cannot be used.")
+    return token, rows
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = (load_file(path) if path.suffix == ".safetensors"
+                   else torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError,
+            UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"The embedding '{path}' cannot be read ({reason}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"The embedding '{path}' must hold exactly one token, but holds a "
+                         f"{type(content).__name__}.")
+    return content

@@ -1,0 +1,138 @@
+"""What models of rectified flow share: a straight line from latents to noise, whose direction is the target.
+
+    z_t = (1 - sigma) z0 + sigma noise      target = noise - z0      sigma = (t + 1) / T
+
+Timesteps count noise, as everywhere here. Training and attacks use this sigma as it is: the shift of sigmas
+with the resolution, a matter of sampling, is that of the pipeline's scheduler. The signal-to-noise ratio is
+((1 - sigma) / sigma)^2, so that of Stable Diffusion's t = 500, 0.382, is reached at sigma 0.618.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .parts import Step, absent_parts, load_index, load_part
+from .stable_diffusion import StableDiffusion
+
+__all__ = ["T5", "Flow"]
+
+
+@dataclass
+class T5:
+    """A frozen T5 text encoder: new tokens get no rows in it, and reach it in the pieces of their spelling.
+
+    `length` is the number of tokens it is given, `suffix` that of its parts' names in the pipeline. With
+    `known`, a dict, the states of each text are computed once: for a training, which repeats its captions.
+    """
+
+    tokenizer: Any
+    encoder: torch.nn.Module
+    length: int
+    suffix: str
+    known: dict[tuple[int, ...], torch.Tensor] | None = None
+
+    @classmethod
+    def load(cls, path: str, suffix: str, length: int, dtype: torch.dtype, device: torch.device | str,
+             revision: str | None, variant: str | None) -> "T5":
+        """The T5 of a Diffusers folder or repository."""
+        from transformers import T5EncoderModel, T5TokenizerFast
+
+        # With this dtype, not cast to it: in float16, transformers keeps the layers that would overflow.
+        encoder = load_part(T5EncoderModel, path, f"text_encoder{suffix}", dtype=dtype, revision=revision,
+                            variant=variant)
+        return cls(load_part(T5TokenizerFast, path, f"tokenizer{suffix}", revision=revision),
+                   encoder.requires_grad_(False).eval().to(device), length, suffix)
+
+    def tokenize(self, prompts: str | list[str]) -> torch.Tensor:
+        """Token ids, long (B, length)."""
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        return self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length,
+                              return_tensors="pt").input_ids
+
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states of token ids (B, length), (B, length, D)."""
+        ids = ids.to(self.encoder.device)
+        if self.known is None:
+            return self.encoder(ids)[0]
+        keys = [tuple(row) for row in ids.tolist()]
+        for key, row in zip(keys, ids, strict=True):
+            if key not in self.known:
+                with torch.no_grad():
+                    self.known[key] = self.encoder(row[None])[0]
+        return torch.cat([self.known[key] for key in keys])
+
+
+@dataclass
+class Flow(StableDiffusion):
+    """A model of rectified flow with a transformer; see `szt_utils.models.Model` for its methods."""
+
+    t5: T5 | None = None
+
+    t5_parts = ("", 0)  # suffix and length of its T5
+    t5_is_optional = False
+    network_name = "transformer"
+    patch = 2
+
+    @classmethod
+    def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+             revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
+             text_dtype: torch.dtype | None = None) -> "Flow":
+        """`szt_utils.models.load_model` of this family; T5, which is not trained, has `dtype`."""
+        model = super().load(path, dtype=dtype, device=device, revision=revision, variant=variant,
+                             tokenizer=tokenizer, text_dtype=text_dtype)
+        suffix, length = cls.t5_parts
+        is_there = load_index(path, revision).get(f"text_encoder{suffix}", (None,))[0] is not None
+        if is_there or not cls.t5_is_optional:
+            model.t5 = T5.load(path, suffix, length, dtype, device, revision, variant)
+        return model
+
+    def _check_scheduler(self) -> None:
+        pass  # flow models have one kind of prediction
+
+    def sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The share of noise, in (0, 1], at timesteps (B,), which may lie between whole ones."""
+        precise = torch.promote_types(self.dtype, torch.float32)
+        return (timesteps.to(precise) + 1) / self.num_timesteps
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        sigmas = self.sigmas(timesteps).to(latents).view(-1, 1, 1, 1)
+        return (1 - sigmas) * latents + sigmas * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return noise - latents
+
+    def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        sigmas = (timesteps.cpu().double() + 1) / self.num_timesteps
+        return 2 * ((1 - sigmas).log() - sigmas.log())
+
+    def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=latents.device, sigmas=self._unshifted(steps),
+                                mu=self._mu(latents.shape[-2:]))
+        sigmas = scheduler.sigmas
+
+        def step(prediction: torch.Tensor, i: int, latents: torch.Tensor) -> torch.Tensor:
+            return latents + (sigmas[i + 1] - sigmas[i]) * prediction
+        return sigmas[:-1] * self.num_timesteps - 1, step
+
+    def _pipeline(self, cls: type, tokenizers: list | None, text_encoders: list[torch.nn.Module] | None,
+                  from_files: bool, **options: Any) -> Any:
+        options |= absent_parts(load_index(self.path, self.revision))
+        if self.t5 is not None and not from_files:
+            options |= {f"tokenizer{self.t5.suffix}": self.t5.tokenizer,
+                        f"text_encoder{self.t5.suffix}": self.t5.encoder}
+        return super()._pipeline(cls, tokenizers, text_encoders, from_files, **options)
+
+    def _unshifted(self, steps: int) -> list[float] | None:
+        """The sigmas that the family's pipeline hands to its scheduler, None for the scheduler's own."""
+        return None
+
+    def _mu(self, size: tuple[int, int]) -> float | None:
+        """The shift of sampling at a latent size, linear in the number of patches; None without one."""
+        config = self.scheduler.config
+        if not config.use_dynamic_shifting:
+            return None
+        patches = size[0] * size[1] / self.patch**2
+        share = (patches - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + share * (config.max_shift - config.base_shift)

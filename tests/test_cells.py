@@ -1,0 +1,148 @@
+"""The making of cells: the settings of their poisons, purifiers and trainings, and how failures are shown."""
+
+import runpy
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+import poison_images
+import purify_images
+from szt_utils import cells
+from szt_utils.arguments import command_line
+from szt_utils.datasets import read_concepts
+from szt_utils.errors import InputError
+from szt_utils.poisoning import PoisonSettings
+from szt_utils.purifying import PurifySettings
+from szt_utils.table_plan import Table
+from szt_utils.tables import Cell
+
+TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
+STAR = "teal-striped-star"
+
+
+def table(folder: Path, *flags: str) -> Table:
+    """The table of a command line in a folder."""
+    return TABLE1["read_settings"](TABLE1["parse_args"](["--output_dir", str(folder), *flags]))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple]:
+    """What would be poisoned and purified: the folders and their settings."""
+    calls = []
+    monkeypatch.setattr(cells, "poison_folder", lambda *call: calls.append(call))
+    monkeypatch.setattr(cells, "purify_folder", lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.mark.parametrize("data", TABLE1["DATA"])
+def test_a_poison_is_what_its_script_makes(data, made, tmp_path):
+    """A folder that either of them has begun is continued by the other."""
+    one = table(tmp_path, "--pretrained_model_name_or_path", "m", "--mixed_precision", "bf16")
+    home = tmp_path / "c"
+    folder = cells.poison(one, home, data)
+    assert folder == home / data.replace(" ", "-")
+    if data == "clean":
+        assert not made
+        return
+    method, adaptive = data.split()[0], {"adaptive": "szt", "loss_mask_dir": home / "masks"}
+    args = poison_images.parse_args(command_line(
+        pretrained_model_name_or_path="m", image_dir=home / "clean", output_dir=folder, resolution=128,
+        batch_size=5, mixed_precision="bf16", method=method, **(adaptive if data.endswith(" szt") else {})))
+    assert made == [(folder, PoisonSettings(**poison_images.given_settings(args)))]
+
+
+@pytest.mark.parametrize("defence, flags", [
+    ("nominal", None), ("szt", None), ("advclean", {}),
+    ("regen", {"pretrained_model_name_or_path": "m", "batch_size": 5, "mixed_precision": "fp16"}),
+    ("pdmpure", {"pretrained_model_name_or_path": "p", "upscaler": "u", "batch_size": 5,
+                 "mixed_precision": "fp16"})])
+def test_a_purifier_does_what_its_script_does(defence, flags, made, tmp_path):
+    one = table(tmp_path, "--pretrained_model_name_or_path", "m", "--pdmpure_model", "p", "--upscaler", "u",
+                "--mixed_precision", "fp16")
+    images = tmp_path / "c" / "ea"
+    folder = cells.purify(one, tmp_path / "c", images, defence)
+    if flags is None:
+        assert folder == images and not made
+        return
+    args = vars(purify_images.parse_args(command_line(image_dir=images, output_dir=folder, method=defence,
+                                                      **flags)))
+    assert folder == tmp_path / "c" / f"ea-{defence}"
+    assert args.pop("output_dir") == str(folder) and made == [(folder, PurifySettings(**args))]
+
+
+def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(made, tmp_path):
+    one = table(tmp_path, "--resolution", "256", "--defences", "regen", "lm", "lm8", "jpeg", "szt")
+    planned = [Cell(data, defence, STAR, seed) for data in ("clean", "ea") for defence in one.defences
+               for seed in (0, 1) if (defence, seed) != ("jpeg", 1)]
+    for cell in planned[:9]:  # all clean ones
+        one.embedding(cell).parent.mkdir(parents=True)
+        one.embedding(cell).touch()
+    home = one.home(STAR)
+    entries = cells.training_entries(one, home, planned)
+    assert [folder for folder, _ in made] == [home / "ea", home / "ea-regen"]
+    masks = str(home / "masks")
+    expected = {"regen": ("ea-regen", {}), "lm": ("ea", {"loss_mask_dir": masks, "mask_dilation": 0}),
+                "lm8": ("ea", {"loss_mask_dir": masks, "mask_dilation": 4}),
+                "jpeg": ("ea", {"jpeg_quality": 25}), "szt": ("ea", {"szt": True, "loss_mask_dir": masks})}
+    assert entries == [
+        {"train_data_dir": str(home / expected[cell.defence][0]), "seed": cell.seed,
+         "output_dir": str(tmp_path / "learned" / cell.name), **expected[cell.defence][1]}
+        for cell in planned if cell.data == "ea"]
+    assert one.defences["lm8"]["dilation"] == 8 and one.defences["lm"]["loss_mask_dir"] == "masks"
+
+
+def test_a_concept_whose_embeddings_exist_is_not_trained(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "train_apart", lambda **flags: made.append(flags))
+    [concept] = read_concepts("pocket", names=[STAR]).values()
+    one, cell = table(tmp_path, "--steps", "1000"), Cell("clean", "nominal", STAR, 0)
+    one.home(STAR).mkdir(parents=True)
+    cells.train(one, concept, [cell])
+    [flags] = made
+    assert (flags["max_train_steps"], flags["checkpointing_steps"], flags["resume_from_checkpoint"]) == (
+        1000, 200, "latest")
+    assert flags["concepts"].exists() and asdict(one.settings).items() >= {
+        name: flags[name] for name in ("resolution", "train_batch_size", "learning_rate")}.items()
+    one.embedding(cell).parent.mkdir(parents=True)
+    one.embedding(cell).touch()
+    cells.train(one, concept, [cell])
+    assert len(made) == 1
+
+
+def test_the_work_is_quiet_and_its_failure_is_shown(capsys):
+    def work(error: BaseException | None = None) -> None:
+        with cells.quiet():
+            print("printed")
+            if error:
+                raise error
+
+    work()
+    with pytest.raises(InputError, match="no image"):
+        work(InputError("no image"))
+    with pytest.raises(OSError):
+        work(OSError(28, "No space left on device", "file.png"))
+    assert capsys.readouterr() == ("", "")
+    for error in (RuntimeError("a bug"), SystemExit(2), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            work(error)
+        assert capsys.readouterr() == ("", "printed\n\n")
+
+
+def test_the_training_does_not_see_the_launcher(monkeypatch):
+    """A child that saw the launcher's variables would wait for the other processes."""
+    found = []
+    monkeypatch.setattr("subprocess.run", lambda command, **options: found.append((command, options))
+                        or SimpleNamespace(returncode=len(found) - 1, stdout="out", stderr="err"))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                        "MASTER_ADDR": "here", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
+        monkeypatch.setenv(name, value)
+    cells.train_apart(seed=0)
+    command, options = found[0]
+    assert command[1] == str(ROOT / "textual_inversion_szt.py") and command[2:] == ["--seed", "0"]
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == "6" and options["env"]["PATH"]
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                "MASTER_PORT"} & set(options["env"])
+    with pytest.raises(SystemExit, match="--seed 0\nouterr"):
+        cells.train_apart(seed=0)

@@ -1,0 +1,74 @@
+"""The plan of a table: which cells are its own, whether they need masks, and what they cost."""
+
+from pathlib import Path
+
+import pytest
+
+from szt_utils.datasets import read_concepts
+from szt_utils.metrics import Networks
+from szt_utils.table_plan import CellSettings, Table, passes, plan
+from szt_utils.tables import Cell, append_cell
+
+ROWS = {"clean": {}, "adm+": {"method": "adm+"}, "ea": {"method": "ea"},
+        "ea szt": {"method": "ea", "adaptive": "szt", "loss_mask_dir": "masks"}}
+COLUMNS = {"nominal": {}, "regen": {"purify": {"method": "regen"}},
+           "szt": {"szt": True, "loss_mask_dir": "masks"}}
+STAR = "teal-striped-star"
+
+
+def table(folder: Path = Path("out"), **changes) -> Table:
+    settings = CellSettings(resolution=64, steps=10, train_batch_size=4, learning_rate=5e-3,
+                            images_per_prompt=2, num_inference_steps=25, guidance_scale=5.0)
+    return Table(**{"output_dir": folder, "name": "table1", "rows": ROWS, "columns": COLUMNS, "swept": [],
+                    "data": list(ROWS), "defences": COLUMNS, "dataset": "pocket", "settings": settings,
+                    "metrics": ["dino"], "model": "m", "pdmpure_model": None, "upscaler": None,
+                    "networks": Networks("d", "c"), **changes})
+
+
+@pytest.mark.parametrize("data, defences, needed", [
+    (["clean", "ea"], ["nominal", "regen"], False), (["clean"], ["nominal", "szt"], True),
+    (["ea szt"], ["nominal"], True)])
+def test_masked_defences_and_adaptive_poisons_need_masks(data, defences, needed):
+    assert table(data=data, defences={name: COLUMNS[name] for name in defences}).needs_masks is needed
+
+
+def test_the_poisons_mean_is_over_those_that_know_no_defence():
+    assert table().plain_poisons == ["adm+", "ea"]
+
+
+def test_an_ablation_takes_cells_of_its_data_where_its_own_columns_are_trained(tmp_path):
+    cells = [Cell("ea", "nominal", "a", 0, {"dino": 0.1}), Cell("ea", "szt", "a", 0, {"dino": 0.2}),
+             Cell("ea", "nominal", "a", 1, {"dino": 0.3}), Cell("clean", "szt", "a", 0, {"dino": 0.4}),
+             Cell("ea", "other", "a", 0, {"dino": 0.5}), Cell("ea", "nominal", "b", 0, {"dino": 0.6})]
+    for cell in cells:
+        append_cell(tmp_path, cell)
+    assert set(table(tmp_path).cells()) == {cell for cell in cells if cell.defence != "other"}
+    assert table(tmp_path, swept=["szt"], data=["ea"]).cells() == cells[:2]
+
+
+def test_passes_count_a_poison_and_a_purifier_once_for_all_seeds():
+    one, concepts = table(), read_concepts("pocket", names=[STAR])
+
+    def cost(data: str, defence: str, *seeds: int) -> dict[str, int]:
+        return passes(one, [Cell(data, defence, STAR, seed) for seed in seeds], concepts)
+
+    # 10 steps of batch 4, forward and backward; 8 prompts, 2 images each, 25 steps with guidance.
+    assert cost("clean", "nominal", 0) == {"purify": 0, "train": 120, "generate": 800}
+    # 5 images of 100 steps of 3 passes; 6 passes for each purified image.
+    assert cost("adm+", "regen", 0, 1) == {"poison": 1500, "purify": 30, "train": 240, "generate": 1600}
+    assert cost("ea szt", "szt", 0)["poison"] == 2 * cost("ea", "szt", 0)["poison"] == 1000
+    assert passes(one, [], concepts) == {}
+
+
+def test_a_plan_takes_the_rate_of_finished_cells_before_the_given_one():
+    missing, passes = [Cell("clean", "szt", "a", 0)], {"train": 1000, "generate": 200}
+    finished = [Cell("ea", "szt", "a", 0, {}, 300.0, 1000), Cell("da", "szt", "a", 0, {}, 100.0, 1000),
+                Cell("ea", "lm", "a", 0)]
+    assert plan(missing, passes, finished, 0.1).splitlines() == [
+        "clean_szt_a_0", "train            1,000 passes of an image through the U-Net",
+        "generate           200 passes of an image through the U-Net",
+        "about 4 minutes on one process at the rate of the cells that are there"]
+    for seconds, time in ((0.1, "2 minutes"), (10, "3.3 hours")):
+        assert plan(missing, passes, [], seconds).endswith(
+            f"about {time} on one process at the rate of two CPU cores")
+    assert "not known yet" in plan(missing, passes, [], None) and plan([], {}, [], None) == ""
