@@ -180,8 +180,8 @@ class StableDiffusion:
         pipeline = self._pipeline(StableDiffusionPipeline, tokenizers, text_encoders, from_files,
                                   safety_checker=None)
         if self.clip_skip and not hasattr(pipeline.text_encoder, "text_model"):
-            # Diffusers' clip skip asks for this part, but transformers 5 has flattened the encoder. It must not
-            # become a submodule: a module that holds itself would be walked through for ever.
+            # Diffusers' clip skip asks for this part, but transformers 5 has flattened the encoder. It must
+            # not become a submodule: a module that holds itself would be walked through for ever.
             object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
         return pipeline
 
