@@ -68,7 +68,7 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
         help="SDXL: the token that the second text encoder pools: that of transformers, which may be the "
              "placeholder, or the end of the text, as in ComfyUI, A1111 and kohya (default: upstream)")
     add("--micro_conditioning", choices=["crop", "upstream"], default="crop",
-        help="SDXL with --center_crop: the crop that the U-Net is told: the real one, or (0, 0) as in the "
+        help="SDXL with --center_crop: the crop in the size conditioning: the real one, or (0, 0) as in the "
              "Diffusers example (default: crop)")
     add_diffusers_flags(parser)
     args = parser.parse_args(argv)

@@ -92,7 +92,7 @@ class Concept:
                                 for places in (indices, flips))]
 
     def sizes_of(self, indices: list[int]) -> torch.Tensor | None:
-        """What SDXL is told of the sizes of these images, long (B, 4)."""
+        """SDXL's size conditioning of these images, long (B, 4); None for other families."""
         return None if self.sizes is None else self.sizes[to_device(indices, self.sizes.device)]
 
     def ids(self, templates: list[str]) -> list[torch.Tensor]:

@@ -73,7 +73,7 @@ class TrainingImages:
         return torch.stack(masks)
 
     def sizes(self, resolution: int, conditioning: str = "crop") -> torch.Tensor:
-        """What SDXL is told of every image: height, width, and top and left of the crop, long (N, 4).
+        """SDXL's size conditioning: height, width, and top and left of the crop, long (N, 4).
 
         The crop is counted in pixels after the resizing. With `conditioning` "upstream" it is (0, 0), as in
         the Diffusers example, which never crops.

@@ -93,10 +93,12 @@ def upstream(model, images: Path, *, token: str = "<star>", initializer: str = "
                 prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
                 target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(
                     latents, noise, timesteps)
-                accelerator.backward(F.mse_loss(prediction.float(), target.float()))
+                loss = F.mse_loss(prediction.float(), target.float())
+                accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 weight.data[frozen] = original[frozen]
+            loss.detach().item()  # upstream logs it, for which the host waits
             if accelerator.sync_gradients:
                 step += 1
                 on_step(step)

@@ -71,7 +71,7 @@ class Model(Protocol):
         """Images of scaled latents, float32, about [0, 1] and not clipped; gradients flow."""
 
     def condition(self, ids: list[torch.Tensor], sizes: torch.Tensor | None = None) -> Condition:
-        """What the network is told, from token ids, long (B, L) per tokenizer, T5's last.
+        """The condition of token ids, long (B, L) per tokenizer, T5's last.
 
         `sizes`, long (B, 4), are height and width of the original images, top and left of the crop; None
         means images of the latents' size that were not cropped.

@@ -1,7 +1,7 @@
 """FLUX.1: rectified flow, the states of T5, and the pooled text of CLIP.
 
 The transformer takes latents packed, each 2 x 2 cells as one token of four times the channels, and the
-position of every token. A distilled model (FLUX.1-dev) is also told a guidance scale, which replaces the
+position of every token. A distilled model (FLUX.1-dev) also takes a guidance scale, which replaces the
 second, unguided prediction. That of training is 3.5, as in Diffusers' training examples.
 """
 
@@ -33,7 +33,7 @@ def unpack(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 class Flux(Flow):
     """A FLUX.1 model; see `szt_utils.models.Model` for what its methods take and give."""
 
-    guidance_scale: float = 3.5  # that a distilled model is told in training and attacks
+    guidance_scale: float = 3.5  # of a distilled model, in training and attacks
 
     family = "FLUX"
     packed = 4

@@ -13,7 +13,7 @@ from ..errors import InputError
 __all__ = ["Condition", "Step", "absent_parts", "check_weights", "load_config", "load_index", "load_part",
            "quantization"]
 
-# What the network is told besides the noised latents: tensors (B, ...) by name.
+# The inputs of the network besides the noised latents and the timestep: tensors (B, ...) by name.
 Condition = dict[str, torch.Tensor]
 
 # A step of sampling: prediction, the step's number, latents -> the latents after it.
