@@ -22,6 +22,6 @@ setup(
                 "diagnose_images", "sensitivity_maps", "evaluate"],
     package_data={"szt_utils": ["*.html", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
-    extras_require={"test": ["pytest>=8", "ruff>=0.8", "scikit-image"], "metrics": ["torch-fidelity"],
-                    "quantize": ["torchao", "bitsandbytes"]},
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image"],
+                    "metrics": ["torch-fidelity"], "quantize": ["torchao", "bitsandbytes"]},
 )

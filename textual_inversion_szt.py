@@ -24,6 +24,7 @@ import szt_utils
 from szt_utils.arguments import (
     EntryParser,
     add_diffusers_flags,
+    add_family_flags,
     add_safe_zone_flags,
     number,
     script_parser,
@@ -61,15 +62,7 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
         help="encode the images at every step instead of once; same result, slower, needs no cache")
     add("--latent_cache_gb", type=number(float, 0), default=4,
         help="a concept's larger cache is a file in its output folder (default: 4)")
-    add = parser.add_argument_group("Model families").add_argument
-    add("--clip_skip", type=number(int, 0), default=0,
-        help="last layers of the text encoders to skip, as in Diffusers: 1 is what A1111 and kohya call 2")
-    add("--pooled_token", choices=["upstream", "end"], default="upstream",
-        help="SDXL: the token that the second text encoder pools: that of transformers, which may be the "
-             "placeholder, or the end of the text, as in ComfyUI, A1111 and kohya (default: upstream)")
-    add("--micro_conditioning", choices=["crop", "upstream"], default="crop",
-        help="SDXL with --center_crop: the crop in the size conditioning: the real one, or (0, 0) as in the "
-             "Diffusers example (default: crop)")
+    add_family_flags(parser)
     add_diffusers_flags(parser)
     args = parser.parse_args(argv)
 

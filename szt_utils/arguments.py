@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from .errors import InputError
 
-__all__ = ["EntryParser", "add_diffusers_flags", "add_model_flags", "add_safe_zone_flags", "command_line",
-           "number", "refuse_unused", "script_parser"]
+__all__ = ["EntryParser", "add_diffusers_flags", "add_family_flags", "add_model_flags",
+           "add_safe_zone_flags", "command_line", "number", "refuse_unused", "script_parser"]
 
 
 def number(kind: type, lowest: float, highest: float | None = None, *, above: bool = False,
@@ -111,6 +111,19 @@ def add_safe_zone_flags(parser: argparse.ArgumentParser) -> None:
     add("--t_center", type=number(float, -math.inf),
         help="center of p(t) ~ 1 + tanh((t - center) / width) (default: 500)")
     add("--t_width", type=number(float, -math.inf), help="width of the tanh distribution (default: 100)")
+
+
+def add_family_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a training that concern some model families only."""
+    add = parser.add_argument_group("Model families").add_argument
+    add("--clip_skip", type=number(int, 0), default=0,
+        help="last layers of the text encoders to skip, as in Diffusers: 1 is what A1111 and kohya call 2")
+    add("--pooled_token", choices=["upstream", "end"], default="upstream",
+        help="SDXL: the token that the second text encoder pools: that of transformers, which may be the "
+             "placeholder, or the end of the text, as in ComfyUI, A1111 and kohya (default: upstream)")
+    add("--micro_conditioning", choices=["crop", "upstream"], default="crop",
+        help="SDXL with --center_crop: the crop in the size conditioning: the real one, or (0, 0) as in the "
+             "Diffusers example (default: crop)")
 
 
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:

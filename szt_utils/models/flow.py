@@ -77,10 +77,10 @@ class Flow(StableDiffusion):
     @classmethod
     def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
              revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
-             text_dtype: torch.dtype | None = None) -> "Flow":
+             text_dtype: torch.dtype | None = None, quantize: str | None = None) -> "Flow":
         """`szt_utils.models.load_model` of this family; T5, which is not trained, has `dtype`."""
         model = super().load(path, dtype=dtype, device=device, revision=revision, variant=variant,
-                             tokenizer=tokenizer, text_dtype=text_dtype)
+                             tokenizer=tokenizer, text_dtype=text_dtype, quantize=quantize)
         suffix, length = cls.t5_parts
         is_there = load_index(path, revision).get(f"text_encoder{suffix}", (None,))[0] is not None
         if is_there or not cls.t5_is_optional:
