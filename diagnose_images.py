@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "as the images to diagnose.")
     add("--calibration", help="A calibration.json of an earlier run, instead of --clean_dir.")
     add("--output_dir", required=True, help="Folder for the results, options.json and stats.jsonl.")
-    add_model_flags(parser, "Stable Diffusion or SDXL in Diffusers format: folder or hub name.")
+    add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add("--resolution", type=number(int, 8),
         help="Side of the images' central squares, in pixels. (the model's own)")
     add("--seed", type=number(int, 0), default=0, help="Seed of the noise. (0)")

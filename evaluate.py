@@ -29,7 +29,7 @@ def metric_list(text: str) -> list[str]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add_model_flags(parser, "Stable Diffusion or SDXL in Diffusers format: folder or hub name. "
+    add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub. "
                             "(the bundled pocket model)", required=False)
     add("--embeddings", required=True,
         help="The learned embedding: its file or the training's output folder; for SDXL the file with "

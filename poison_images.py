@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image_dir", required=True, help="Folder of the images to poison, with its sub-folders.")
     add("--output_dir", required=True, help="Folder for the poisoned PNGs, options.json and stats.jsonl.")
     add("--method", required=True, choices=METHODS, help="The poison.")
-    add_model_flags(parser, "Stable Diffusion or SDXL in Diffusers format: folder, or id on the Hub.")
+    add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add("--preset", choices=PRESETS, help="Defaults of a published implementation for --method.")
     add("--eps", type=number(int, 0, 255, unit=" of 1/255 levels"), help="Budget, in 1/255 levels. (16)")
     add("--norm", choices=["linf", "l2"],

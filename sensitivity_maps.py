@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--diagnose", metavar="IMAGE_DIR", help="Moved to diagnose_images.py --image_dir.")
     parser.add_argument("--clean_dir", help=argparse.SUPPRESS)
     parser.add_argument("--calibration", help=argparse.SUPPRESS)
-    add_model_flags(parser, "Stable Diffusion or SDXL in Diffusers format: folder or hub name.")
+    add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add = parser.add_argument
     add("--output_dir", required=True, help="Folder for the results, options.json and stats.jsonl.")
     add("--prompt", help="What the images show.")

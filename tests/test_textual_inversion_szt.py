@@ -38,15 +38,14 @@ def test_with_new_flags_off_the_result_is_upstreams(plain_run, tiny_model, conce
 
 
 def test_with_accumulation_vectors_and_odd_batches_too(tiny_velocity_model, concept_folder, tmp_path):
-    run_script(SCRIPT,
-               *flags(tiny_velocity_model, concept_folder[0], tmp_path, train_batch_size=3, num_vectors=2,
-                              gradient_accumulation_steps=2, no_cache_latents=True))
+    run_here(flags(tiny_velocity_model, concept_folder[0], tmp_path, train_batch_size=3, num_vectors=2,
+                   gradient_accumulation_steps=2, no_cache_latents=True))
     expected = upstream(tiny_velocity_model, concept_folder[0], batch_size=3, accumulation=2, num_vectors=2)
     assert torch.equal(embedding(tmp_path), expected)
 
 
 def test_a_higher_t_min_keeps_captions_and_noise(tiny_model, concept_folder, tmp_path):
-    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path, t_min=500))
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, t_min=500))
     assert torch.equal(embedding(tmp_path), upstream(tiny_model, concept_folder[0], t_min=500))
 
 
@@ -82,7 +81,7 @@ def test_the_embedding_loads_into_a_pipeline_and_changes_the_image(plain_run, ti
 
 def test_resume_continues_bit_for_bit(plain_run, tiny_model, concept_folder, tmp_path):
     run = flags(tiny_model, concept_folder[0], tmp_path, checkpointing_steps=3, max_train_steps=3)
-    run_script(SCRIPT, *run)
+    run_here(run)
     run_script(SCRIPT, *flags(tiny_model, concept_folder[0], tmp_path, resume_from_checkpoint="latest"))
     assert torch.equal(embedding(tmp_path), embedding(plain_run[0]))
     assert read_stats(tmp_path / "stats.jsonl") == read_stats(plain_run[0] / "stats.jsonl")
@@ -104,7 +103,7 @@ def test_a_checkpoint_of_version_0_1_is_resumed(plain_run, tiny_model, concept_f
 def test_resuming_a_finished_run_trains_no_further(plain_run, tiny_model, concept_folder):
     before = embedding(plain_run[0])
     (plain_run[0] / "checkpoint-abc").mkdir(exist_ok=True)  # upstream crashes on such a name
-    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], plain_run[0], resume_from_checkpoint="latest"))
+    run_here(flags(tiny_model, concept_folder[0], plain_run[0], resume_from_checkpoint="latest"))
     assert torch.equal(embedding(plain_run[0]), before)
     assert [record["step"] for record in read_stats(plain_run[0] / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
 
@@ -114,7 +113,7 @@ def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model
     steps, moment = 200, random.randint(1, 20)
     options = dict(checkpointing_steps=1, max_train_steps=steps, checkpoints_total_limit=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_script(SCRIPT, *flags(tiny_model, concept_folder[0], whole, max_train_steps=steps))
+    run_here(flags(tiny_model, concept_folder[0], whole, max_train_steps=steps))
     process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT),
                                 *flags(tiny_model, concept_folder[0], killed, **options)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -183,9 +182,9 @@ def test_a_loss_mask_hides_everything_outside(tiny_model, concept_folder, tmp_pa
     for path in sorted(masks.iterdir()):
         Image.new("L", Image.open(path).size, 255).save(white / path.name)
     plain, full, masked = tmp_path / "plain", tmp_path / "full", tmp_path / "masked"
-    run_script(SCRIPT, *flags(tiny_model, images, plain))
-    run_script(SCRIPT, *flags(tiny_model, images, full, loss_mask_dir=white))
-    run_script(SCRIPT, *flags(tiny_model, images, masked, loss_mask_dir=masks, mask_dilation=8))
+    run_here(flags(tiny_model, images, plain))
+    run_here(flags(tiny_model, images, full, loss_mask_dir=white))
+    run_here(flags(tiny_model, images, masked, loss_mask_dir=masks, mask_dilation=8))
     assert torch.equal(embedding(plain), embedding(full))
     assert not torch.allclose(embedding(plain), embedding(masked), atol=1e-4)
     losses = [[r["loss"] for r in read_stats(folder / "stats.jsonl")] for folder in (plain, masked)]
