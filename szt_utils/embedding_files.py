@@ -10,7 +10,8 @@ import torch
 from .errors import InputError
 from .files import write_bytes, write_torch
 
-__all__ = ["ANY_ENCODER", "load_embedding", "read_embedding", "safe_file_name", "save_embedding", "save_rows"]
+__all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "safe_file_name",
+           "save_embedding", "save_rows"]
 
 ANY_ENCODER = "any"  # names the rows of a model's only text encoder
 _ENCODER_KEYS = ("clip_l", "clip_g", "t5xxl")
@@ -48,6 +49,20 @@ def load_embedding(path: str | Path) -> tuple[str, torch.Tensor]:
     return token, rows[ANY_ENCODER]
 
 
+def embedding_paths(path: str | Path) -> list[Path]:
+    """The files of an embedding that is given as its file or as a training's folder.
+
+    The first need not exist; a second is the `learned_embeds_2` beside a `learned_embeds`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((file for suffix in ("safetensors", "bin")
+                     if (file := path / f"learned_embeds.{suffix}").is_file()),
+                    path / "learned_embeds.safetensors")
+    second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
+    return [path, second] if second != path and second.is_file() else [path]
+
+
 def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The token of an embedding and its rows (n, D) by text encoder: "clip_l", "clip_g", "t5xxl", or "any"
     where the file does not say.
@@ -57,15 +72,10 @@ def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
     `learned_embeds_2`. The token of a file without one is its name in angle brackets. Runs no code of the
     file; InputError for others.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((file for suffix in ("safetensors", "bin")
-                     if (file := path / f"learned_embeds.{suffix}").is_file()),
-                    path / "learned_embeds.safetensors")
+    path, *second = embedding_paths(path)
     token, rows = _read_file(path)
-    second = path.with_name(path.name.replace("learned_embeds", "learned_embeds_2", 1))
-    if list(rows) == [ANY_ENCODER] and second != path and second.is_file():
-        rows = {"clip_l": rows[ANY_ENCODER], "clip_g": load_embedding(second)[1]}
+    if list(rows) == [ANY_ENCODER] and second:
+        rows = {"clip_l": rows[ANY_ENCODER], "clip_g": load_embedding(second[0])[1]}
     return token, rows
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .devices import best_device, dtype_of
+from .embedding_files import embedding_paths
 from .embeddings import load_into
 from .errors import InputError
 from .files import write_json
@@ -73,8 +74,7 @@ class EvaluationSettings:
 
 def find_embedding(path: str | Path) -> Path:
     """The file of an embedding, given as the file or the training's output folder; InputError if missing."""
-    path = Path(path)
-    file = path / "learned_embeds.safetensors" if path.is_dir() else path
+    file = embedding_paths(path)[0]
     if not file.is_file():
         raise InputError(f"The embedding '{file}' does not exist; "
                          "give its file or the training's output folder.")
@@ -122,7 +122,8 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
         raise InputError(f"--output_dir '{output_dir}' is --clean_dir or lies in it; "
                          "give another --output_dir.")
     arguments = {name: getattr(settings, name) for name in _DECISIVE}
-    arguments |= {"embeddings": hashlib.sha256(embedding.read_bytes()).hexdigest(), "prompts_file": prompts}
+    content = b"".join(path.read_bytes() for path in embedding_paths(embedding))
+    arguments |= {"embeddings": hashlib.sha256(content).hexdigest(), "prompts_file": prompts}
     run = FolderRun(output_dir, "evaluate.py", arguments)
     real = [read_image(path) for path in list_images(settings.clean_dir)]
     with warnings.catch_warnings(record=True) as caught:

@@ -136,7 +136,7 @@ class SafeZone:
 
     def describe(self, model: Model, masks: torch.Tensor | None) -> list[str]:
         """The lines printed when a training starts; `masks` (N, 2, 1, h, w) are those on the latent grid."""
-        t_max = model.num_timesteps if self.t_max is None else self.t_max
+        _, t_max, _ = self.timestep_range(model.num_timesteps)
         log_snr = model.log_snr(torch.tensor([self.t_min, t_max - 1]))
         (low, high), (first, last) = noise_level(log_snr).tolist(), log_snr.tolist()
         return [

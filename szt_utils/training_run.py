@@ -10,7 +10,7 @@ import torch
 
 from .devices import dtype_of
 from .errors import InputError
-from .models import Condition, Model, find_family, load_model
+from .models import Condition, Model, find_family
 from .settings import TrainingSettings
 
 __all__ = ["Run"]
@@ -78,13 +78,13 @@ class Run:
     def load_model(self) -> Model:
         """The frozen model, as the training needs it: text encoders in float32, the rest in its precision."""
         settings = self.settings
-        reason = find_family(settings.pretrained_model_name_or_path, settings.revision).no_training
-        if reason:
-            raise InputError(reason)
-        model = load_model(settings.pretrained_model_name_or_path, dtype=self.dtype, device=self.device,
-                           revision=settings.revision, variant=settings.variant,
-                           tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
-                           quantize=settings.quantize)
+        family = find_family(settings.pretrained_model_name_or_path, settings.revision)
+        if family.no_training:
+            raise InputError(family.no_training)
+        model = family.load(settings.pretrained_model_name_or_path, dtype=self.dtype, device=self.device,
+                            revision=settings.revision, variant=settings.variant,
+                            tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
+                            quantize=settings.quantize)
         if model.t5 is not None:
             model.t5.known = {}  # captions come again and again
         model.clip_skip = settings.clip_skip

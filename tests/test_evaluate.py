@@ -128,6 +128,9 @@ def test_an_sdxl_model_is_evaluated_and_a_mistake_leaves_the_folder_as_it_was(ru
                   tmp_path / f"{name}.safetensors")
     run(tmp_path / "both", *options, "--embeddings", tmp_path)
     assert images_in(tmp_path / "both") == images_in(tmp_path / "out")
+    save_file({"<toy>": torch.randn(2, 24)}, tmp_path / "learned_embeds_2.safetensors")
+    with pytest.raises(SystemExit, match="made with another --embeddings"):
+        run(tmp_path / "both", *options, "--embeddings", tmp_path)
 
 
 @pytest.mark.parametrize("line, message", [("a photo of a toy", "Line 1"), ("{} and {}", "Line 1"),
