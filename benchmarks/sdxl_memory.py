@@ -1,18 +1,24 @@
 """Peak memory of SDXL trainings with random weights: upstream's loop and ours, each in a process of its own.
 
-    python benchmarks/sdxl_memory.py --resolution 512 --steps 1
+    python benchmarks/sdxl_memory.py --resolution 512
 
 On a CPU the peak is the whole process's resident memory, with libraries and weights. In upstream's script
 `--gradient_checkpointing` does not reach the U-Net, so that its loop is measured without.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from models import model_folder
 from timing import HONEST_MALLOC, peak_memory, report
@@ -26,6 +32,39 @@ from upstream import upstream_sdxl
 
 SIDES = {"upstream": None, "ours": {}, "ours, checkpointed": {"gradient_checkpointing": True},
          "ours, checkpointed, 8 bits": {"gradient_checkpointing": True, "quantize": "8bit"}}
+
+
+class WideArithmetic(TorchDispatchMode):
+    """Computes the heavy operators of bfloat16 in float32, one at a time; everything is stored in bfloat16.
+
+    A CPU without instructions for bfloat16 needs a hundred times as long otherwise. The peak grows by the
+    float32 copy of one layer's operands, on every side alike.
+    """
+
+    heavy = ("convolution", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.removesuffix("_backward")
+        if name not in self.heavy or not any(isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16
+                                             for arg in args):
+            return func(*args, **(kwargs or {}))
+        return tree_map(narrow, func(*tree_map(widen, args), **tree_map(widen, kwargs or {})))
+
+
+def widen(value: Any) -> Any:
+    """A bfloat16 tensor in float32; anything else as it is."""
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def narrow(value: Any) -> Any:
+    """A float32 tensor in bfloat16; anything else as it is."""
+    return value.bfloat16() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+def arithmetic(precision: str) -> contextlib.AbstractContextManager:
+    """`WideArithmetic` where bfloat16 is asked for and the CPU has no instructions for it."""
+    slow = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return WideArithmetic() if precision == "bf16" and slow else contextlib.nullcontext()
 
 
 def train(side: str, resolution: int, steps: int, precision: str, folder: Path) -> None:
@@ -52,7 +91,7 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)  # in the process that is measured
     args = parser.parse_args()
     if args.side:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, arithmetic(args.precision):
             train(args.side, args.resolution, args.steps, args.precision, Path(folder))
         print(json.dumps(peak_memory()))
         return
