@@ -104,7 +104,8 @@ def read_settings(args: argparse.Namespace,
         if "output_dir" not in entry:
             folder = str(Path(shared.output_dir) / safe_file_name(concept.placeholder_token))
             concept = replace(concept, output_dir=folder)
-        if concept.output_dir in (other.output_dir for other in concepts):
+        folders = [Path(other.output_dir).resolve() for other in concepts]
+        if Path(concept.output_dir).resolve() in folders:
             raise InputError(f"{name}: its output folder '{concept.output_dir}' is that of another; "
                              "give them an \"output_dir\" each.")
         concepts.append(concept)
@@ -144,8 +145,8 @@ def draw(concept: "Concept", model: "Model") -> "Sample":
                   concept.mask(batch.indices, batch.flips), batch.last)
 
 
-def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
-    """Train concepts that share their batches, one or several; returns a message for each that diverged."""
+def optimize(run: "Run", model: "Model", group: "Group") -> None:
+    """Train concepts that share their batches, one or several, to the last step or until a signal comes."""
     from szt_utils.journal import Journal
     from szt_utils.models import residual
     from szt_utils.outputs import save_learned, validate
@@ -153,7 +154,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
     settings = run.settings
     optimizer, schedule = run.optimizer(group.rows)
     group.load_state(optimizer, schedule)
-    with Journal(run, group) as journal:
+    with Journal(run, group) as journal, run.signals():
         while group.step < settings.max_train_steps and group.concepts:
             for batch in group.micro_batches(draw, model):
                 condition, losses = run.condition(model, batch.ids, batch.sizes), []
@@ -167,55 +168,53 @@ def optimize(run: "Run", model: "Model", group: "Group") -> list[str]:
                 run.backward(sum(losses))
             run.step(optimizer, schedule, group.rows)
             group.step += 1
-            journal.end_step(schedule.get_last_lr()[0])
+            stopping = run.stopping(group.step)
+            journal.end_step(schedule.get_last_lr()[0], stopping)
 
             saving, keeping, validating = (group.step % every == 0 for every in (
                 settings.save_steps, settings.checkpointing_steps, settings.validation_steps))
             for concept in group.concepts:
-                if saving and run.rank == 0:
-                    save_learned(run, model, group, concept, f"-steps-{group.step}")
-                if keeping:
-                    group.save_checkpoint(concept, optimizer, schedule)
-                if validating and concept.settings.validation_prompt is not None:
-                    validate(run, model, group, concept)
-    return journal.failures
+                with run.surviving(concept.settings):
+                    if saving and run.rank == 0:
+                        save_learned(run, model, group, concept, f"-steps-{group.step}")
+                    if validating and concept.settings.validation_prompt is not None:
+                        validate(run, model, group, concept)
+                    if keeping or stopping:  # last: a resumed run does none of this step again
+                        group.save_checkpoint(concept, optimizer, schedule)
+            if stopping:
+                break
 
 
 def train(settings: "TrainingSettings", concepts: "list[ConceptSettings]") -> None:
     """Train one concept, by all processes together, or several, distributed over them."""
     from szt_utils.concepts import Group, groups, start_concepts
-    from szt_utils.outputs import describe_start, make_folder, save_all
+    from szt_utils.outputs import begin, open_folder, save_all, upload_all
     from szt_utils.training_images import TrainingImages
     from szt_utils.training_run import Run
 
-    run = Run(settings, len(concepts))
-    concepts = [replace(concept, seed=run.new_seed() if concept.seed is None else concept.seed)
-                for concept in run.share(concepts)]
-    # All images are read first: whatever is wrong with them shows before a model is loaded.
-    images = [TrainingImages(concept, concept.zone(settings.resolution),
-                             functools.partial(prepare, settings, concept)) for concept in concepts]
-    for concept in concepts if run.rank == 0 else []:
-        make_folder(concept.output_dir)
-    model = run.load_model()
-    concepts = start_concepts(run, model, concepts, images)
-    for concept in concepts:
-        run.settings = settings.resolved(concept.stream.batches_per_epoch, run.num_ranks)
-        resumed = concept.resume(settings.resume_from_checkpoint, settings)
-        if run.rank == 0:
-            describe_start(run, model, concept, resumed)
-    if concepts:
-        run.start_trackers(run.settings.options(concepts[0].settings, concepts[0].zone))
-
-    frozen = [encoder.get_input_embeddings().weight.detach()[:-settings.num_vectors]
-              for encoder in model.text_encoders]
-    failures = []
-    for together in groups(concepts, settings.concepts_per_batch):
-        group = Group(run, model, frozen, together)
-        failures += optimize(run, model, group)
-        save_all(run, model, group)
-    run.end()
-    if failures:
-        raise InputError(" ".join(failures))
+    with Run(settings, len(concepts)) as run:
+        wanted = []
+        # All images are read first: whatever is wrong with them shows before a model is loaded.
+        for concept in run.share(concepts):
+            with run.surviving(concept):
+                concept = replace(concept, seed=run.seed_of(concept))
+                images = TrainingImages(concept, concept.zone(settings.resolution),
+                                        functools.partial(prepare, settings, concept))
+                open_folder(run, concept.output_dir)
+                wanted.append((concept, images))
+        model = run.load_model()
+        concepts = begin(run, model, start_concepts(run, model, wanted))
+        frozen = [encoder.get_input_embeddings().weight.detach()[:-settings.num_vectors]
+                  for encoder in model.text_encoders]
+        for together in groups(concepts, settings.concepts_per_batch):
+            group = Group(run, model, frozen, together)
+            optimize(run, model, group)
+            if group.step >= run.settings.max_train_steps:
+                save_all(run, model, group)
+            if run.stopped:
+                break
+        else:
+            upload_all(run, model, concepts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,13 +5,19 @@ The only argparse of the library. It imports nothing heavy, so that `--help` and
 
 import argparse
 import math
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, printable
 
 __all__ = ["EntryParser", "add_diffusers_flags", "add_family_flags", "add_model_flags",
-           "add_safe_zone_flags", "command_line", "number", "refuse_unused", "script_parser"]
+           "add_safe_zone_flags", "command_line", "number", "refuse_unused", "script_parser", "seed",
+           "user_path"]
+
+LARGEST = {int: 2**31 - 1, float: 1e36}  # what torch takes; float32 ends a little above 1e36
 
 
 def number(kind: type, lowest: float, highest: float | None = None, *, above: bool = False,
@@ -32,10 +38,38 @@ def number(kind: type, lowest: float, highest: float | None = None, *, above: bo
         too_low = value < lowest or (above and value == lowest)
         if too_low or (highest is not None and (value > highest or (below and value == highest))):
             least = f"above {lowest:g}" if above else f"at least {lowest:g}"
-            most = "" if highest is None else f" and {'below' if below else 'at most'} {highest:g}"
+            top = str(highest) if kind is int else f"{highest or 0:g}"
+            most = "" if highest is None else f" and {'below' if below else 'at most'} {top}"
             raise argparse.ArgumentTypeError(f"{text} is not {least}{most}")
+        if highest is None and abs(value) > LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{text} is too large; the most is {LARGEST[kind]}")
         return value
     return convert
+
+
+seed = number(int, 0, 2**32 - 1)  # what numpy takes
+
+
+def user_path(text: str) -> str:
+    """An argparse type: a path, whose leading `~` is expanded, or an id on the Hub."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"'{printable(text)}' is not a path")
+    return os.path.expanduser(text)
+
+
+class _ScriptParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+class _ShowTraceback(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        os.environ["SZT_TRACEBACK"] = "1"  # also for the processes that a script starts
+
+
+class _LimitPixels(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        os.environ["SZT_MAX_IMAGE_PIXELS"] = str(values)  # szt_utils.images reads it
 
 
 class EntryParser(argparse.ArgumentParser):
@@ -45,11 +79,29 @@ class EntryParser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}.")
 
 
-def script_parser(doc: str, parser: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+def script_parser(doc: str, parser: type[argparse.ArgumentParser] = _ScriptParser,
                   **options: Any) -> argparse.ArgumentParser:
-    """A parser whose help begins with the script's docstring as it is, not with a list of all flags."""
-    return parser(description=doc, usage="%(prog)s [flags]",
+    """A parser whose help begins with the script's docstring as it is, not with a list of all flags.
+
+    From here on, what a terminal's encoding lacks is printed as an escape: printing raises no error. The
+    model libraries print errors only, unless their environment variables say otherwise.
+    """
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of library authors to each other
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    made = parser(description=doc, usage="%(prog)s [flags]",
                   formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    made.add_argument("--traceback", action=_ShowTraceback, nargs=0, dest=argparse.SUPPRESS,
+                      help="Show the traceback of an unexpected error.")
+    made.add_argument("--max_image_pixels", action=_LimitPixels, type=number(int, 1, 10**10), metavar="N",
+                      dest=argparse.SUPPRESS,
+                      help="Refuse images of more pixels, which may need more memory than there is. "
+                           "(67108864, such as 8192 x 8192)")
+    return made
 
 
 def command_line(**flags: Any) -> list[str]:
@@ -76,7 +128,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, met
 def add_model_flags(parser: argparse._ActionsContainer, model: str, required: bool = True) -> None:
     """The flags of a script that loads a model; `model` is the help of its path."""
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=required, help=model)
+    add("--pretrained_model_name_or_path", required=required, type=user_path, help=model)
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
@@ -95,7 +147,8 @@ def add_safe_zone_flags(parser: argparse.ArgumentParser) -> None:
         help="JPEG quality, 1 to 100, at the training resolution (default: no JPEG)")
     add("--t_min", type=number(int, 0), help="lowest timestep to train at, inclusive (default: 0)")
     add("--t_max", type=number(int, 1), help="end of the timesteps, exclusive (default: the model's, 1000)")
-    add("--loss_mask_dir", help="folder of masks, <image's stem>.png, same size, white = the concept")
+    add("--loss_mask_dir", type=user_path,
+        help="folder of masks, <image's stem>.png, same size, white = the concept")
     add("--mask_dilation", type=number(int, 0),
         help="grow the masks by this many pixels at the training resolution (default: 0)")
     add("--mask_mode", choices=["loss", "image", "latent", "image_and_loss", "none"],
@@ -130,19 +183,21 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the Diffusers examples `textual_inversion.py` and `_sdxl.py`, with their defaults."""
     add = parser.add_argument_group("As in the Diffusers example").add_argument
     count = number(int, 1)
-    add("--pretrained_model_name_or_path", required=True, help="Diffusers folder, or id on the Hub")
+    add("--pretrained_model_name_or_path", required=True, type=user_path,
+        help="Diffusers folder, or id on the Hub")
     add("--revision", help="revision of the model on the Hub")
     add("--variant", help="variant of the model files, e.g. fp16")
-    add("--tokenizer_name", help="another tokenizer's folder or id, if it is not the model's")
-    add("--train_data_dir", help="folder of the training images (required)")
+    add("--tokenizer_name", type=user_path, help="another tokenizer's folder or id, if it is not the model's")
+    add("--train_data_dir", type=user_path, help="folder of the training images (required)")
     add("--placeholder_token", help="the new word for the concept, e.g. <my-concept> (required)")
     add("--initializer_token", help="one word near the concept, whose embedding is the start (required)")
     add("--learnable_property", choices=["object", "style"], default="object",
         help="which captions to train with")
     add("--repeats", type=count, default=100, help="how often an epoch shows each image")
     add("--num_vectors", type=count, default=1, help="number of embedding vectors for the concept")
-    add("--output_dir", default="text-inversion-model", help="where embeddings and checkpoints go")
-    add("--seed", type=int, help="seed of all random draws (default: a new one, recorded in options.json)")
+    add("--output_dir", default="text-inversion-model", type=user_path,
+        help="where embeddings and checkpoints go")
+    add("--seed", type=seed, help="seed of all random draws (default: a new one, recorded in options.json)")
     add("--resolution", type=count, default=512, help="images are resized to a square of this many pixels")
     add("--center_crop", action="store_true", help="cut out the central square before resizing")
     add("--train_batch_size", type=count, default=16, help="images per step and process")
@@ -151,14 +206,14 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=count, help="number of optimizer steps (default: 5000)")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower backward pass")
-    add("--learning_rate", type=number(float, 0, 1e36, below=True), default=1e-4,
-        help="learning rate after warmup")  # float32 ends a little above 1e36
+    add("--learning_rate", type=number(float, 0), default=1e-4, help="learning rate after warmup")
     add("--scale_lr", action="store_true",
         help="multiply the learning rate by processes, accumulation and batch size")
     add("--lr_scheduler", default="constant",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
                  "constant_with_warmup"])
-    add("--lr_warmup_steps", type=int, default=500, help="warmup steps of the schedules that have a warmup")
+    add("--lr_warmup_steps", type=number(int, 0), default=500,
+        help="warmup steps of the schedules that have a warmup")
     add("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
     add("--dataloader_num_workers", type=int, default=0,
         help="accepted for compatibility: images are read once, before the training")
@@ -175,7 +230,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
         help="precision of the frozen networks")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs since Ampere")
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, or none")
+    add("--report_to", help="tensorboard, wandb, comet_ml, all, or none (default: tensorboard, if installed)")
     add("--validation_prompt", help="prompt with the placeholder, generated from during the training")
     add("--num_validation_images", type=count, default=4)
     add("--validation_steps", type=count, default=100, help="generate validation images every so many steps")
@@ -184,7 +239,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing_steps", type=count, default=500,
         help="save a checkpoint to resume from every so many steps")
     add("--checkpoints_total_limit", type=count, help="keep only so many checkpoints")
-    add("--resume_from_checkpoint", help='a folder checkpoint-N of --output_dir, or "latest"')
+    add("--resume_from_checkpoint", type=user_path, help='a folder checkpoint-N of --output_dir, or "latest"')
     add("--enable_xformers_memory_efficient_attention", action="store_true")
     add("--no_safe_serialization", action="store_true", help="write .bin files instead of .safetensors")
     add("--save_steps", type=count, default=500, help="save the embedding every so many steps")

@@ -1,17 +1,20 @@
 """Checkpoints from which a run continues bit for bit: folders `checkpoint-<step>`, renamed into place when
-complete, with the random state of every rank."""
+complete, with the random state of every rank.
 
+Those of an earlier run in the same folder are moved to `earlier-<n>`, so that no run takes another's.
+"""
+
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from .errors import InputError, first_line
+from .files import read_json, read_torch, write_torch
 
-from .errors import InputError
-from .files import write_torch
-
-__all__ = ["find_checkpoint", "list_checkpoints", "load_checkpoint", "prune_checkpoints", "save_checkpoint"]
+__all__ = ["find_checkpoint", "list_checkpoints", "load_common", "load_own", "prune_checkpoints", "readable",
+           "save_checkpoint", "set_aside"]
 
 
 def _step(folder: Path) -> int:
@@ -26,11 +29,13 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
-    """The checkpoint called `name` (a folder's name or path), or the newest for "latest",
+    """The checkpoint called `name` (a folder's name or path), or the run's newest for "latest",
     None when there is none yet."""
     checkpoints = list_checkpoints(output_dir)
     if name == "latest":
-        return checkpoints[-1] if checkpoints else None
+        run = _run_of(output_dir)
+        return next((checkpoint for checkpoint in reversed(checkpoints)
+                     if run is None or load_common(checkpoint).get("run", run) == run), None)
     for checkpoint in checkpoints:
         if checkpoint.name == Path(name).name:
             return checkpoint
@@ -38,12 +43,41 @@ def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
     raise InputError(f"The checkpoint '{name}' is not in '{output_dir}'; there is: {known}.")
 
 
+def _run_of(output_dir: str | Path) -> str | None:
+    """The id of the run that wrote options.json last; None when it says none."""
+    with contextlib.suppress(InputError, AttributeError):
+        return read_json(Path(output_dir) / "options.json").get("run")
+    return None
+
+
+def set_aside(output_dir: str | Path, after: int) -> Path | None:
+    """Move the checkpoints after a step, which an earlier run has left, to `earlier-<n>`; None without any.
+
+    A run that starts at step 0 sets the earlier run's options.json and stats.jsonl aside with them.
+    """
+    output_dir = Path(output_dir)
+    checkpoints = [folder for folder in list_checkpoints(output_dir) if _step(folder) > after]
+    if not checkpoints:
+        return None
+    number = 1
+    while (aside := output_dir / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    records = [output_dir / name for name in ("options.json", "stats.jsonl")] if after == 0 else []
+    # The newest first: what is left of a move that was cut short is never taken for the newest of this run.
+    for path in [*reversed(checkpoints), *(path for path in records if path.exists())]:
+        path.rename(aside / path.name)
+    return aside
+
+
 def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
     """Remove the oldest checkpoints until at most `keep` are left."""
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in checkpoints[:max(0, len(checkpoints) - keep)]:
         # Renamed first: a removal cut short leaves no half checkpoint under a valid name.
-        doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.removed"))
+        doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)  # left by a run that was killed here
+        checkpoint.rename(doomed)
         shutil.rmtree(doomed)
 
 
@@ -66,28 +100,39 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
     barrier()
 
 
-def load_checkpoint(folder: Path, fingerprint: dict[str, Any],
-                    rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read `common` and this rank's `own`;
-    InputError when it is damaged or `common["fingerprint"]` is of another run."""
+def load_common(folder: Path) -> dict[str, Any]:
+    """Read what the ranks have in common; InputError when it is damaged."""
+    with readable(folder):
+        return _today(read_torch(folder / "training_state.pt", "checkpoint"))
+
+
+def load_own(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """Read what is a rank's own; InputError when it is damaged or missing."""
+    with readable(folder):
+        return read_torch(folder / f"rank_{rank}.pt", "checkpoint")
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read or applied is an InputError that names it."""
     try:
-        common = _today(torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True))
-        for key, value in fingerprint.items():
-            if common["fingerprint"].get(key) != value:
-                raise InputError(f"The checkpoint '{folder}' does not fit this run: {key} was "
-                                 f"{common['fingerprint'].get(key)!r} and is now {value!r}.")
-        return common, torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        yield
+    except InputError as error:
+        raise InputError(f"{str(error).removesuffix('.')}; remove '{folder.name}' to use an older one.") from None
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
-        raise InputError(f"The checkpoint '{folder}' cannot be read ({error}); "
+        raise InputError(f"The checkpoint '{folder}' cannot be read ({first_line(error)}); "
                          "remove it to use an older one.") from None
 
 
 def _today(common: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of version 0.1, which knew one text encoder only, in today's form; others as they are."""
-    before = common.get("fingerprint", {})
-    if "pictures" not in before:
-        return common
-    return {**common, "rows": [common["rows"]], "fingerprint": {
-        **before, "embedding width": [before["embedding width"]], "images": before["pictures"]}}
+    """A checkpoint of an earlier version in today's form, with less in its fingerprint.
+
+    Version 0.1 knew one text encoder only. Before 0.3 the fingerprint had the images' names without a hash.
+    """
+    before = dict(common["fingerprint"])
+    if "pictures" in before:
+        common = {**common, "rows": [common["rows"]]}
+        before |= {"embedding width": [before["embedding width"]], "images": before.pop("pictures")}
+    if isinstance(before.get("images"), list):
+        before["images"] = dict.fromkeys(before["images"])
+    return {**common, "fingerprint": before}

@@ -2,8 +2,9 @@
 
 import copy
 import logging
+import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,28 @@ import torch
 from .captions import templates_for
 from .checkpoints import (
     find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
+    load_common,
+    load_own,
     prune_checkpoints,
+    readable,
     save_checkpoint,
+    set_aside,
 )
 from .embeddings import (
     NewRows,
     add_tokens,
+    check_room,
     join_rows,
     ordinary_words_with,
     placeholder_prompt,
     take_rows,
 )
+from .errors import InputError
+from .fingerprint import compare, fingerprint, hash_captions
 from .latents import LiveMoments, MomentCache, to_device
 from .models import T5, Model
 from .safe_zone import SafeZone
-from .settings import ConceptSettings, TrainingSettings
+from .settings import ConceptSettings
 from .stream import Generators, SampleStream
 from .training_images import TrainingImages
 from .training_run import Run
@@ -68,6 +74,9 @@ class Concept:
     sizes: torch.Tensor | None = None  # (N, 4), of SDXL
     step: int = 0
     checkpoint: dict[str, Any] | None = None  # state loaded from a checkpoint
+    checkpoint_folder: Path | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     rows: slice | None = None  # its rows among those of its group
     caption_ids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
@@ -100,72 +109,99 @@ class Concept:
         return [torch.stack(of_encoder) for of_encoder in
                 zip(*(self.caption_ids[template] for template in templates), strict=True)]
 
-    def resume(self, name: str | None, settings: TrainingSettings) -> str:
-        """Load the checkpoint `name` of its folder, if there is one; returns a message for the user."""
-        folder = self.output_dir
-        found = name and find_checkpoint(folder, name)
+    def begin(self, run: Run) -> list[str]:
+        """Load the checkpoint of --resume_from_checkpoint, if there is one; set aside those of other runs.
+
+        Returns messages for the user.
+        """
+        self.fingerprint = fingerprint(
+            {**asdict(run.settings), **asdict(self.settings), **asdict(self.zone), "device": run.device.type,
+             "precision": str(run.dtype).removeprefix("torch."), "weights": run.weights,
+             "number of processes": run.num_ranks, "embedding width": [part.shape[1] for part in self.start]},
+            hash_captions(self.tokenizers, self.stream.templates, self.settings.placeholder_token),
+            self.images.paths, self.images.mask_paths or [])
+        name = run.settings.resume_from_checkpoint
+        found = name and find_checkpoint(self.output_dir, name)
+        messages = [f"There is no checkpoint in {self.output_dir} yet: starting anew."] * bool(name)
         if found:
-            self.checkpoint, own = load_checkpoint(found, self.fingerprint(settings), self.stream.rank)
-            self.step, self.start = self.checkpoint["step"], self.checkpoint["rows"]
+            messages = [f"Resuming from {found}.", *self._resume(found)]
+        run.barrier()  # all ranks have found theirs
+        if run.rank == 0 and (aside := set_aside(self.output_dir, self.step)):
+            messages.append(f"Moved the checkpoints of an earlier run to {aside}.")
+        return messages
+
+    def _resume(self, folder: Path) -> list[str]:
+        state = load_common(folder)
+        with readable(folder):
+            before = state["fingerprint"]
+        try:
+            notes = compare(before, self.fingerprint)
+        except InputError as error:
+            raise InputError(f"The checkpoint '{folder}' is of another run: {error}") from None
+        own = load_own(folder, self.stream.rank)
+        with readable(folder):
+            if [part.shape for part in state["rows"]] != [part.shape for part in self.start]:
+                raise ValueError("its embedding has another shape")
+            for part, moments in zip(state["rows"], state["optimizer"]["state"].values(), strict=True):
+                if not part.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                    raise ValueError("its optimizer's state has another shape")
+            self.checkpoint, self.checkpoint_folder = state, folder
+            self.step, self.start = int(state["step"]), state["rows"]
+            self.run_id = state.get("run", self.run_id)
             self.stream.load_state_dict(own["stream"])
             self.generators.load_state_dict(own["random"])
-            return f"Resuming from {found}."
-        if name:
-            return f"There is no checkpoint in {folder} yet: starting anew."
-        old = len(list_checkpoints(folder))
-        return f"{folder} holds {old} checkpoints of an earlier run, which this run may replace." * bool(old)
-
-    def fingerprint(self, settings: TrainingSettings) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
-        return {"placeholder_token": self.settings.placeholder_token, "num_vectors": settings.num_vectors,
-                "repeats": self.settings.repeats, "train_batch_size": settings.train_batch_size,
-                "learnable_property": self.settings.learnable_property,
-                "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-                "embedding width": [part.shape[1] for part in self.start],
-                "number of processes": self.stream.num_ranks,
-                "images": [path.name for path in self.images.paths]}
+        return notes
 
 
-def start_concepts(run: Run, model: Model, wanted: list[ConceptSettings],
-                   images: list[TrainingImages]) -> list[Concept]:
+def start_concepts(run: Run, model: Model,
+                   wanted: list[tuple[ConceptSettings, TrainingImages]]) -> list[Concept]:
     """The concepts of a run before their first step, with latents, masks and random numbers of their own.
 
     Draws as upstream does: a seed's numbers begin with those of `resize_token_embeddings`.
     """
-    settings = run.settings
     sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
     vocabulary, states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
-    for each, own_images in zip(wanted, images, strict=True):
-        zone = each.zone(settings.resolution, model).fit(model.num_timesteps)
-        tokenizers = copy.deepcopy(model.tokenizers)
-        initializers = [add_tokens(tokenizer, each.placeholder_token, each.initializer_token,
-                                   settings.num_vectors)[1] for tokenizer in tokenizers]
-        if words := ordinary_words_with(each.placeholder_token, vocabulary):
-            logger.warning(f"The placeholder '{each.placeholder_token}' is part of ordinary words "
-                           f"({', '.join(words[:3])}), in which it will be found too; "
-                           f"'<{each.placeholder_token}>' would be safe.")
-        generators = Generators(run.device)
-        if each.seed not in states:
-            states[each.seed] = _seeded(run, model, tokenizers, sizes, each.seed)
-        generators.load_state_dict(states[each.seed])
-        weights = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
-        masks = own_images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
-        concepts.append(Concept(
-            each, zone, own_images, tokenizers, generators,
-            SampleStream(len(own_images), each.repeats, templates_for(each.learnable_property),
-                         settings.train_batch_size, generators, rank=run.rank, num_ranks=run.num_ranks,
-                         agree=run.agree),
-            [weight[[initializer] * settings.num_vectors].detach()
-             for weight, initializer in zip(weights, initializers, strict=True)],
-            LiveMoments(model.moments, own_images.pixels) if settings.no_cache_latents else MomentCache(
-                model.moments, own_images.pixels, len(own_images), settings.train_batch_size,
-                memory_limit=int(settings.latent_cache_gb * 2**30), folder=each.output_dir),
-            None if masks is None else masks.to(run.device),
-            own_images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
-            if model.uses_sizes else None))
-    if not settings.no_cache_latents:
+    for settings, images in wanted:
+        with run.surviving(settings):
+            concepts.append(_start_concept(run, model, settings, images, states, sizes, vocabulary))
+    if not run.settings.no_cache_latents:
         model.vae = None  # the caches are all that the training needs of it
     return concepts
+
+
+def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: TrainingImages,
+                   states: dict[int, Any], sizes: list[int], vocabulary: list[str]) -> Concept:
+    """One of `start_concepts`; `states` keeps the random numbers of the seeds, `sizes` are those of the text
+    encoders' embedding matrices in their files."""
+    settings = run.settings
+    zone = wanted.zone(settings.resolution, model).fit(model.num_timesteps)
+    tokenizers = copy.deepcopy(model.tokenizers)
+    initializers = [add_tokens(tokenizer, wanted.placeholder_token, wanted.initializer_token,
+                               settings.num_vectors)[1] for tokenizer in tokenizers]
+    if words := ordinary_words_with(wanted.placeholder_token, vocabulary):
+        logger.warning(f"The placeholder '{wanted.placeholder_token}' is part of ordinary words "
+                       f"({', '.join(words[:3])}), in which it will be found too; "
+                       f"'<{wanted.placeholder_token}>' would be safe.")
+    templates = templates_for(wanted.learnable_property)
+    check_room(tokenizers, wanted.placeholder_token, settings.num_vectors, templates)
+    generators = Generators(run.device)
+    if wanted.seed not in states:
+        states[wanted.seed] = _seeded(run, model, tokenizers, sizes, wanted.seed)
+    generators.load_state_dict(states[wanted.seed])
+    weights = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
+    masks = images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
+    return Concept(
+        wanted, zone, images, tokenizers, generators,
+        SampleStream(len(images), wanted.repeats, templates, settings.train_batch_size, generators,
+                     rank=run.rank, num_ranks=run.num_ranks, agree=run.agree),
+        [weight[[initializer] * settings.num_vectors].detach()
+         for weight, initializer in zip(weights, initializers, strict=True)],
+        LiveMoments(model.moments, images.pixels) if settings.no_cache_latents else MomentCache(
+            model.moments, images.pixels, len(images), settings.train_batch_size,
+            memory_limit=int(settings.latent_cache_gb * 2**30), folder=wanted.output_dir),
+        None if masks is None else masks.to(run.device),
+        images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
+        if model.uses_sizes else None)
 
 
 def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: int) -> dict[str, Any]:
@@ -221,7 +257,7 @@ class Group:
     """
 
     def __init__(self, run: Run, model: Model, frozen: list[torch.Tensor], concepts: list[Concept]):
-        self.run, self.step, self.concepts = run, concepts[0].step, list(concepts)
+        self.run, self.step, self.members = run, concepts[0].step, concepts
         self.alone = len(concepts) == 1
         count, self.rows = run.settings.num_vectors, []
         for i, (encoder, matrix) in enumerate(zip(model.text_encoders, frozen, strict=True)):
@@ -233,6 +269,11 @@ class Group:
             concept.rows = slice(i * count, (i + 1) * count)
             concept.caption_ids = {template: self._caption(concept, template, frozen, model.t5)
                                    for template in concept.stream.templates}
+
+    @property
+    def concepts(self) -> list[Concept]:
+        """Those that have not failed."""
+        return [each for each in self.members if each.settings.output_dir not in self.run.failures]
 
     def _caption(self, concept: Concept, template: str, frozen: list[torch.Tensor],
                  t5: T5 | None) -> list[torch.Tensor]:
@@ -255,12 +296,15 @@ class Group:
 
     def micro_batches(self, draw: Callable[[Concept, Model], Sample], model: Model) -> Iterator[Batch]:
         """The batches of one optimizer step; a concept's step ends early with its epoch."""
-        drawing = list(self.concepts)
+        drawing = self.concepts
         for _ in range(self.run.settings.gradient_accumulation_steps):
-            batch = Batch(drawing, [draw(concept, model) for concept in drawing])
-            yield batch
-            drawing = [concept for concept, sample in zip(drawing, batch.samples, strict=True)
-                       if not sample.last]
+            drawn = []
+            for concept in drawing:
+                with self.run.surviving(concept.settings):
+                    drawn.append((concept, draw(concept, model)))
+            if drawn:
+                yield Batch(*map(list, zip(*drawn, strict=True)))
+            drawing = [concept for concept, sample in drawn if not sample.last]
             if not drawing:
                 break
 
@@ -269,19 +313,20 @@ class Group:
         if not self.step:
             return
         states = [concept.checkpoint for concept in self.concepts]
-        optimizer.load_state_dict(join_rows([state["optimizer"] for state in states]))
-        schedule.load_state_dict(states[0]["lr_scheduler"])
-        scaler = self.run.accelerator.scaler
-        if scaler is not None and states[0]["scaler"] is not None:
-            scaler.load_state_dict(states[0]["scaler"])
+        with readable(self.concepts[0].checkpoint_folder):
+            optimizer.load_state_dict(join_rows([state["optimizer"] for state in states]))
+            schedule.load_state_dict(states[0]["lr_scheduler"])
+            scaler = self.run.accelerator.scaler
+            if scaler is not None and states[0]["scaler"] is not None:
+                scaler.load_state_dict(states[0]["scaler"])
 
     def save_checkpoint(self, concept: Concept, optimizer: Any, schedule: Any) -> None:
         """Write a concept's checkpoint, and prune older ones; all its ranks must call this."""
         run, scaler = self.run, self.run.accelerator.scaler
         common = {"step": self.step, "rows": [part.cpu() for part in self.rows_of(concept)],
                   "optimizer": take_rows(optimizer.state_dict(), concept.rows),
-                  "lr_scheduler": schedule.state_dict(), "fingerprint": concept.fingerprint(run.settings),
-                  "scaler": None if scaler is None else scaler.state_dict()}
+                  "lr_scheduler": schedule.state_dict(), "fingerprint": concept.fingerprint,
+                  "run": concept.run_id, "scaler": None if scaler is None else scaler.state_dict()}
         own = {"stream": concept.stream.state_dict(), "random": concept.generators.state_dict()}
         save_checkpoint(concept.output_dir, self.step, common, own, rank=run.rank, barrier=run.barrier)
         if run.settings.checkpoints_total_limit and run.rank == 0:

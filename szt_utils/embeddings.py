@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from .embedding_files import ANY_ENCODER, read_embedding
 from .errors import InputError
 
-__all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "join_rows", "load_into",
-           "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows", "train_rows"]
+__all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "check_room", "join_rows",
+           "load_into", "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows", "train_rows"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
@@ -35,7 +35,10 @@ def add_tokens(tokenizer: Any, placeholder: str, initializer: str,
     """
     if num_vectors < 1:
         raise InputError(f"--num_vectors must be at least 1, but is {num_vectors}.")
-    if not placeholder.strip() or re.search(r"\s", placeholder):
+    if num_vectors > tokenizer.model_max_length:
+        raise InputError(f"--num_vectors is {num_vectors}, but a caption has room for "
+                         f"{tokenizer.model_max_length} tokens.")
+    if not placeholder.isprintable() or re.search(r"\s", placeholder) or not placeholder:
         raise InputError(f"The placeholder token '{placeholder}' must be one word without spaces, "
                          "such as '<my-concept>'.")
     if placeholder != placeholder.lower():
@@ -55,6 +58,22 @@ def add_tokens(tokenizer: Any, placeholder: str, initializer: str,
         raise InputError(f"The tokenizer already contains the token '{(taken or tokens)[0]}'; "
                          "choose another --placeholder_token.")
     return tokenizer.convert_tokens_to_ids(tokens), initializer_ids[0]
+
+
+def check_room(tokenizers: list, placeholder: str, num_vectors: int, templates: tuple[str, ...]) -> None:
+    """InputError when the last vectors of a placeholder stand in no caption, since all are cut off before.
+
+    `templates` are captions with a {} for the placeholder, and the tokenizers know its tokens already.
+    """
+    captions = [template.format(placeholder_prompt(placeholder, num_vectors)) for template in templates]
+    tokens = _tokens(placeholder, num_vectors)
+    for tokenizer in tokenizers:
+        ids = tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        seen = set().union(*ids)
+        room = sum(tokenizer.convert_tokens_to_ids(token) in seen for token in tokens)
+        if room < num_vectors:
+            raise InputError(f"--num_vectors is {num_vectors}, but a caption of {tokenizer.model_max_length} "
+                             f"tokens has room for {room} at most.")
 
 
 def add_placeholder(tokenizer: Any, text_encoder: torch.nn.Module, placeholder: str, initializer: str,
@@ -182,6 +201,13 @@ def add_embedding(tokenizers: list, text_encoders: list[torch.nn.Module],
                          f"{' and '.join(str(widths[key]) for key in keys)} wide; it was learned with "
                          "another model.")
     tokens = _tokens(token, len(rows[needed[0]]))
+    room = min(tokenizer.model_max_length for tokenizer in tokenizers) - 2  # start and end of the text
+    if len(tokens) > room:
+        raise InputError(f"The embedding '{path}' has {len(tokens)} vectors, but a prompt has room for "
+                         f"{room} tokens.")
+    if any(len(rows[key]) != len(tokens) for key in needed):
+        raise InputError(f"The embedding '{path}' has another number of vectors for each text encoder; it is "
+                         "damaged.")
     # A T5 encoder that the embedding was learned without keeps its tokenizer.
     used = [part for part in zip(keys, tokenizers, text_encoders, strict=True) if part[0] in rows]
     for _, tokenizer, _ in used:
@@ -190,7 +216,9 @@ def add_embedding(tokenizers: list, text_encoders: list[torch.nn.Module],
             raise InputError(f"The token '{token}' of the embedding '{path}' is already in the model's "
                              "vocabulary.")
     for key, tokenizer, encoder in used:
-        tokenizer.add_tokens(tokens)
+        if tokenizer.add_tokens(tokens) != len(tokens):
+            raise InputError(f"The token '{token}' of the embedding '{path}' is not one that the tokenizer "
+                             "takes.")
         ids = tokenizer.convert_tokens_to_ids(tokens)
         if ids[-1] >= len(encoder.get_input_embeddings().weight):
             encoder.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)

@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 
-__all__ = ["InputError", "exit_on_input_error"]
+__all__ = ["InputError", "exit_on_input_error", "first_line", "printable"]
 
 
 class InputError(ValueError):
@@ -13,18 +14,46 @@ class InputError(ValueError):
     and says what to do."""
 
 
+def printable(text: object) -> str:
+    """The text with escapes for what is not printable, so that a file's name cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name when it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Print an InputError, or a file that cannot be read or written, as one line and exit with 1;
-    Ctrl-C exits with 130."""
+    """Print an error as one line and exit with 1; Ctrl-C exits with 130.
+
+    An error that is neither an InputError nor that of a file or of the memory keeps its traceback when the
+    environment variable SZT_TRACEBACK is set, which the flag --traceback of every script does.
+    """
     try:
         yield
     except InputError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # no file of the user's is to blame
-        sys.exit(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}.")
+        _leave(str(error))
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            _leave(f"{error.strerror}{f': {error.filename}' if error.filename else ''}.")
+        if os.environ.get("SZT_TRACEBACK"):
+            raise
+        if _out_of_memory(error):
+            _leave("The memory is not enough; lower the batch size, --resolution or the size of the images.")
+        _leave(f"unexpected {type(error).__name__}: {first_line(error)} (Run the same command with "
+               "--traceback for the details.)")
+
+
+def _leave(message: str) -> None:
+    sys.exit(f"error: {printable(' '.join(message.split()))}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch or CUDA found no memory; torch's own types are not imported here."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error) or "out of memory" in str(error))

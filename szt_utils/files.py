@@ -1,15 +1,95 @@
-"""Atomic writes, JSON and stats.jsonl: a crash or a full disk leaves no half-written file."""
+"""Reading and writing: one reader of JSON and text, stats.jsonl, and files written whole.
+
+A crash or a full disk leaves no half-written file.
+"""
 
 import contextlib
 import io
 import json
+import math
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["append_stats", "atomic_path", "read_stats", "truncate_stats", "write_bytes", "write_json",
-           "write_torch"]
+from .errors import InputError, first_line
+
+__all__ = ["append_stats", "atomic_path", "parse_json", "read_json", "read_stats", "read_text", "read_torch",
+           "truncate_stats", "write_bytes", "write_json", "write_text", "write_torch"]
+
+MEGABYTES = 64  # the largest text or JSON file that is read
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """A text file as UTF-8, with or without a byte order mark, whatever the locale.
+
+    InputError, which calls the file `what`, when it is missing, too large or not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read((MEGABYTES << 20) + 1)
+        if len(content) > MEGABYTES << 20:
+            raise InputError(f"The {what} '{path}' has more than {MEGABYTES} MB; give a smaller one.")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise InputError(f"The {what} '{path}' does not exist.") from None
+    except OSError as error:
+        raise InputError(f"The {what} '{path}' cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"The {what} '{path}' is not UTF-8 text; save it as UTF-8.") from None
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """What a JSON file holds (`read_text`, `parse_json`); InputError, which calls the file `what`."""
+    text = read_text(path, what)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise InputError(f"The {what} '{path}' is not valid JSON ({error}).") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Standard JSON; ValueError for deep nesting, an object with one name twice, NaN and infinity."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"it has '{twice}' twice in one object")
+        return entries
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a finite number")
+
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+
+
+def read_torch(path: str | Path, what: str = "file") -> Any:
+    """What `torch.save` wrote, with its tensors on the CPU; code in the file is not run.
+
+    InputError, which calls the file `what`, when it is missing, damaged or holds more than tensors and plain
+    values.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"The {what} '{path}' cannot be read: it does not exist.") from None
+    except Exception as error:
+        # torch names the global, or the step of the unpickler, that it did not execute.
+        refused = re.search(r"WeightsUnpickler error: .*(global|class|call|reduce|build)", str(error), re.I)
+        reason = (": it holds code, which is never run; give a file of tensors only, such as .safetensors"
+                  if refused else f" ({first_line(error)})")
+        raise InputError(f"The {what} '{path}' cannot be read{reason}.") from None
 
 
 @contextlib.contextmanager
@@ -20,7 +100,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     so that a crash or a full disk leaves the old file as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A name of its own length would be too long where `path` is as long as a file system allows.
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -39,6 +120,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_text(path: str | Path, content: str) -> None:
+    """Write text as UTF-8, atomically; bytes of a file name that are not UTF-8 are written as they are."""
+    write_bytes(path, content.encode("utf-8", "surrogateescape"))
+
+
 def write_torch(path: str | Path, content: Any) -> None:
     """Write with torch.save's format, atomically."""
     import torch
@@ -49,9 +135,8 @@ def write_torch(path: str | Path, content: Any) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically, indented, with a newline at the end."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    """Write JSON atomically, in ASCII, indented, with a newline at the end."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def append_stats(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -69,17 +154,19 @@ def append_stats(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def read_stats(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a stats.jsonl; a last line that a crash cut short is ignored."""
+    """The records of a stats.jsonl; lines that are not one, such as one that a crash cut, are ignored."""
     records = []
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def truncate_stats(path: str | Path, last_step: int) -> None:
     """Drop the records after `last_step`, so that a resumed run does not record a step twice."""
+    def late(step: Any) -> bool:
+        return isinstance(step, int | float) and step > last_step
+
     if Path(path).exists():
-        kept = [record for record in read_stats(path) if record["step"] <= last_step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        kept = [record for record in read_stats(path) if not late(record.get("step"))]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -28,13 +28,13 @@ class Journal:
     """The records of a group's training; a context that shows its progress bar.
 
     Losses are read in blocks of steps: reading one makes the host wait for the device. A concept whose loss
-    or rows are not finite leaves the group, and the others go on; `failures` holds a message for each.
+    or rows are not finite fails, and the others go on.
     """
 
     def __init__(self, run: Run, group: Group):
         from tqdm.auto import tqdm
 
-        self.run, self.group, self.failures = run, group, []
+        self.run, self.group = run, group
         self.losses = {id(concept): _Losses() for concept in group.concepts}
         steps, count = run.settings.max_train_steps, len(group.concepts)
         self.progress = tqdm(total=steps, initial=min(group.step, steps),
@@ -54,31 +54,31 @@ class Journal:
                                          for part in (mask, 1 - mask)]
         self.losses[id(concept)].last = torch.stack([loss.detach(), *parts])
 
-    def end_step(self, lr: float) -> None:
+    def end_step(self, lr: float, stopping: bool = False) -> None:
         """Record the step that has just ended, at this learning rate; reads losses only when needed."""
         group, settings = self.group, self.run.settings
         self.progress.update(1)
         for concept in group.concepts:
             losses = self.losses[id(concept)]
             losses.waiting.append((group.step, losses.last, lr))
-        if group.step % 10 == 0 or group.step == settings.max_train_steps or any(
+        if stopping or group.step % 10 == 0 or group.step == settings.max_train_steps or any(
                 group.step % every == 0 for every in (settings.save_steps, settings.checkpointing_steps)):
             self._read(lr)
 
     def _read(self, lr: float) -> None:
         shown = []
-        for concept in list(self.group.concepts):
+        for concept in self.group.concepts:
             waiting = self.losses[id(concept)].waiting
             values = torch.stack([losses for _, losses, _ in waiting]).tolist() if waiting else []
             records = [{"step": step, **dict(zip(_NAMES, losses, strict=False)), "lr": at}
                        for (step, _, at), losses in zip(waiting, values, strict=True)]
             waiting.clear()
             if problem := self._problem(concept, records):
-                self.failures.append(problem if self.group.alone else f"{concept.name}: {problem}")
-                self.group.concepts.remove(concept)
+                self.run.fail(concept.settings, problem)
             elif records and self.run.rank == 0:
-                self._write(concept, records)
-                shown.append(records[-1]["loss"])
+                with self.run.surviving(concept.settings):
+                    self._write(concept, records)
+                    shown.append(records[-1]["loss"])
         if shown:
             self.progress.set_postfix(loss=f"{sum(shown) / len(shown):.4f}", lr=lr)
 

@@ -1,6 +1,6 @@
 """The files of a training run: options, embeddings, validation images, pipelines, uploads to the Hub."""
 
-import copy
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,37 +11,61 @@ from PIL import Image
 from .concepts import Concept, Group
 from .embedding_files import safe_file_name, save_rows
 from .embeddings import ordinary_embeddings
-from .errors import InputError
-from .files import truncate_stats, write_json
+from .errors import InputError, first_line
+from .files import truncate_stats, write_bytes, write_json
 from .folder_run import provenance
 from .generation import use_dpm_solver
 from .images import read_image, save_png
+from .locks import lock_folder, sweep_leftovers
 from .models import Model, evaluating
+from .settings import public_name
 from .training_run import Run
 
-__all__ = ["describe_start", "make_folder", "save_all", "save_learned", "validate"]
+__all__ = ["begin", "open_folder", "save_all", "save_learned", "upload_all", "validate"]
 
 
-def make_folder(path: str | Path) -> None:
-    """Make an output folder; InputError when that is impossible."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The output folder '{path}' cannot be made ({error.strerror}); "
-                         "choose another --output_dir.") from None
+def open_folder(run: Run, path: str) -> None:
+    """Make an output folder, lock it while the run lasts, and remove what a killed one left in it.
+
+    InputError when that is impossible, or when another command holds it.
+    """
+    if run.rank == 0:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"The output folder '{path}' cannot be made ({error.strerror}); "
+                             "choose another --output_dir.") from None
+        run.resources.enter_context(lock_folder(path))
+        sweep_leftovers(path)
+    run.barrier()
 
 
-def describe_start(run: Run, model: Model, concept: Concept, resumed: str) -> None:
+def begin(run: Run, model: Model, concepts: list[Concept]) -> list[Concept]:
+    """Resume what is to be resumed, and say and record what is trained; the concepts that can be."""
+    settings = run.settings
+    for concept in concepts:
+        run.settings = settings.resolved(concept.stream.batches_per_epoch, run.num_ranks)
+        with run.surviving(concept.settings):
+            messages = concept.begin(run)
+            if run.rank == 0:
+                _describe_start(run, model, concept, messages)
+    concepts = [concept for concept in concepts if concept.settings.output_dir not in run.failures]
+    if concepts:
+        run.start_trackers(run.settings.options(concepts[0].settings, concepts[0].zone))
+    return concepts
+
+
+def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str]) -> None:
     """Write a concept's options.json, drop the statistics of steps that come again, and print what it trains
-    on; `resumed` is the message of `Concept.resume`."""
+    on, after the messages of `Concept.begin`."""
     from tqdm.auto import tqdm
 
     settings, zone = concept.settings, concept.zone
-    write_json(concept.output_dir / "options.json", {**run.settings.options(settings, zone), **provenance()})
+    write_json(concept.output_dir / "options.json", {"run": concept.run_id,
+                                                     **run.settings.options(settings, zone), **provenance()})
     truncate_stats(concept.output_dir / "stats.jsonl", concept.step)
     first, *rest = zone.describe(model, concept.masks)
-    lines = [resumed] if resumed else []
-    lines += [f"{len(concept.images)} images from {settings.train_data_dir}, {first}", *rest]
+    lines = [*messages, f"{len(concept.images)} images from {settings.train_data_dir}, {first}", *rest]
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                      "the third part of the defence is missing")
@@ -54,7 +78,7 @@ def describe_start(run: Run, model: Model, concept: Concept, resumed: str) -> No
                         "ComfyUI, A1111 and kohya do; Diffusers pools the placeholder"))
     if run.settings.use_8bit_adam:
         lines.append("--use_8bit_adam is ignored: it would save nothing for a few rows")
-    for line in lines + run.describe_trackers():
+    for line in lines:
         tqdm.write(line if run.together else f"{concept.name}: {line}")
 
 
@@ -80,8 +104,9 @@ def _save_named(run: Run, model: Model, group: Group, concept: Concept) -> None:
 
 def _metadata(run: Run, model: Model, group: Group, concept: Concept) -> dict[str, str]:
     settings, shared = concept.settings, run.settings
-    metadata = {"base_model": shared.pretrained_model_name_or_path, "step": group.step, "szt": settings.szt,
-                "loss_mask_dir": settings.loss_mask_dir, **asdict(concept.zone), "seed": settings.seed,
+    metadata = {"base_model": public_name(shared.pretrained_model_name_or_path), "step": group.step,
+                "szt": settings.szt, "loss_mask_dir": public_name(settings.loss_mask_dir),
+                **asdict(concept.zone), "seed": settings.seed,
                 "learning_rate": shared.learning_rate, "train_batch_size": shared.train_batch_size,
                 "resolution": shared.resolution, "clip_skip": shared.clip_skip}
     if model.family == "SDXL":
@@ -90,17 +115,24 @@ def _metadata(run: Run, model: Model, group: Group, concept: Concept) -> dict[st
 
 
 def save_all(run: Run, model: Model, group: Group) -> None:
-    """Write the results of a group's concepts, and upload them if asked to."""
+    """Write the results of a group's concepts."""
     settings = run.settings
     for concept in group.concepts if run.rank == 0 else []:
-        save_learned(run, model, group, concept)
-        _save_named(run, model, group, concept)
-        if settings.save_as_full_pipeline or settings.push_to_hub:
-            _save_pipeline(model, group, concept)
-        if settings.push_to_hub:
-            _push_to_hub(run, concept)
-        print(f"Saved {concept.output_dir / f'learned_embeds.{settings.suffix}'}.")
+        with run.surviving(concept.settings):
+            save_learned(run, model, group, concept)
+            _save_named(run, model, group, concept)
+            print(f"Saved {concept.output_dir / f'learned_embeds.{settings.suffix}'}.")
+            if settings.save_as_full_pipeline or settings.push_to_hub:
+                _save_pipeline(model, group, concept)
     run.barrier()
+
+
+def upload_all(run: Run, model: Model, concepts: list[Concept]) -> None:
+    """Upload the output folders to the Hub if asked to, when everything is saved."""
+    for concept in concepts if run.settings.push_to_hub and run.rank == 0 else []:
+        if concept.settings.output_dir not in run.failures:
+            with run.surviving(concept.settings):
+                _push_to_hub(run, model, concept)
 
 
 def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
@@ -142,25 +174,58 @@ def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> 
 
 
 def _save_pipeline(model: Model, group: Group, concept: Concept) -> None:
-    """Save the whole pipeline with the new token; U-Net and VAE in the precision of their files."""
-    with ordinary_embeddings(model.text_encoders, group.rows_of(concept)):
-        encoders = copy.deepcopy(model.text_encoders)
-    model.pipeline(tokenizers=concept.tokenizers, from_files=True, text_encoders=[
-        encoder.float().cpu() for encoder in encoders]).save_pretrained(concept.output_dir)
+    """Save the whole pipeline with the new token, as its files are but for text encoders in float32.
+
+    It is written beside and moved when complete, the index last.
+    """
+    part = concept.output_dir / ".pipeline.part"
+    try:
+        pipeline = model.pipeline(tokenizers=concept.tokenizers, from_files=True)
+        encoders = [getattr(pipeline, f"text_encoder{f'_{i + 1}' if i else ''}")
+                    for i in range(len(model.text_encoders))]
+        parts = zip(encoders, concept.tokenizers, group.rows_of(concept), strict=True)
+        for encoder, tokenizer, rows in parts:
+            encoder.float().resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            encoder.get_input_embeddings().weight.data[-len(rows):] = rows.cpu()
+        pipeline.save_pretrained(part)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "model_index.json"):
+            final = concept.output_dir / path.name
+            if path.is_dir():
+                shutil.rmtree(final, ignore_errors=True)
+            path.replace(final)
+    except Exception as error:  # a full disk is another exception in every library
+        raise InputError(f"The pipeline cannot be saved in '{concept.output_dir}' "
+                         f"({first_line(error)}); the embedding is saved there.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def _push_to_hub(run: Run, concept: Concept) -> None:
+def _push_to_hub(run: Run, model: Model, concept: Concept) -> None:
     """Upload the output folder, with a short model card, to the Hub."""
     from huggingface_hub import create_repo, upload_folder
 
-    settings, token, folder = run.settings, concept.settings.placeholder_token, concept.output_dir
-    base = settings.pretrained_model_name_or_path
-    repo_id = create_repo(settings.hub_model_id or folder.name, exist_ok=True,
-                          token=settings.hub_token).repo_id
-    (folder / "README.md").write_text(
-        f"---\nbase_model: {base}\ntags: [diffusers, textual_inversion, stable-diffusion]\n---\n# {token}\n\n"
-        f"A textual inversion embedding for {base}, trained with textual_inversion_szt.py. Load it with "
-        f"`pipe.load_textual_inversion(\"{repo_id}\")`; the word is `{token}`.\n")
-    upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Textual inversion embedding",
-                  token=settings.hub_token,
-                  ignore_patterns=["checkpoint-*", ".*", f"{settings.logging_dir}/*"])
+    settings, folder = run.settings, concept.output_dir
+    try:
+        repo_id = create_repo(settings.hub_model_id or folder.name, exist_ok=True,
+                              token=settings.hub_token).repo_id
+        write_bytes(folder / "README.md", _model_card(model, concept, repo_id).encode())
+        upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Textual inversion embedding",
+                      token=settings.hub_token, ignore_patterns=["checkpoint-*", "earlier-*", ".*",
+                                                                 f"{settings.logging_dir}/*"])
+    except Exception as error:  # no network, no account, no room: an exception of their own each
+        raise InputError(f"The upload to the Hub failed ({first_line(error)}); everything is saved in "
+                         f"'{folder}', and `hf upload` can send it.") from None
+
+
+def _model_card(model: Model, concept: Concept, repo_id: str) -> str:
+    """A model card with the lines that load the embedding into a pipeline."""
+    base, token = public_name(model.path), concept.settings.placeholder_token
+    if len(model.text_encoders) == 1:
+        load = f'pipe.load_textual_inversion("{repo_id}")'
+    else:
+        load = ("from huggingface_hub import snapshot_download\n"
+                "from szt_utils.embeddings import load_into\n\n"
+                f'load_into(pipe, snapshot_download("{repo_id}"))')
+    return (f"---\nbase_model: {base}\ntags: [diffusers, textual_inversion, stable-diffusion]\n---\n"
+            f"# {token}\n\nA textual inversion embedding for {base}, trained with textual_inversion_szt.py. "
+            f"The word is `{token}`.\n\n```python\n{load}\n```\n")

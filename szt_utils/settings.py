@@ -1,15 +1,18 @@
 """The frozen settings of a training run: those that all concepts share, and those of each concept."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import read_json
 from .safe_zone import SafeZone
 
-__all__ = ["ConceptSettings", "TrainingSettings", "read_entries"]
+__all__ = ["ConceptSettings", "TrainingSettings", "public_name", "read_entries"]
+
+_PATHS = {"pretrained_model_name_or_path", "tokenizer_name", "train_data_dir", "loss_mask_dir", "output_dir",
+          "project_dir", "logging_dir", "resume_from_checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class TrainingSettings:
     logging_dir: str = "logs"
     mixed_precision: str = "no"
     allow_tf32: bool = False
-    report_to: str = "tensorboard"
+    report_to: str | None = None
     num_validation_images: int = 4
     validation_steps: int = 100
     validation_epochs: int | None = None
@@ -123,18 +126,19 @@ class TrainingSettings:
                        learning_rate=self.learning_rate * scale)
 
     def options(self, concept: ConceptSettings, zone: SafeZone) -> dict[str, Any]:
-        """All flags of a concept by name, for options.json and trackers; the Hub's token stays secret."""
+        """All flags of a concept by name, for options.json and trackers.
+
+        The Hub's token stays secret, and so do the folders of this machine: of paths the last name is left.
+        """
         options = {**asdict(self), **asdict(concept), **asdict(zone), "project_dir": self.output_dir}
-        return {name: value for name, value in options.items() if name not in ("hub_token", "zone_flags")}
+        return {name: public_name(value) if name in _PATHS else value for name, value in options.items()
+                if name not in ("hub_token", "zone_flags")}
 
 
 def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """The entries of a --concepts file, a JSON list of objects of `ConceptSettings.flags`, each with its name
     for error messages; InputError for something else."""
-    try:
-        entries = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"The file of --concepts, '{path}', cannot be read ({error}).") from None
+    entries = read_json(path, "file of --concepts,")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"The file of --concepts, '{path}', must hold a list of objects, one per concept.")
     named = [(f"Concept {i} of '{path}'", entry) for i, entry in enumerate(entries, 1)]
@@ -143,6 +147,13 @@ def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
             raise InputError(f"{name}: '{unknown[0]}' cannot be set for one concept, only "
                              f"{', '.join(ConceptSettings.flags())}.")
     return named
+
+
+def public_name(path: str | None) -> str | None:
+    """The last name of a local path; a Hub id, or anything else that is no path of this machine, as it is."""
+    if path and (Path(path).expanduser().is_absolute() or path.startswith(".") or Path(path).exists()):
+        return Path(path).expanduser().resolve().name
+    return path
 
 
 def _given(cls: type, flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,22 @@
-"""The process side of a training run: accelerator, devices, ranks, the optimizer's step."""
+"""The process side of a training run: accelerator, devices, ranks, signals, the optimizer's step."""
 
 import os
+import signal
+import sys
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from .checkpoints import find_checkpoint, load_common
 from .devices import dtype_of
 from .errors import InputError
+from .fingerprint import hash_weights
 from .models import Condition, Model, find_family
-from .settings import TrainingSettings
+from .settings import ConceptSettings, TrainingSettings
 
 __all__ = ["Run"]
 
@@ -21,7 +26,9 @@ T = TypeVar("T")
 class Run:
     """Accelerate's state for training `count` concepts: one by all processes together, or several dealt out.
 
-    `rank` and `num_ranks` are those of the processes that train a concept together.
+    `rank` and `num_ranks` are those of the processes that train a concept together. `failures` holds a
+    message for each concept that failed, by its output folder, `stopped` the signal that ended the run early.
+    A context that ends with an InputError for the failures, and holds `resources` until then.
     """
 
     def __init__(self, settings: TrainingSettings, count: int):
@@ -29,20 +36,27 @@ class Run:
         from accelerate.utils import ProjectConfiguration
 
         self.settings, self.together = settings, count == 1
+        self.failures: dict[str, str] = {}
+        self.stopped: signal.Signals | None = None
+        self.resources = ExitStack()
         folder = Path(settings.output_dir)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a missing tracker is reported by `describe_trackers`
+                warnings.simplefilter("ignore")  # a missing tracker is reported by `start_trackers`
                 self.accelerator = Accelerator(
                     gradient_accumulation_steps=settings.gradient_accumulation_steps,
                     mixed_precision=settings.mixed_precision,
-                    log_with=None if settings.report_to == "none" else settings.report_to,
+                    log_with=None if settings.report_to == "none" else settings.report_to or "tensorboard",
                     project_config=ProjectConfiguration(project_dir=str(folder),
                                                         logging_dir=str(folder / settings.logging_dir)))
         except ValueError as error:
             raise InputError(f"--mixed_precision {settings.mixed_precision} or --report_to "
                              f"{settings.report_to} cannot be used here: {error}") from None
         self.process, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.num_processes:
+            raise InputError(f"{started} processes were started, but Accelerate sees {self.num_processes}: "
+                             "on a CPU, set the environment variable ACCELERATE_USE_CPU=1.")
         self.rank, self.num_ranks = (self.process, self.num_processes) if self.together else (0, 1)
         self.device, self.dtype = self.accelerator.device, dtype_of(self.accelerator.mixed_precision)
         self._quiet()
@@ -56,6 +70,20 @@ class Run:
                 library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.resources.close()
+        if kind is not None:
+            return
+        self.accelerator.end_training()
+        if self.stopped:
+            print("Stopped. The same command with --resume_from_checkpoint latest goes on.", file=sys.stderr)
+            sys.exit(128 + self.stopped)
+        if self.failures:
+            raise InputError(" ".join(self.failures.values()))
+
     def share(self, concepts: list[T]) -> list[T]:
         """The concepts that this process trains: the one of all processes, or its part of several."""
         return concepts if self.together else concepts[self.process::self.num_processes]
@@ -66,9 +94,68 @@ class Run:
 
         return broadcast_object_list([seed])[0] if self.together and self.num_ranks > 1 else seed
 
-    def new_seed(self) -> int:
-        """A seed nobody has chosen, the same on all ranks."""
+    def seed_of(self, concept: ConceptSettings) -> int:
+        """The seed of --seed, of the run that is resumed, or a new one; the same on all ranks."""
+        name, recorded = self.settings.resume_from_checkpoint, None
+        if concept.seed is None and name and (found := find_checkpoint(concept.output_dir, name)):
+            recorded = load_common(found)["fingerprint"].get("seed")
+        if concept.seed is not None or recorded is not None:
+            return recorded if concept.seed is None else concept.seed
         return self.agree(int.from_bytes(os.urandom(4), "little"))
+
+    @contextmanager
+    def surviving(self, concept: ConceptSettings) -> Iterator[None]:
+        """Note in `failures` what goes wrong with one of several concepts; a single one raises it."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            if self.together:
+                raise
+            place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            self.fail(concept, f"{error.strerror}{place}." if place else str(error))
+
+    def fail(self, concept: ConceptSettings, message: str) -> None:
+        """Note that a concept failed; of several, say so at once."""
+        from tqdm.auto import tqdm
+
+        if not self.together:
+            message = f"{Path(concept.output_dir).name}: {message}"
+            tqdm.write(f"{message} The other concepts go on.", file=sys.stderr)
+        self.failures[concept.output_dir] = message
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after its step, which saves a checkpoint; a second one at once."""
+        def stop(number: int, _: Any) -> None:
+            # With several ranks, the launcher passes on a signal that the terminal sent as well.
+            if self.stopped is None or self.num_ranks > 1:
+                self.stopped = self.stopped or signal.Signals(number)
+                print(f"{self.stopped.name}: stopping after this step.", file=sys.stderr)
+            else:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # signals reach the main thread only
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stopping(self, step: int) -> bool:
+        """Whether the run must end after this step; several ranks agree at every tenth."""
+        if self.num_ranks == 1:
+            return self.stopped is not None
+        if step % 10:
+            return False
+        asked = torch.tensor(float(self.stopped is not None), device=self.device)
+        agreed = bool(self.accelerator.reduce(asked, "sum") > 0)
+        if agreed:
+            self.stopped = self.stopped or signal.SIGTERM
+        return agreed
 
     def barrier(self) -> None:
         """Wait for the other ranks of this concept."""
@@ -84,6 +171,7 @@ class Run:
         model = family.load(settings.pretrained_model_name_or_path, dtype=self.dtype, device=self.device,
                             revision=settings.revision, variant=settings.variant,
                             tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
+                            text_linear=self.dtype if self._autocasts() else None,
                             quantize=settings.quantize)
         if model.t5 is not None:
             model.t5.known = {}  # captions come again and again
@@ -102,6 +190,7 @@ class Run:
                                  f"{error}") from None
         if settings.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
+        self.weights = hash_weights(model)
         if settings.compile:
             self._compile(model)
         if settings.resolution < model.vae_scale_factor:
@@ -112,6 +201,10 @@ class Run:
             raise InputError(f"--resolution must be a multiple of {cell} for this model, but is "
                              f"{settings.resolution}.")
         return model
+
+    def _autocasts(self) -> bool:
+        with self.accelerator.autocast():
+            return torch.is_autocast_enabled(self.device.type)
 
     def _compile(self, model: Model) -> None:
         try:
@@ -154,18 +247,12 @@ class Run:
 
     def start_trackers(self, options: dict[str, Any]) -> None:
         """Hand the settings to the trackers of --report_to."""
+        if self.settings.report_to not in (None, "none") and not self.accelerator.log_with:
+            print(f"No tracker for --report_to {self.settings.report_to} is installed: the losses go to "
+                  "stats.jsonl only.")
         self.accelerator.init_trackers("textual_inversion", config={
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in options.items()})
-
-    def describe_trackers(self) -> list[str]:
-        """A line about trackers that are not installed, if there is one to print."""
-        return [] if self.accelerator.log_with or self.settings.report_to == "none" else [
-            f"no tracker for --report_to {self.settings.report_to} is installed: the losses go to "
-            "stats.jsonl only"]
-
-    def end(self) -> None:
-        self.accelerator.end_training()
 
     def evaluation(self) -> AbstractContextManager:
         """Autocast for generating images, in the precision of the networks."""

@@ -1,10 +1,13 @@
 """Numbers on a command line: what is taken, and the sentence for what is not."""
 
+import io
+import os
+import sys
 from argparse import ArgumentTypeError
 
 import pytest
 
-from szt_utils.arguments import number
+from szt_utils.arguments import number, script_parser, seed, user_path
 
 
 @pytest.mark.parametrize("kind,options,text,value", [
@@ -24,8 +27,47 @@ def test_the_ends_of_a_range_belong_to_it(kind, options, text, value):
     (float, dict(lowest=0, highest=1, above=True), "1.01", "1.01 is not above 0 and at most 1"),
     (float, dict(lowest=0), "nan", "'nan' is not a number"),
     (float, dict(lowest=0), "inf", "'inf' is not a number"),
-    (float, dict(lowest=0), "one", "'one' is not a number")])
+    (float, dict(lowest=0), "one", "'one' is not a number"),
+    (int, dict(lowest=1), "1" + "0" * 20, "1" + "0" * 20 + " is too large; the most is 2147483647"),
+    (float, dict(lowest=0), "1e37", "1e37 is too large; the most is 1e+36")])
 def test_the_rest_is_told_in_a_sentence(kind, options, text, message):
     with pytest.raises(ArgumentTypeError) as caught:
         number(kind, **options)(text)
     assert str(caught.value) == message
+
+
+def test_seeds_are_those_of_every_library():
+    assert (seed("0"), seed("4294967295")) == (0, 2**32 - 1)
+    for text in ("-1", "4294967296"):
+        with pytest.raises(ArgumentTypeError, match="is not at least 0 and at most 4294967295"):
+            seed(text)
+
+
+def test_paths_begin_at_home_and_are_never_empty(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [user_path(text) for text in ("~/a", "~", "a/~", "openai/clip", "/a b")] == [
+        "/home/me/a", "/home/me", "a/~", "openai/clip", "/a b"]
+    for text in ("", " ", "a\0b"):
+        with pytest.raises(ArgumentTypeError, match="is not a path"):
+            user_path(text)
+
+
+def test_the_traceback_flag_sets_no_argument(monkeypatch):
+    monkeypatch.setenv("SZT_TRACEBACK", "")
+    parser = script_parser("doc")
+    assert vars(parser.parse_args([])) == {} and not os.environ["SZT_TRACEBACK"]
+    assert vars(parser.parse_args(["--traceback"])) == {} and os.environ["SZT_TRACEBACK"]
+
+
+def test_a_usage_error_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        script_parser("doc").parse_args(["--a\x1b[2J"])
+    assert "unrecognized arguments: --a\\x1b[2J" in capsys.readouterr().err
+
+
+def test_a_terminal_of_another_encoding_is_no_error(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    script_parser("doc")
+    print("\u732b", flush=True)
+    assert stream.buffer.getvalue() == b"\\u732b\n"

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, exact, found by name, and refused when damaged or of another run."""
+"""Checkpoints: whole or absent, exact, found by name, refused when damaged, set aside when of another run."""
 
 import pytest
 import torch
@@ -6,13 +6,15 @@ import torch
 from szt_utils.checkpoints import (
     find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    load_common,
+    load_own,
     prune_checkpoints,
     save_checkpoint,
+    set_aside,
 )
 from szt_utils.errors import InputError
 
-FINGERPRINT = {"placeholder_token": "<s>", "num_vectors": 1, "images": ["a.png", "b.png"]}
+FINGERPRINT = {"placeholder_token": "<s>", "num_vectors": 1, "images": {"a.png": "12", "b.png": "34"}}
 
 
 def save(folder, step, value=1.0, **options):
@@ -33,10 +35,10 @@ def test_common_and_every_ranks_own_come_back(tmp_path):
     save_checkpoint(tmp_path, 3, common, {"who": 0}, barrier=other_ranks)
     assert "checkpoint-3" not in barriers[0] + barriers[1], "the name stands for what every rank has written"
     for rank in (0, 1):
-        loaded, own = load_checkpoint(tmp_path / "checkpoint-3", FINGERPRINT, rank)
-        assert torch.equal(loaded["rows"], common["rows"]) and own == {"who": rank}
+        assert load_own(tmp_path / "checkpoint-3", rank) == {"who": rank}
+    assert torch.equal(load_common(tmp_path / "checkpoint-3")["rows"], common["rows"])
     with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(tmp_path / "checkpoint-3", FINGERPRINT, 2)
+        load_own(tmp_path / "checkpoint-3", 2)
 
 
 def test_listing_passes_over_what_is_no_checkpoint_and_sorts_by_number(tmp_path):
@@ -78,20 +80,46 @@ def test_a_save_cut_short_leaves_the_old_checkpoint_and_the_next_save_cleans_up(
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 1, 2.0, barrier=killed)
         assert list_checkpoints(tmp_path) == [folder]
-        assert load_checkpoint(folder, FINGERPRINT)[0]["rows"].unique().item() == 1.0
+        assert load_common(folder)["rows"].unique().item() == 1.0
     save(tmp_path, 1, 3.0)
-    assert load_checkpoint(folder, FINGERPRINT)[0]["rows"].unique().item() == 3.0
+    assert load_common(folder)["rows"].unique().item() == 3.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("key, value",
-                         [("placeholder_token", "<t>"), ("num_vectors", 2), ("images", ["a.png"]),
-                                        ("batch", 4)])
-def test_another_runs_checkpoint_is_refused_with_both_values(tmp_path, key, value):
-    folder = save(tmp_path, 1)
-    with pytest.raises(InputError, match="does not fit this run") as caught:
-        load_checkpoint(folder, {**FINGERPRINT, key: value})
-    assert f"{key} was {FINGERPRINT.get(key)!r} and is now {value!r}" in str(caught.value)
+def test_a_new_run_sets_an_earlier_runs_checkpoints_and_records_aside(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step)
+    for name in ("options.json", "stats.jsonl", "learned_embeds.safetensors"):
+        (tmp_path / name).write_text(name)
+    assert set_aside(tmp_path, 0) == tmp_path / "earlier-1"
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier-1", "learned_embeds.safetensors"}
+    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == {
+        "checkpoint-2", "checkpoint-4", "options.json", "stats.jsonl"}
+    assert set_aside(tmp_path, 0) is None
+    save(tmp_path, 1)
+    assert set_aside(tmp_path, 0) == tmp_path / "earlier-2", "nothing that was set aside is replaced"
+
+
+def test_a_run_resumed_from_an_older_checkpoint_sets_the_later_ones_aside_only(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    (tmp_path / "stats.jsonl").write_text("")
+    set_aside(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "earlier-1",
+                                                          "stats.jsonl"}
+    save(tmp_path, 5)
+    prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"], "the run's own is kept"
+
+
+def test_a_removal_that_was_cut_short_stops_no_later_one(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    leftover = tmp_path / ".checkpoint-1.removed"
+    leftover.mkdir()
+    (leftover / "rank_0.pt").write_text("left by a run that was killed here")
+    prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("file", ["training_state.pt", "rank_0.pt"])
@@ -101,11 +129,11 @@ def test_damaged_files_are_refused(tmp_path, file):
     for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-1]):
         (folder / file).write_bytes(content)
         with pytest.raises(InputError, match="cannot be read") as caught:
-            load_checkpoint(folder, FINGERPRINT)
+            load_common(folder), load_own(folder)
         assert str(folder) in str(caught.value)
     (folder / file).unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(folder, FINGERPRINT)
+        load_common(folder), load_own(folder)
 
 
 def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
@@ -119,8 +147,8 @@ def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
     for content in (pickle.dumps(Evil()), pickle.dumps([1])):
         (folder / "training_state.pt").write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):
-            load_checkpoint(folder, FINGERPRINT)
+            load_common(folder)
     torch.save([1, 2], folder / "training_state.pt")
     with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(folder, FINGERPRINT)
+        load_common(folder)
     assert not (tmp_path / "evil").exists()

@@ -161,7 +161,7 @@ def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("no json", "cannot be read"), ("{}", "must hold a list"), ("[]", "must hold a list"),
+    ("no json", "not valid JSON"), ("{}", "must hold a list"), ("[]", "must hold a list"),
     ("[1]", "must hold a list"),
     ('[{"train_data_dir": "x"}]', "Concept 1 of .*required: --placeholder_token, --initializer_token"),
     ('[{"learning_rate": 1}]', "Concept 1 of .*'learning_rate' cannot be set for one concept, only train_d"),

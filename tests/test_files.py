@@ -2,14 +2,19 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 
+from szt_utils.errors import InputError
 from szt_utils.files import (
+    MEGABYTES,
     append_stats,
     atomic_path,
+    read_json,
     read_stats,
+    read_text,
     truncate_stats,
     write_json,
     write_torch,
@@ -81,3 +86,59 @@ def test_a_line_that_a_crash_cut_short_is_ignored(tmp_path):
     truncate_stats(path, 5)  # what a run does before it goes on
     append_stats(path, [{"step": 2, "loss": math.pi}])
     assert read_stats(path) == [{"step": 1}, {"step": 2, "loss": math.pi}]
+
+
+def test_read_text_whatever_the_bytes(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "h\u00e4 \u2028\n\u00f6\nx"
+    for content in (text.replace("\n", "\r\n").encode(), b"\xef\xbb\xbf" + text.encode()):
+        path.write_bytes(content)
+        assert read_text(path) == text
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="The prompts file '.*a.txt' is not UTF-8 text; save it as UTF-8."):
+        read_text(path, "prompts file")
+    with pytest.raises(InputError, match="The file '.*none' does not exist."):
+        read_text(tmp_path / "none")
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)."):
+        read_text(tmp_path)
+    with path.open("wb") as file:
+        file.truncate((MEGABYTES << 20) + 1)
+    with pytest.raises(InputError, match="has more than 64 MB; give a smaller one."):
+        read_text(path)
+
+
+@pytest.mark.parametrize("text,reason", [
+    ('{"a": 1, "b": {"c": 2, "c": 3}}', "'c' twice"), ("[NaN]", "NaN is not a finite number"),
+    ("[-Infinity]", "-Infinity"), ("[1e999]", "1e999"), ("[" * 10**5, "nested too deeply"),
+    ('{"a":' * 10**5, "nested too deeply"), ("9" * 5000, "5000 digits"), ("", "Expecting value")])
+def test_read_json_refuses_what_is_not_standard(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=f"The points file '.*a.json' is not valid JSON .*{reason}"):
+        read_json(tmp_path / "a.json", "points file")
+
+
+def test_read_json_reads_what_write_json_writes(tmp_path):
+    names = {"\u00e4\u732b": 1.5, os.fsdecode(b"\xff.png"): None}
+    write_json(tmp_path / "a.json", names)
+    assert read_json(tmp_path / "a.json") == names and (tmp_path / "a.json").read_bytes().isascii()
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + '{"\u00e4": 1}'.encode())
+    assert read_json(tmp_path / "a.json") == {"\u00e4": 1}
+
+
+@pytest.mark.parametrize("name", [b"a" * 240, "\u00e4".encode() * 127, b"\xff\xfe.json"])
+def test_any_name_that_a_file_can_have(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    write_json(path, {"a": 1})
+    assert os.listdir(os.fsencode(tmp_path)) == [name] and read_json(path) == {"a": 1}
+
+
+def test_a_foreign_stats_file_is_no_error(tmp_path):
+    path = tmp_path / "stats.jsonl"
+    deep = b"[" * 10**5
+    lines = [b'{"step": 1}', b"[1]", b"3", b"null", b'"a"', b"\xff\xfe", deep, b'{"step": "two"}',
+             b'{"file": "a"}', b'{"step": 9}', b'{"step": null}', b'{"st']
+    path.write_bytes(b"\n".join(lines))
+    foreign = [{"step": "two"}, {"file": "a"}]
+    assert read_stats(path) == [{"step": 1}, *foreign, {"step": 9}, {"step": None}]
+    truncate_stats(path, 3)
+    assert read_stats(path) == [{"step": 1}, *foreign, {"step": None}]

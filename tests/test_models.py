@@ -93,6 +93,20 @@ def test_every_part_has_the_precision_that_was_asked_for(folders, name, dtype, t
     assert torch.equal(next(model.network.parameters()), next(whole.network.parameters()).to(dtype))
 
 
+def test_linear_layers_in_half_precision_change_no_bit_under_autocast(folders, name):
+    ends = []
+    for linear in (None, torch.bfloat16):
+        model = load_model(str(folders[name]), dtype=torch.bfloat16, text_dtype=torch.float32,
+                           text_linear=linear)
+        matrices = [encoder.get_input_embeddings().weight.requires_grad_() for encoder in model.text_encoders]
+        with torch.autocast("cpu", torch.bfloat16):
+            condition = model.condition(tokenize(model, "a star"))
+        sum(value.float().square().sum() for value in condition.values()).backward()
+        ends.append([*condition.values(), *(matrix.grad for matrix in matrices)])
+    halves = [p for encoder in model.text_encoders for p in encoder.parameters() if p.dtype == torch.bfloat16]
+    assert halves and all(torch.equal(before, after) for before, after in zip(*ends, strict=True))
+
+
 def test_moments_latents_and_the_encoders_mean_agree(model, name):
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():

@@ -99,11 +99,10 @@ class Model(Protocol):
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Natural logarithm of the signal-to-noise ratio, float64 (B,); -inf at pure noise."""
 
-    def pipeline(self, *, tokenizers: list | None = None,
-                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
-        """The Diffusers pipeline of these parts, or of other tokenizers and text encoders.
+    def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
+        """The Diffusers pipeline of these parts, or with other tokenizers.
 
-        With `from_files` it reads the network and the VAE again, in the precision of their files.
+        With `from_files` it reads the networks again, in the precision of their files.
         """
 
 
@@ -135,17 +134,19 @@ def find_family(path: str, revision: str | None = None) -> type:
 
 def load_model(path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
-               text_dtype: torch.dtype | None = None, quantize: str | None = None) -> Model:
+               text_dtype: torch.dtype | None = None, text_linear: torch.dtype | None = None,
+               quantize: str | None = None) -> Model:
     """Load a Diffusers folder or repository of any supported family, frozen and in evaluation mode.
 
-    All parts have `dtype`; the text encoders have `text_dtype` if it is given, and a VAE that would overflow
-    in float16 stays float32. `quantize`, "8bit" or "4bit", quantizes the network (`parts.quantization`).
+    All parts have `dtype`; the text encoders have `text_dtype` if it is given, their linear layers
+    `text_linear`, as autocast computes them anyway, and a VAE that would overflow in float16 stays float32.
+    `quantize`, "8bit" or "4bit", quantizes the network (`parts.quantization`).
     `tokenizer` is another folder or id for the (first) tokenizer. InputError when a part is missing or the
     family is not supported.
     """
     return find_family(path, revision).load(path, dtype=dtype, device=device, revision=revision,
                                             variant=variant, tokenizer=tokenizer, text_dtype=text_dtype,
-                                            quantize=quantize)
+                                            text_linear=text_linear, quantize=quantize)
 
 
 def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,

@@ -76,11 +76,9 @@ class Flow(StableDiffusion):
 
     @classmethod
     def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-             revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
-             text_dtype: torch.dtype | None = None, quantize: str | None = None) -> "Flow":
+             revision: str | None = None, variant: str | None = None, **options: Any) -> "Flow":
         """`szt_utils.models.load_model` of this family; T5, which is not trained, has `dtype`."""
-        model = super().load(path, dtype=dtype, device=device, revision=revision, variant=variant,
-                             tokenizer=tokenizer, text_dtype=text_dtype, quantize=quantize)
+        model = super().load(path, dtype=dtype, device=device, revision=revision, variant=variant, **options)
         suffix, length = cls.t5_parts
         is_there = load_index(path, revision).get(f"text_encoder{suffix}", (None,))[0] is not None
         if is_there or not cls.t5_is_optional:
@@ -116,13 +114,12 @@ class Flow(StableDiffusion):
             return latents + (sigmas[i + 1] - sigmas[i]) * prediction
         return sigmas[:-1] * self.num_timesteps - 1, step
 
-    def _pipeline(self, cls: type, tokenizers: list | None, text_encoders: list[torch.nn.Module] | None,
-                  from_files: bool, **options: Any) -> Any:
+    def _pipeline(self, cls: type, tokenizers: list | None, from_files: bool, **options: Any) -> Any:
         options |= absent_parts(load_index(self.path, self.revision))
         if self.t5 is not None and not from_files:
             options |= {f"tokenizer{self.t5.suffix}": self.t5.tokenizer,
                         f"text_encoder{self.t5.suffix}": self.t5.encoder}
-        return super()._pipeline(cls, tokenizers, text_encoders, from_files, **options)
+        return super()._pipeline(cls, tokenizers, from_files, **options)
 
     def _unshifted(self, steps: int) -> list[float] | None:
         """The sigmas that the family's pipeline hands to its scheduler, None for the scheduler's own."""

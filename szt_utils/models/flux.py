@@ -77,8 +77,7 @@ class Flux(Flow):
     def _unshifted(self, steps: int) -> list[float] | None:
         return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
 
-    def pipeline(self, *, tokenizers: list | None = None,
-                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
+    def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
         from diffusers import FluxPipeline
 
-        return self._pipeline(FluxPipeline, tokenizers, text_encoders, from_files)
+        return self._pipeline(FluxPipeline, tokenizers, from_files)

@@ -1,23 +1,44 @@
 """What the families share: a condition, and loading one part of a Diffusers folder or repository."""
 
+import contextlib
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 __all__ = ["Condition", "Step", "absent_parts", "check_weights", "load_config", "load_index", "load_part",
-           "quantization"]
+           "pipeline_parts", "quantization", "quiet_loading", "unusable"]
 
 # The inputs of the network besides the noised latents and the timestep: tensors (B, ...) by name.
 Condition = dict[str, torch.Tensor]
 
 # A step of sampling: prediction, the step's number, latents -> the latents after it.
 Step = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """For a while, diffusers and transformers show no bars of what they load; downloads keep theirs."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    hidden = are_progress_bars_disabled()
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()  # which transformers disables with its own
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def load_part(cls: type, path: str, subfolder: str, **kwargs: Any) -> Any:
@@ -27,11 +48,13 @@ def load_part(cls: type, path: str, subfolder: str, **kwargs: Any) -> Any:
     in what is missing with random numbers.
     """
     try:
-        if not issubclass(cls, torch.nn.Module):
-            return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
-        network, report = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unusable(path, subfolder, error) from None
+        with quiet_loading():
+            if not issubclass(cls, torch.nn.Module):
+                return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
+            network, report = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
+                                                  **kwargs)
+    except Exception as error:  # the libraries raise what a broken config or file leads them to
+        raise unusable(path, subfolder, error) from None
     check_weights(network, report, f"The {subfolder or 'model'} of '{path}'")
     return network
 
@@ -76,10 +99,7 @@ def load_config(path: str, subfolder: str, revision: str | None = None) -> dict[
     """The config of a Diffusers network, without its weights; InputError as of `load_part`."""
     from diffusers import UNet2DConditionModel
 
-    try:
-        return UNet2DConditionModel.load_config(path, subfolder=subfolder, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unusable(path, subfolder, error) from None
+    return _read_config(UNet2DConditionModel, path, subfolder, subfolder=subfolder, revision=revision)
 
 
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:
@@ -88,7 +108,23 @@ def absent_parts(index: dict[str, Any]) -> dict[str, None]:
     `index` is that of `load_index`.
     """
     return {name: None for name, classes in index.items()
-            if name.startswith(("tokenizer", "text_encoder")) and classes[0] is None}
+            if name.startswith(("tokenizer", "text_encoder")) and classes == [None, None]}
+
+
+def pipeline_parts(index: dict[str, Any], path: str, dtype: torch.dtype, revision: str | None = None,
+                   variant: str | None = None) -> dict[str, Any]:
+    """Arguments of a pipeline's `from_pretrained`: its networks by `load_part`, and its `absent_parts`.
+
+    By itself a pipeline would fill in weights that its files lack. `index` is that of `load_index`.
+    """
+    parts: dict[str, Any] = absent_parts(index)
+    for name, classes in index.items():
+        if isinstance(classes, list) and classes[0] in ("diffusers", "transformers"):
+            cls = getattr(importlib.import_module(classes[0]), classes[1], None)
+            if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+                precision = {"dtype" if classes[0] == "transformers" else "torch_dtype": dtype}
+                parts[name] = load_part(cls, path, name, revision=revision, variant=variant, **precision)
+    return parts
 
 
 def load_index(path: str, revision: str | None = None) -> dict[str, Any]:
@@ -96,13 +132,25 @@ def load_index(path: str, revision: str | None = None) -> dict[str, Any]:
     `load_part`."""
     from diffusers import DiffusionPipeline
 
+    return _read_config(DiffusionPipeline, path, "model_index.json", revision=revision)
+
+
+def _read_config(cls: type, path: str, what: str, **kwargs: Any) -> dict[str, Any]:
     try:
-        return DiffusionPipeline.load_config(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _unusable(path, "model_index.json", error) from None
+        config = cls.load_config(path, **kwargs)
+        if not isinstance(config, dict):
+            raise ValueError("its config is not an object of JSON.")
+        return config
+    except Exception as error:
+        raise unusable(path, what, error) from None
 
 
-def _unusable(path: str, subfolder: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def unusable(path: str, what: str, error: Exception) -> InputError:
+    """The InputError for a model folder or repository whose part `what` raised `error` when it was loaded."""
+    if Path(path).is_file():
+        return InputError(
+            f"The model '{path}' is one file, not a folder in Diffusers format; convert it with python -c "
+            f"\"from diffusers import *; StableDiffusionPipeline.from_single_file('{path}').save_pretrained("
+            "'model')\" (for SDXL StableDiffusionXLPipeline), and give the folder 'model'.")
     where = "" if Path(path).is_dir() else ", which is no folder here,"
-    return InputError(f"The model '{path}'{where} has no usable {subfolder or 'files'}: {reason}")
+    return InputError(f"The model '{path}'{where} has no usable {what or 'files'}: {first_line(error)}")

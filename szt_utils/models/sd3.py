@@ -49,8 +49,7 @@ class SD3(Flow):
                             pooled_projections=condition["pooled"],
                             timestep=self.sigmas(timesteps) * self.num_timesteps).sample
 
-    def pipeline(self, *, tokenizers: list | None = None,
-                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
+    def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
-        return self._pipeline(StableDiffusion3Pipeline, tokenizers, text_encoders, from_files)
+        return self._pipeline(StableDiffusion3Pipeline, tokenizers, from_files)

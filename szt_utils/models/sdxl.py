@@ -55,9 +55,8 @@ class SDXL(StableDiffusion):
                  "time_ids": torch.cat([sizes, target], dim=1).to(noised.dtype)}
         return self.network(noised, timesteps, condition["states"], added_cond_kwargs=added).sample
 
-    def pipeline(self, *, tokenizers: list | None = None,
-                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
+    def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
-        return self._pipeline(StableDiffusionXLPipeline, tokenizers, text_encoders, from_files,
+        return self._pipeline(StableDiffusionXLPipeline, tokenizers, from_files,
                               add_watermarker=False)

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..images import to_vae_range
-from .parts import Condition, Step, load_part, quantization
+from .parts import Condition, Step, load_part, quantization, quiet_loading
 
 __all__ = ["StableDiffusion"]
 
@@ -59,7 +59,8 @@ class StableDiffusion:
     @classmethod
     def load(cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
              revision: str | None = None, variant: str | None = None, tokenizer: str | None = None,
-             text_dtype: torch.dtype | None = None, quantize: str | None = None) -> "StableDiffusion":
+             text_dtype: torch.dtype | None = None, text_linear: torch.dtype | None = None,
+             quantize: str | None = None) -> "StableDiffusion":
         """`szt_utils.models.load_model` of this family."""
         from diffusers import AutoencoderKL
 
@@ -69,8 +70,9 @@ class StableDiffusion:
         vae = load_part(AutoencoderKL, path, "vae", torch_dtype=dtype, **weights)
         if cls.vae_overflows and dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
-        model = cls(path, tokenizers, [encoder.to(text_dtype or dtype) for encoder in text_encoders],
-                    vae,
+        for encoder in text_encoders:
+            _set_precision(encoder, text_dtype or dtype, text_linear)
+        model = cls(path, tokenizers, text_encoders, vae,
                     load_part(network, path, cls.network_name, torch_dtype=dtype, **weights,
                               **quantization(quantize, dtype)),
                     load_part(scheduler, path, "scheduler", revision=revision), **weights)
@@ -173,11 +175,10 @@ class StableDiffusion:
         signal = self.scheduler.alphas_cumprod.double()[timesteps.cpu()]
         return signal.log() - (1 - signal).log()
 
-    def pipeline(self, *, tokenizers: list | None = None,
-                 text_encoders: list[torch.nn.Module] | None = None, from_files: bool = False) -> Any:
+    def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        pipeline = self._pipeline(StableDiffusionPipeline, tokenizers, text_encoders, from_files,
+        pipeline = self._pipeline(StableDiffusionPipeline, tokenizers, from_files,
                                   safety_checker=None)
         if self.clip_skip and not hasattr(pipeline.text_encoder, "text_model"):
             # Diffusers' clip skip asks for this part, but transformers 5 has flattened the encoder. It must
@@ -185,14 +186,21 @@ class StableDiffusion:
             object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
         return pipeline
 
-    def _pipeline(self, cls: type, tokenizers: list | None, text_encoders: list[torch.nn.Module] | None,
-                  from_files: bool, **options: Any) -> Any:
+    def _pipeline(self, cls: type, tokenizers: list | None, from_files: bool, **options: Any) -> Any:
         parts = {}
         for name, given in (("tokenizer", tokenizers or self.tokenizers),
-                            ("text_encoder", text_encoders or self.text_encoders)):
+                            ("text_encoder", [] if from_files else self.text_encoders)):
             parts |= {name if i == 0 else f"{name}_{i + 1}": part for i, part in enumerate(given)}
         if not from_files:
             parts |= {self.network_name: self.network, "torch_dtype": self.dtype}
             parts |= {} if self.vae is None else {"vae": self.vae}
-        return cls.from_pretrained(self.path, revision=self.revision, variant=self.variant, **parts,
-                                   **options)
+        with quiet_loading():
+            return cls.from_pretrained(self.path, revision=self.revision, variant=self.variant, **parts,
+                                       **options)
+
+
+def _set_precision(encoder: torch.nn.Module, dtype: torch.dtype, of_linear: torch.dtype | None) -> None:
+    encoder.to(dtype)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(of_linear or dtype)
