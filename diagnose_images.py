@@ -12,23 +12,25 @@ The same command again resumes.
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, script_parser
+from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--image_dir", required=True, help="Folder of images to diagnose, with its sub-folders.")
-    add("--clean_dir",
+    add("--image_dir", type=user_path, required=True,
+        help="Folder of images to diagnose, with its sub-folders.")
+    add("--clean_dir", type=user_path,
         help="Folder of clean images to calibrate with, with its sub-folders: at least 10, of the same kind "
              "as the images to diagnose.")
-    add("--calibration", help="A calibration.json of an earlier run, instead of --clean_dir.")
-    add("--output_dir", required=True, help="Folder for the results, options.json and stats.jsonl.")
+    add("--calibration", type=user_path, help="A calibration.json of an earlier run, instead of --clean_dir.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the results, options.json and stats.jsonl.")
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add("--resolution", type=number(int, 8),
         help="Side of the images' central squares, in pixels. (the model's own)")
-    add("--seed", type=number(int, 0), default=0, help="Seed of the noise. (0)")
+    add("--seed", type=seed, default=0, help="Seed of the noise. (0)")
     args = parser.parse_args(argv)
     if args.clean_dir and args.calibration:
         parser.error("argument --calibration: not used with --clean_dir")

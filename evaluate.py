@@ -10,7 +10,7 @@ Without a model and networks, the bundled pocket ones are used. Writes the image
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, script_parser
+from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 METRICS = ("dino", "fid", "kid", "fd_dino", "clip")  # szt_utils.metrics.METRICS, without importing torch
@@ -31,13 +31,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub. "
                             "(the bundled pocket model)", required=False)
-    add("--embeddings", required=True,
+    add("--embeddings", type=user_path, required=True,
         help="The learned embedding: its file or the training's output folder; for SDXL the file with "
              "clip_l and clip_g.")
-    add("--clean_dir", "--real_dir", required=True, help="Folder of the clean images of the concept.")
-    add("--output_dir", required=True,
+    add("--clean_dir", "--real_dir", type=user_path, required=True,
+        help="Folder of the clean images of the concept.")
+    add("--output_dir", type=user_path, required=True,
         help="Folder for images/, scores.json, contact_sheet.png, options.json.")
-    add("--prompts_file",
+    add("--prompts_file", type=user_path,
         help="Prompts, one a line, with {} for the concept. "
              "(24 of our own; for the pocket model its 8 backgrounds)")
     add("--images_per_prompt", type=number(int, 1), default=5, help="Images of each prompt. (5)")
@@ -45,15 +46,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Word that replaces the placeholder when the CLIP score is computed. (object)")
     add("--metrics", type=metric_list, default=list(METRICS), metavar="NAME,...",
         help=f"Some of {','.join(METRICS)}. (all)")
-    add("--dino", help="Image encoder in Dinov2Model format: folder or hub name. (the bundled pocket one)")
-    add("--clip", help="CLIPModel: folder or hub name. (the bundled pocket one)")
-    add("--inception",
+    add("--dino", type=user_path,
+        help="Image encoder in Dinov2Model format: folder or hub name. (the bundled pocket one)")
+    add("--clip", type=user_path, help="CLIPModel: folder or hub name. (the bundled pocket one)")
+    add("--inception", type=user_path,
         help="InceptionV3 weights for FID and KID, the file of torch-fidelity. (features of --clip instead)")
     add("--num_inference_steps", type=number(int, 1), help="Denoising steps, DPM-Solver++. (25)")
     add("--guidance_scale", type=number(float, 0, above=True),
         help="Classifier-free guidance. (7.5, pocket model 5)")
     add("--batch_size", type=number(int, 1), default=8, help="Images generated together. (8)")
-    add("--seed", type=int, default=100, help="The i-th image starts from noise of seed + i. (100)")
+    add("--seed", type=seed, default=100, help="The i-th image starts from noise of seed + i. (100)")
     args = parser.parse_args(argv)
     steps, guidance_scale = SAMPLING if args.pretrained_model_name_or_path else POCKET_SAMPLING
     args.num_inference_steps = args.num_inference_steps or steps

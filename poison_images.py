@@ -14,7 +14,7 @@ with --adaptive szt for all three. Then the plain attack is run as well, and you
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser
+from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 # The names in szt_utils.poisons.POISONS, which would import torch.
@@ -40,8 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's settings; None is the default of szt_utils.poisoning.PoisonSettings."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--image_dir", required=True, help="Folder of the images to poison, with its sub-folders.")
-    add("--output_dir", required=True, help="Folder for the poisoned PNGs, options.json and stats.jsonl.")
+    add("--image_dir", type=user_path, required=True,
+        help="Folder of the images to poison, with its sub-folders.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the poisoned PNGs, options.json and stats.jsonl.")
     add("--method", required=True, choices=METHODS, help="The poison.")
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add("--preset", choices=PRESETS, help="Defaults of a published implementation for --method.")
@@ -57,15 +59,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--t_max", type=number(int, 1),
         help="First timestep above the range to attack. (the model's number of timesteps)")
     add("--prompt", help="Prompt of the attacked model. (a photo)")
-    add("--target_image",
+    add("--target_image", type=user_path,
         help="ea, da: 'pattern', 'grey', 'zero' (ea: the latent of zeros) or an image file. (pattern)")
     add("--chain_steps", type=number(int, 1), help="da: denoising steps of the attacked image-to-image. (4)")
     add("--strength", type=number(float, 0, 1, above=True), help="da: its noise level, up to 1. (0.8)")
     add("--guidance_scale", type=number(float, 0, above=True), help="da: its classifier-free guidance. (7.5)")
-    add("--mask_dir", help="Folder of masks, <stem>.png, white where an image may be changed. (everywhere)")
+    add("--mask_dir", type=user_path,
+        help="Folder of masks, <stem>.png, white where an image may be changed. (everywhere)")
     add("--jpeg_quality", type=number(int, 1, 100), nargs="+", metavar="Q",
         help="Attack through JPEG of this quality, or of a random one between two at every step. (no JPEG)")
-    add("--loss_mask_dir",
+    add("--loss_mask_dir", type=user_path,
         help="Folder of masks, <stem>.png: attack only what training inside them will see. (everywhere)")
     add("--mask_dilation", type=number(int, 0),
         help="Growth of the loss masks, in pixels. (16 at 512 px, scaled with --resolution)")
@@ -82,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--one_graph", action="store_true",
         help="adm+, adm-, da: hold the graphs of encoder and network together; saves one encoding a step, "
              "for more memory.")
-    add("--seed", type=int, help="Seed of the start, noise and timesteps. (0)")
+    add("--seed", type=seed, help="Seed of the start, noise and timesteps. (0)")
     args = parser.parse_args(argv)
 
     refuse_unused(parser, args, args.method, USED_BY)

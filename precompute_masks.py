@@ -18,19 +18,20 @@ Each entry needs a point in the concept or a box.
 
 import argparse
 
-from szt_utils.arguments import number, script_parser
+from szt_utils.arguments import number, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--image_dir", required=True, help="Folder of the images.")
-    add("--output_dir", required=True, help="Folder for the masks, options.json and stats.jsonl.")
+    add("--image_dir", type=user_path, required=True, help="Folder of the images.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the masks, options.json and stats.jsonl.")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--sam_checkpoint", metavar="FILE",
+    model.add_argument("--sam_checkpoint", type=user_path, metavar="FILE",
                        help="A .pth checkpoint of the segment-anything package, of any size.")
-    model.add_argument("--sam_model", metavar="NAME",
+    model.add_argument("--sam_model", type=user_path, metavar="NAME",
                        help="SAM, SAM 2 or SAM 3 of transformers: folder or Hub name.")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--auto", action="store_true", help="Segment what all images have in common.")
@@ -39,7 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                           "may be repeated.")
     way.add_argument("--box", type=number(float, 0, 1), nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
                      help="A box around the concept, the same for all images, as shares of width and height.")
-    way.add_argument("--points_file", metavar="FILE", help="JSON of points and boxes per image, as above.")
+    way.add_argument("--points_file", type=user_path, metavar="FILE",
+                     help="JSON of points and boxes per image, as above.")
     way.add_argument("--text", help="Words for the concept; needs a SAM 3 model.")
     way.add_argument("--ui", action="store_true", help="Click on a page that only this computer can open.")
     add("--grid", type=number(int, 2, 64), default=12, help="--auto: clicks along each side. (12)")

@@ -11,7 +11,7 @@ other images nor their order change a result.
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser
+from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 METHODS = ("advclean", "jpeg", "regen", "pdmpure")
@@ -27,13 +27,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's settings, by the names of szt_utils.purifying.PurifySettings."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--image_dir", required=True, help="Folder of the images to purify, with its sub-folders.")
-    add("--output_dir", required=True, help="Folder for the purified PNGs, options.json and stats.jsonl.")
+    add("--image_dir", type=user_path, required=True,
+        help="Folder of the images to purify, with its sub-folders.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the purified PNGs, options.json and stats.jsonl.")
     add("--method", required=True, choices=METHODS, help="The purifier.")
     add("--jpeg_quality", type=number(int, 1, 100), help="jpeg: its quality. (25)")
     add_model_flags(parser, "regen: an image-to-image pipeline; pdmpure: a DDPMPipeline or DeepFloyd IF's "
                             "second stage. Folder, or id on the Hub.", required=False)
-    add("--upscaler", help="pdmpure by IF: a StableDiffusionUpscalePipeline, folder or id on the Hub.")
+    add("--upscaler", type=user_path,
+        help="pdmpure by IF: a StableDiffusionUpscalePipeline, folder or id on the Hub.")
     add("--strength", type=number(float, 0, 1, above=True),
         help="regen, pdmpure: noise level, up to 1. (regen 0.06, pdmpure 0.12, by IF 0.45)")
     add("--steps", type=number(int, 1),
@@ -45,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Cut images to their central square and resize it to this side, in pixels. "
              "(images stay whole)")
     add("--batch_size", type=number(int, 1), default=1, help="Images of one size purified together. (1)")
-    add("--seed", type=int, default=0, help="Seed of the noise. (0)")
+    add("--seed", type=seed, default=0, help="Seed of the noise. (0)")
     args = parser.parse_args(argv)
     refuse_unused(parser, args, args.method, USED_BY)
     if args.method in POCKET and not args.pretrained_model_name_or_path:

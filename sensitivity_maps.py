@@ -13,7 +13,7 @@ The same command again resumes.
 import argparse
 import sys
 
-from szt_utils.arguments import add_model_flags, number, script_parser
+from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 # Flags of --diagnose, which is a script of its own now and will be removed here in the next release.
@@ -24,13 +24,15 @@ MAPS_ONLY = ("prompt", "tokens", "embeddings", "cross_attention")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", nargs="+", help="Images to make maps of.")
-    what.add_argument("--diagnose", metavar="IMAGE_DIR", help="Moved to diagnose_images.py --image_dir.")
-    parser.add_argument("--clean_dir", help=argparse.SUPPRESS)
-    parser.add_argument("--calibration", help=argparse.SUPPRESS)
+    what.add_argument("--image", type=user_path, nargs="+", help="Images to make maps of.")
+    what.add_argument("--diagnose", type=user_path, metavar="IMAGE_DIR",
+                      help="Moved to diagnose_images.py --image_dir.")
+    parser.add_argument("--clean_dir", type=user_path, help=argparse.SUPPRESS)
+    parser.add_argument("--calibration", type=user_path, help=argparse.SUPPRESS)
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add = parser.add_argument
-    add("--output_dir", required=True, help="Folder for the results, options.json and stats.jsonl.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the results, options.json and stats.jsonl.")
     add("--prompt", help="What the images show.")
     add("--tokens", nargs="+",
         help="Words of the prompt, or <|startoftext|>; all occurrences of a word count together. "
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--replacements", type=number(int, 1), default=16,
         help="Random words in place of a token, in one batch of the network. (16)")
     add("--noise_draws", type=number(int, 1), default=1, help="Draws of noise to average over. (1)")
-    add("--embeddings", nargs="+",
+    add("--embeddings", type=user_path, nargs="+",
         help="Learned embeddings, whose tokens the prompt may use: .safetensors or .bin; for SDXL "
              ".safetensors with clip_l and clip_g, whose token is <file name>.")
     add("--cross_attention", action="store_true", help="Cross-attention maps as well.")
@@ -48,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Most samples in a batch of the network. (replacements + 1)")
     add("--resolution", type=number(int, 8),
         help="Side of the images' central squares, in pixels. (the model's own)")
-    add("--seed", type=number(int, 0), default=0, help="Seed of noise and replacements. (0)")
+    add("--seed", type=seed, default=0, help="Seed of noise and replacements. (0)")
     args = parser.parse_args(argv)
     for name in MOVED if args.image else MAPS_ONLY:
         if getattr(args, name):

@@ -58,6 +58,8 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
     add("--quantize", choices=["8bit", "4bit"],
         help="hold the frozen U-Net or transformer in fewer bits: int8 by torchao, or NF4 by bitsandbytes, "
              "which needs a GPU")
+    add("--offload", action="store_true",
+        help="keep the VAE, T5 and the network in CPU memory until it is their turn on the GPU")
     add("--no_cache_latents", action="store_true",
         help="encode the images at every step instead of once; same result, slower, needs no cache")
     add("--latent_cache_gb", type=number(float, 0), default=4,
@@ -77,6 +79,9 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
     if missing := [f"--{name}" for name in ("train_data_dir", "placeholder_token", "initializer_token")
                    if getattr(args, name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if args.offload and (args.no_cache_latents or args.quantize == "4bit"):
+        parser.error("argument --offload: cannot be combined with --no_cache_latents, which needs the VAE at "
+                     "every step, or --quantize 4bit, which loads the network onto the GPU")
     if args.t_max is not None and (args.t_min or 0) >= args.t_max:
         parser.error(f"argument --t_min: must be below --t_max, but is {args.t_min or 0}, "
                      f"and --t_max is {args.t_max}")

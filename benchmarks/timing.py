@@ -59,20 +59,23 @@ def added_memory(work: Callable[[], object]) -> int:
 
     Without a GPU it needs Linux and a process with `HONEST_MALLOC` in its environment.
     """
+    reset_peak()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else _resident("VmRSS")
+    work()
+    return peak_memory() - before
+
+
+def reset_peak() -> None:
+    """Let `peak_memory` begin anew."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before = _resident("VmRSS")
-    work()
-    return _resident("VmHWM") - before
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Peak memory so far in bytes: torch's on a GPU, else the process's (Linux)."""
+    """Peak memory since `reset_peak` in bytes: torch's on a GPU, else the process's (Linux)."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
 
 

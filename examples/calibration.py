@@ -15,7 +15,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from szt_utils.arguments import number, script_parser
+from szt_utils.arguments import number, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import read_image, save_png
 from szt_utils.pocket.scenes import draw_scene, training_attributes
@@ -45,12 +45,12 @@ def write_images(output_dir: Path, scenes: int) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("images"))
+    parser.add_argument("--output_dir", type=user_path, default="images")
     parser.add_argument("--scenes", type=number(int, 0), default=80,
                         help="drawn scenes, half of them to test with (80)")
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        for folder in write_images(args.output_dir, args.scenes):
+        for folder in write_images(Path(args.output_dir), args.scenes):
             print(folder)
 
 

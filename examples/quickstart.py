@@ -15,7 +15,7 @@ from tqdm import tqdm
 import poison_images
 import textual_inversion_szt
 from szt_utils import pocket
-from szt_utils.arguments import command_line, number, script_parser
+from szt_utils.arguments import command_line, number, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 from szt_utils.evaluation import evaluate_embedding
 from szt_utils.files import write_json
@@ -82,13 +82,13 @@ def compare(folder: Path, concept: str, steps: int, eps: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("quickstart"))
+    add("--output_dir", type=user_path, default="quickstart")
     add("--concept", default="teal-striped-star", help="see python -m szt_utils.pocket --list")
     add("--steps", type=number(int, 1), default=400, help="training steps of each embedding (400)")
     add("--eps", type=number(int, 0, 255), default=16, help="the poison's budget, in 1/255 levels (16)")
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        compare(args.output_dir, args.concept, args.steps, args.eps)
+        compare(Path(args.output_dir), args.concept, args.steps, args.eps)
 
 
 if __name__ == "__main__":

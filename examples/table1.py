@@ -20,13 +20,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from szt_utils import pocket
-from szt_utils.arguments import number, script_parser
+from szt_utils.arguments import number, script_parser, seed, user_path
 from szt_utils.captions import read_prompt_templates
 from szt_utils.cells import make_table
 from szt_utils.datasets import READERS, read_concepts
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.metrics import METRICS, Networks
+from szt_utils.notices import notice
 from szt_utils.table_plan import CellSettings, Table
+from szt_utils.tables import read_runs
 
 MASKED = {"loss_mask_dir": "masks"}  # in the concept's folder
 # The data: flags of poison_images.py.
@@ -75,13 +77,18 @@ SETTINGS = {
 SETTINGS["customconcept101"] = replace(SETTINGS["dreambooth"], steps=2500)
 
 
+def folder(text: str) -> Path:
+    """An argparse type: `user_path` as a Path."""
+    return Path(user_path(text))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("table1"))
+    add("--output_dir", type=folder, default=Path("table1"))
     add("--dataset", choices=READERS, default="pocket")
-    add("--dataset_dir", type=Path, help="folder of a dreambooth or customconcept101 data set")
-    add("--mask_dir", type=Path,
+    add("--dataset_dir", type=folder, help="folder of a dreambooth or customconcept101 data set")
+    add("--mask_dir", type=folder,
         help="its masks, <concept>/<stem>.png, for lm, jpeg+lm, szt and adaptive poisons")
     for name, text in {
             "pretrained_model_name_or_path": "the model (pocket: the bundled one)",
@@ -92,20 +99,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "inception": "InceptionV3 weights for FID and KID (default: features of --clip)",
             "prompts_file": "prompts with {} (pocket: its backgrounds; else the concept's own or 24 of ours)",
             "initializer_token": "(object, or the class word of customconcept101)"}.items():
-        add(f"--{name}", help=text)
+        add(f"--{name}", help=text, type=str if name == "initializer_token" else user_path)
     add("--preset", choices=PRESETS, help="an ablation instead of the table")
     add("--data", nargs="+", choices=DATA,
         help="(clean and the six poisons; 'adm+ szt' and 'ea szt' are adaptive)")
     add("--defences", nargs="+", choices=VARIANTS, metavar="NAME",
         help=f"some of {', '.join(DEFENCES)}, or of a preset (the ten; with --preset, its own)")
     add("--concepts", nargs="+", help="(all of the data set)")
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--seeds", nargs="+", type=seed, default=[0])
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
-    add("--max_train_steps", "--steps", dest="steps", metavar="N", type=int,
+    add("--max_train_steps", "--steps", dest="steps", metavar="N", type=number(int, 1),
         help="(400, dreambooth 5000, customconcept101 2500)")
     for name, value in asdict(SETTINGS["pocket"]).items():
         if name != "steps":
-            add(f"--{name}", type=number(int, 8) if name == "resolution" else type(value))
+            lowest = {"resolution": 8, "learning_rate": 0, "guidance_scale": 0}.get(name, 1)
+            add(f"--{name}", type=number(type(value), lowest))
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     add("--dry_run", action="store_true", help="list the missing cells and their cost")
     args = parser.parse_args(argv)
@@ -123,15 +131,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_settings(args: argparse.Namespace) -> Table:
     """The table of a command line."""
     data, columns = PRESETS[args.preset] if args.preset else (["clean", *POISONS], DEFENCES)
-    settings = SETTINGS[args.dataset]
-    given = {name: getattr(args, name) for name in asdict(settings) if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in asdict(SETTINGS[args.dataset])
+             if getattr(args, name) is not None}
+    settings = settings_of(args.output_dir, args.dataset)
     return Table(
         output_dir=args.output_dir, name=args.preset or "table1", rows=DATA, columns=columns,
         swept=[name for name in columns if name not in DEFENCES], data=args.data or data,
         defences={name: VARIANTS[name] for name in args.defences or columns}, dataset=args.dataset,
         settings=replace(settings, **given), metrics=args.metrics, model=args.pretrained_model_name_or_path,
         pdmpure_model=args.pdmpure_model, upscaler=args.upscaler,
-        networks=Networks(args.dino, args.clip, args.inception), mixed_precision=args.mixed_precision)
+        networks=Networks(args.dino, args.clip, args.inception), mixed_precision=args.mixed_precision,
+        given=given_beyond_settings(args))
+
+
+def settings_of(folder: Path, dataset: str) -> CellSettings:
+    """The settings of a folder's last run with the data set, so that a table goes on as it was begun; else
+    the data set's own."""
+    settings = SETTINGS[dataset]
+    for run in read_runs(folder)[::-1]:
+        if run.get("dataset") == dataset:
+            earlier = {name: run[name] for name, value in asdict(settings).items()
+                       if isinstance(run.get(name), type(value)) and run[name] != value}
+            if earlier:
+                flags = ", ".join(f"--{name} {value}" for name, value in earlier.items())
+                notice(f"'{folder}' was made with {flags}: this run takes what it is not given from there")
+            return replace(settings, **earlier)
+    return settings
+
+
+def given_beyond_settings(args: argparse.Namespace) -> dict:
+    """What else decides the cells, without what is the data set's own; files and models by name."""
+    own = {"dino": pocket.dino_path(), "clip": pocket.clip_path(), "pdmpure_model": pocket.pixel_path(),
+           "mixed_precision": "no"}
+    names = ("dino", "clip", "inception", "pdmpure_model", "upscaler", "initializer_token", "mixed_precision")
+    given = {name: Path(getattr(args, name)).name for name in names
+             if getattr(args, name) not in (None, own.get(name))}
+    return {**given, **({"prompts": read_prompt_templates(args.prompts_file)} if args.prompts_file else {})}
 
 
 def main(argv: list[str] | None = None) -> None:

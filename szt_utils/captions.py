@@ -7,6 +7,7 @@ the concept.
 from pathlib import Path
 
 from .errors import InputError
+from .files import read_text
 
 __all__ = ["EVALUATION_PROMPTS", "OBJECT_TEMPLATES", "STYLE_TEMPLATES", "read_prompt_templates",
            "templates_for"]
@@ -55,12 +56,8 @@ def read_prompt_templates(path: str | Path) -> list[str]:
 
     `{0} {1}`, token and class word in DreamBooth's list, counts as `{}`. InputError names a line without it.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The prompts file '{path}' cannot be read ({error}).") from None
     prompts = []
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(read_text(path, "prompts file").splitlines(), 1):
         prompt = line.strip().replace("{0} {1}", "{}")
         if not prompt or prompt.startswith("#"):
             continue

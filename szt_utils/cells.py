@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -163,8 +163,7 @@ def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]
 def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
     """Train and score a concept's missing cells, and add them to its file."""
     start, home = time.perf_counter(), table.home(concept.name)
-    run = run_index(table.output_dir, {**asdict(table.settings), "dataset": table.dataset,
-                                       "model": Path(table.model).name, **provenance()})
+    run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
                  table.settings.resolution)
     train(table, concept, cells)
@@ -207,13 +206,13 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
 
     With `dry_run`, print which cells are missing and what they cost instead.
     """
-    finished = dict.fromkeys(read_cells(table.output_dir))
+    finished = set(table.finished())
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
                                in itertools.product(seeds, concepts, table.data, table.defences)))
     missing = [cell for cell in cells if cell not in finished]
     print(f"{len(cells)} cells, {len(missing)} of them to do.")
     if dry_run:
-        print(plan(missing, passes(table, missing, concepts), list(finished),
+        print(plan(missing, passes(table, missing, concepts), read_cells(table.output_dir),
                    POCKET_SECONDS if table.dataset == "pocket" else None))
         return
     if torch.cuda.is_available():

@@ -104,6 +104,11 @@ class Concept:
         """SDXL's size conditioning of these images, long (B, 4); None for other families."""
         return None if self.sizes is None else self.sizes[to_device(indices, self.sizes.device)]
 
+    def captions(self, num_vectors: int) -> dict[str, str]:
+        """The caption of every template, with all vectors of the placeholder."""
+        words = placeholder_prompt(self.settings.placeholder_token, num_vectors)
+        return {template: template.format(words) for template in self.stream.templates}
+
     def ids(self, templates: list[str]) -> list[torch.Tensor]:
         """The token ids of these captions, long (B, L) per text encoder."""
         return [torch.stack(of_encoder) for of_encoder in
@@ -159,6 +164,8 @@ def start_concepts(run: Run, model: Model,
 
     Draws as upstream does: a seed's numbers begin with those of `resize_token_embeddings`.
     """
+    for module in (*model.text_encoders, model.vae):
+        module.to(run.device)  # with --offload they are on the CPU
     sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
     vocabulary, states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
     for settings, images in wanted:
@@ -166,6 +173,13 @@ def start_concepts(run: Run, model: Model,
             concepts.append(_start_concept(run, model, settings, images, states, sizes, vocabulary))
     if not run.settings.no_cache_latents:
         model.vae = None  # the caches are all that the training needs of it
+    if model.t5 is not None:
+        captions = {caption for concept in concepts
+                    for caption in concept.captions(run.settings.num_vectors).values()}
+        with run.accelerator.autocast():
+            model.t5.remember(captions, run.device)
+    if run.settings.offload:
+        model.network.to(run.device)
     return concepts
 
 
@@ -267,22 +281,20 @@ class Group:
             self.rows.append(embedding.rows)
         for i, concept in enumerate(concepts):
             concept.rows = slice(i * count, (i + 1) * count)
-            concept.caption_ids = {template: self._caption(concept, template, frozen, model.t5)
-                                   for template in concept.stream.templates}
+            concept.caption_ids = {template: self._caption_ids(concept, caption, frozen, model.t5)
+                                   for template, caption in concept.captions(count).items()}
 
     @property
     def concepts(self) -> list[Concept]:
         """Those that have not failed."""
         return [each for each in self.members if each.settings.output_dir not in self.run.failures]
 
-    def _caption(self, concept: Concept, template: str, frozen: list[torch.Tensor],
-                 t5: T5 | None) -> list[torch.Tensor]:
+    def _caption_ids(self, concept: Concept, caption: str, frozen: list[torch.Tensor],
+                     t5: T5 | None) -> list[torch.Tensor]:
         """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder.
 
         T5 has no rows for it, and sees its spelling.
         """
-        caption = template.format(placeholder_prompt(concept.settings.placeholder_token,
-                                                     self.run.settings.num_vectors))
         ids = [tokenizer(caption, padding="max_length", truncation=True,
                          max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
                for tokenizer in concept.tokenizers]

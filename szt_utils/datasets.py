@@ -9,12 +9,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .errors import InputError
+from .files import read_json
 from .images import crop_and_resize, list_images, read_image, save_png
 from .masks import find_masks, read_mask
 
@@ -57,14 +59,17 @@ def read_customconcept101(dataset_dir: Path, mask_dir: Path | None = None, initi
     """The concepts of dataset.json, initialized by the last word of their class, each with its prompts."""
     index, concepts = dataset_dir / "dataset.json", []
     try:
-        entries = [(Path(entry["instance_data_dir"]), entry["class_prompt"],
-                    initializer or entry["class_prompt"].split()[-1], entry.get("prompt_filename"))
-                   for entry in json.loads(index.read_text())]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"'{index}' cannot be read as CustomConcept101's list of concepts "
-                         f"({type(error).__name__}: {error}).") from None
-    for folder, class_word, word, prompt_file in entries:
-        name, own = folder.name, dataset_dir / prompt_file if prompt_file else None
+        entries = read_json(index, "list of concepts")
+        if not isinstance(entries, list):
+            raise InputError("it must hold a list of objects, one per concept")
+        texts = [[_text(entry, key) for key in ("instance_data_dir", "class_prompt", "prompt_filename")]
+                 for entry in entries]
+    except InputError as error:
+        raise InputError(f"'{index}' cannot be read as CustomConcept101's list of concepts: "
+                         f"{error}") from None
+    for folder, class_word, prompt_file in texts:
+        own = prompt_file and dataset_dir / prompt_file
+        word, name = initializer or class_word.split()[-1], Path(folder).name
         # The list has the paths of its authors' machine, of which only the last name is sure to exist here.
         image_dir = dataset_dir / folder if (dataset_dir / folder).is_dir() else dataset_dir / name
         own_prompts = prompts or (read_prompt_templates(own) if own and own.is_file()
@@ -72,6 +77,16 @@ def read_customconcept101(dataset_dir: Path, mask_dir: Path | None = None, initi
         concepts.append(DatasetConcept(name, image_dir, mask_dir and mask_dir / name, word, class_word,
                                        tuple(own_prompts)))
     return concepts
+
+
+def _text(entry: Any, key: str) -> str | None:
+    """An entry's text of a name, None for an absent prompt file; InputError for what is no file's name."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if value is None and key == "prompt_filename":
+        return None
+    if not isinstance(value, str) or not value.strip() or "\0" in value or not Path(value).name.strip("."):
+        raise InputError(f"every concept needs a text for '{key}', not {json.dumps(value)[:80]}")
+    return value
 
 
 READERS: dict[str, Callable[..., list[DatasetConcept]]] = {
@@ -88,6 +103,9 @@ def read_concepts(dataset: str, dataset_dir: Path | None = None, mask_dir: Path 
     """
     concepts = READERS[dataset](dataset_dir, mask_dir, initializer, prompts)
     known = {concept.name: concept for concept in concepts}
+    if len(known) < len(concepts):
+        twice = next(concept.name for concept in concepts if known[concept.name] is not concept)
+        raise InputError(f"The data set '{dataset_dir}' has two concepts '{twice}'; rename one.")
     if not known:
         raise InputError(f"The data set '{dataset_dir}' holds no concept.")
     if unknown := [name for name in names or [] if name not in known]:

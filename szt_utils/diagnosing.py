@@ -4,6 +4,7 @@ The output folder gets `diagnosis.json` (`szt_utils.diagnosis.report`), `calibra
 are given, `options.json`, and `stats.jsonl` with the signals of every image.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from tqdm.auto import tqdm
 from . import pocket
 from .devices import best_device, dtype_of
 from .diagnosis import SIGNALS, calibrate, check_clean_count, image_signals, read_calibration, report
-from .errors import InputError
+from .errors import InputError, printable
 from .files import write_json
-from .folder_run import FolderRun, sha256_of
+from .folder_run import FolderRun, Record, sha256_of
 from .images import list_images, read_image
 from .models import load_model
 from .square_images import read_square, resolution_for
@@ -45,7 +46,16 @@ def diagnose_folder(settings: DiagnosisSettings, output_dir: str | Path) -> dict
     Signals that stats.jsonl holds are not computed again. InputError for input that cannot be used, before
     anything is written.
     """
-    run = FolderRun(output_dir, "diagnose_images.py", asdict(settings), settings.image_dir)
+    with FolderRun(output_dir, "diagnose_images.py", asdict(settings), settings.image_dir) as run:
+        diagnosis = _diagnose(settings, run)
+    for name, image in diagnosis["images"].items():
+        print(f"{printable(name)}: {image['sentence']}")
+    print(diagnosis["sentence"])
+    return diagnosis
+
+
+def _diagnose(settings: DiagnosisSettings, run: FolderRun) -> dict[str, Any]:
+    """Write the diagnosis and its calibration; returns the diagnosis."""
     calibration = _find_calibration(settings)
     root = Path(settings.image_dir)
     clean = list_images(settings.clean_dir, recursive=True) if settings.clean_dir else []
@@ -58,10 +68,14 @@ def diagnose_folder(settings: DiagnosisSettings, output_dir: str | Path) -> dict
         write_json(run.folder / "calibration.json", calibration)
     diagnosis = report(calibration, {path.relative_to(root).as_posix(): signals[path] for path in paths})
     write_json(run.folder / "diagnosis.json", diagnosis)
-    for name, image in diagnosis["images"].items():
-        print(f"{name}: {image['sentence']}")
-    print(diagnosis["sentence"])
     return diagnosis
+
+
+def _known_signals(records: Sequence[Record]) -> dict[str, list[float]]:
+    """The signals that records hold by the hash of their image, without those that are not numbers."""
+    known = {str(record.get("sha256")): [record.get(name) for name in SIGNALS] for record in records}
+    return {sha256: values for sha256, values in known.items()
+            if all(isinstance(value, float) and math.isfinite(value) for value in values)}
 
 
 def _find_calibration(settings: DiagnosisSettings) -> dict[str, Any] | None:
@@ -86,13 +100,16 @@ def _measure(paths: Sequence[Path], settings: DiagnosisSettings, run: FolderRun)
                        device=best_device())
     resolution = resolution_for(model, settings.resolution)
     run.begin()
-    known = {record["sha256"]: [record[name] for name in SIGNALS] for record in run.records}
+    known = _known_signals(run.records)
     signals = {}
     for path in tqdm(paths, desc="signals", unit="image"):
         _, pixels = read_square(path, resolution)
         sha256 = sha256_of(pixels)
         if sha256 not in known:
             known[sha256] = image_signals(model, pixels, seed=settings.seed)
+            if not all(map(math.isfinite, known[sha256])):
+                raise InputError(f"The signals of '{path}' are not finite; use --mixed_precision bf16 or no "
+                                 "instead of fp16.")
             run.append([{"file": str(path), "sha256": sha256,
                          **dict(zip(SIGNALS, known[sha256], strict=True))}])
         signals[path] = known[sha256]

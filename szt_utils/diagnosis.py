@@ -6,7 +6,6 @@ that it depends little on what the image shows. The score is the Mahalanobis dis
 those of clean images: a poison may move a signal either way.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .files import read_json
 from .jpeg import jpeg_tensor
 from .models import Model, expand, residual, tokenize
 from .statistics import excess_kurtosis, high_frequency_share
@@ -100,13 +100,22 @@ def calibrate(rows: np.ndarray | Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def read_calibration(path: str | Path) -> dict[str, Any]:
     """Read a calibration from its JSON file; InputError when it is something else."""
+    count, reason = len(SIGNALS), ""
     try:
-        calibration = json.loads(Path(path).read_text())
-        if tuple(calibration["signals"]) == SIGNALS and len(calibration["scores"]) and calibration["mean"]:
-            return calibration
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"The file '{path}' is not a calibration of these signals; make it with --clean_dir.")
+        calibration = read_json(path, "calibration")
+        mean, covariance, scores = (np.asarray(calibration[name], np.float64)
+                                    for name in ("mean", "covariance", "scores"))
+        np.linalg.cholesky(covariance)  # LinAlgError unless distances can be measured with it
+        fits = (tuple(calibration["signals"]) == SIGNALS and mean.shape == (count,) and scores.ndim == 1
+                and covariance.shape == (count, count) and len(scores) and (np.diff(scores) >= 0).all())
+    except InputError as error:
+        fits, reason = False, f" ({error})"
+    except (ValueError, LookupError, TypeError, np.linalg.LinAlgError):
+        fits = False
+    if not fits:
+        raise InputError(f"The file '{path}' is not a calibration of these signals{reason}; make it with "
+                         "--clean_dir.")
+    return calibration
 
 
 def score(calibration: dict[str, Any], rows: np.ndarray) -> np.ndarray:

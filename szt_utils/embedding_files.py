@@ -2,17 +2,18 @@
 
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from .errors import InputError
-from .files import write_bytes, write_torch
+from .errors import InputError, first_line
+from .files import read_torch, write_bytes, write_torch
 
 __all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "safe_file_name",
            "save_embedding", "save_rows"]
 
+MEGABYTES = 256  # the largest file that is read as an embedding
+MOST_NUMBERS = 10**7  # of one text encoder; 75 vectors of T5 are 0.3 million
 ANY_ENCODER = "any"  # names the rows of a model's only text encoder
 _ENCODER_KEYS = ("clip_l", "clip_g", "t5xxl")
 _NAMELESS = {"emb_params": ANY_ENCODER, "emp_params": ANY_ENCODER, "t5": "t5xxl"}  # kohya, OneTrainer
@@ -88,29 +89,45 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         (token, rows), = content.items()
         content = {ANY_ENCODER: rows}
     content = {_NAMELESS.get(name, name): rows for name, rows in content.items()
-               if not name.endswith("_out")}
+               if not str(name).endswith("_out")}
     if not content or not set(content) <= {ANY_ENCODER, *_ENCODER_KEYS} or not all(
             torch.is_tensor(rows) and rows.dim() in (1, 2) for rows in content.values()):
         held = len(content) if content else "none"
         raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
+    if not str(token).strip() or not str(token).isprintable():
+        raise InputError(f"The embedding '{path}' has '{token}' for a token, which no prompt can name.")
+    if not all(_is_plain(rows) for rows in content.values()):
+        raise InputError(f"The embedding '{path}' must hold vectors of numbers with a point, at most "
+                         f"{MOST_NUMBERS:,}; it is not an embedding.")
     rows = {name: content[name].detach().reshape(-1, content[name].shape[-1])
             for name in (ANY_ENCODER, *_ENCODER_KEYS) if name in content}
-    if not all(part.isfinite().all() for part in rows.values()):
+    if not all(part.float().isfinite().all() for part in rows.values()):
         raise InputError(f"The embedding '{path}' holds values that are not finite; it cannot be used.")
-    return token, rows
+    return str(token), rows
+
+
+def _is_plain(rows: torch.Tensor) -> bool:
+    """Whether a tensor holds floats in memory, not too many: an expanded one may hold billions."""
+    return (rows.layout is torch.strided and rows.device.type == "cpu" and rows.is_floating_point()
+            and 0 < rows.numel() <= MOST_NUMBERS)
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        content = (load_file(path) if path.suffix == ".safetensors"
-                   else torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, SafetensorError, RuntimeError, LookupError, EOFError, ValueError,
-            UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The embedding '{path}' cannot be read ({reason}).") from None
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"The embedding '{path}' cannot be read ({error.strerror}).") from None
+    if size > MEGABYTES << 20:
+        raise InputError(f"The embedding '{path}' has more than {MEGABYTES} MB; it is not an embedding.")
+    if path.suffix != ".safetensors":
+        content = read_torch(path, "embedding")
+    else:
+        try:
+            content = load_file(path)
+        except Exception as error:  # safetensors has no common type for what a damaged file raises
+            raise InputError(f"The embedding '{path}' cannot be read ({first_line(error)}).") from None
     if not isinstance(content, dict):
         raise InputError(f"The embedding '{path}' must hold exactly one token, but holds a "
                          f"{type(content).__name__}.")

@@ -124,9 +124,9 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
     arguments = {name: getattr(settings, name) for name in _DECISIVE}
     content = b"".join(path.read_bytes() for path in embedding_paths(embedding))
     arguments |= {"embeddings": hashlib.sha256(content).hexdigest(), "prompts_file": prompts}
-    run = FolderRun(output_dir, "evaluate.py", arguments)
-    real = [read_image(path) for path in list_images(settings.clean_dir)]
-    with warnings.catch_warnings(record=True) as caught:
+    with (FolderRun(output_dir, "evaluate.py", arguments) as run,
+          warnings.catch_warnings(record=True) as caught):
+        real = [read_image(path) for path in list_images(settings.clean_dir)]
         warnings.simplefilter("always", UserWarning)
         pipeline = load_pipeline(settings.pretrained_model_name_or_path or pocket.model_path(),
                                  device=best_device(), revision=settings.revision, variant=settings.variant,
@@ -138,18 +138,21 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
             images_per_prompt=settings.images_per_prompt, class_word=settings.class_word,
             metrics=settings.metrics, seed=settings.seed, steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale, batch_size=settings.batch_size, progress=True)
-    messages = []
-    if settings.pretrained_model_name_or_path and not (settings.dino and settings.clip):
-        messages.append("The bundled networks only know the pocket world; give --dino and --clip for photos.")
-    messages += [str(message.message) for message in caught if message.category is UserWarning]
-    _write(settings, output_dir, prompts, real, generated, scores, messages)
+        messages = []
+        if settings.pretrained_model_name_or_path and not (settings.dino and settings.clip):
+            messages.append("The bundled networks only know the pocket world; "
+                            "give --dino and --clip for photos.")
+        messages += [str(message.message) for message in caught if message.category is UserWarning]
+        _write(settings, output_dir, prompts, real, generated, scores, messages)
 
 
 def _write(settings: EvaluationSettings, output_dir: Path, prompts: list[str], real: list[Image.Image],
            generated: list[Image.Image], scores: dict[str, float], messages: list[str]) -> None:
     """Write scores.json and contact_sheet.png, and print warnings and scores."""
+    absent = [name for name in ("real_real", *METRICS) if name not in scores
+              and (name in settings.metrics or (name == "real_real" and "dino" in scores))]
     write_json(output_dir / "scores.json", {
-        "metrics": scores, "generated": len(generated), "real": len(real),
+        "metrics": {**scores, **dict.fromkeys(absent)}, "generated": len(generated), "real": len(real),
         "dino": settings.dino or "pocket", "clip": settings.clip or "pocket",
         "inception": settings.inception, "class_word": settings.class_word, "warnings": messages})
     count = settings.images_per_prompt
@@ -162,3 +165,5 @@ def _write(settings: EvaluationSettings, output_dir: Path, prompts: list[str], r
     print(f"{len(generated)} generated images, {len(real)} clean ones")
     for name, value in scores.items():
         print(f"  {name:10s} {value:.4f}")
+    for name in absent:
+        print(f"  {name:10s} n/a: too few images")

@@ -20,7 +20,8 @@ _IRRELEVANT = {
     "push_to_hub", "hub_token", "hub_model_id", "szt", "zone_flags", "mixed_precision", "num_train_epochs",
     "scale_lr", "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "no_safe_serialization",
-    "save_steps", "save_as_full_pipeline", "use_8bit_adam", "no_cache_latents", "latent_cache_gb"}
+    "save_steps", "save_as_full_pipeline", "use_8bit_adam", "no_cache_latents", "latent_cache_gb",
+    "offload"}
 # What a resumed run may change: the result differs from an uninterrupted run's, and the run says so.
 _FREE = {"max_train_steps", "gradient_checkpointing", "allow_tf32", "compile",
          "enable_xformers_memory_efficient_attention", "versions"}

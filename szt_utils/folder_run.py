@@ -1,63 +1,120 @@
 """One resumable run of a script over a folder of images: the same command again does what is missing.
 
 The output folder holds the results, `options.json` (script, arguments, versions) and `stats.jsonl`, one
-record per result: {"file": its name, "sha256": hash of what it was made of, ..., "seconds": per image}.
+record per result: {"file": its name, "sha256": hash of what it was made of, ..., "seconds": per image,
+"outputs": {its name: hash of its bytes}}. Records of version 0.1 have no "outputs".
 """
 
 import contextlib
 import hashlib
-import json
+import io
+import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
-from .errors import InputError
-from .files import append_stats, read_stats, write_json
+from .errors import InputError, printable
+from .files import append_stats, read_json, read_stats, write_bytes, write_json
+from .locks import lock_folder, sweep_leftovers
 
-__all__ = ["FolderRun", "open_run", "provenance", "sha256_of"]
+__all__ = ["FolderRun", "Record", "open_run", "provenance", "sha256_of"]
 
 Job = TypeVar("Job")
 Record = dict[str, Any]
 
 
 class FolderRun:
-    """The output folder of a run; InputError when it belongs to another one (`open_run`).
+    """The output folder of a run. Within its `with` block, it is locked and no other command works in it.
 
     `script` is the script's file name, `arguments` is what decides the results, as JSON will hold it.
+    Entering raises InputError when the folder belongs to another run (`open_run`) or is in use
+    (`lock_folder`), and removes what a killed run left. A result that was changed by hand is kept and named,
+    never overwritten.
     """
+
+    keeps_unrecorded = False  # whether a file without a record counts as made by hand, too
 
     def __init__(self, output_dir: str | Path, script: str, arguments: dict[str, Any],
                  image_dir: str | Path | None = None):
         self.folder, self.script, self.arguments = Path(output_dir), script, arguments
         self.image_dir = image_dir
-        self.records = open_run(self.folder, script, arguments, image_dir)
-        self.finished = {record["file"]: record for record in self.records
-                         if "file" in record and (self.folder / record["file"]).exists()}
+        self.records: list[Record] = []
+        self.latest: dict[str, Record] = {}  # the newest record of every result
+        self._made: dict[tuple[str, str], Record] = {}  # by a result's name and the hash of its bytes
+
+    def __enter__(self) -> "FolderRun":
+        open_run(self.folder, self.script, self.arguments, self.image_dir)  # makes no folder if refused
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_folder(self.folder))
+            self._remember(open_run(self.folder, self.script, self.arguments, self.image_dir))
+            sweep_leftovers(self.folder, recursive=True)
+            self._lock = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def _remember(self, records: Sequence[Record]) -> None:
+        self.records += records
+        for record in records:
+            for name, digest in (_outputs(record) or {str(record.get("file")): None}).items():
+                self.latest[name] = record
+                self._made[name, str(digest)] = record
+
+    def find(self, name: str) -> tuple[Record | None, bool]:
+        """The record that a result was made with, None without one; and whether it was changed by hand."""
+        latest = self.latest.get(name)
+        if not os.path.isfile(self.folder / name):
+            return None, False
+        if latest is None:
+            return None, self.keeps_unrecorded
+        if not _outputs(latest):
+            return latest, False
+        record = self._made.get((name, hashlib.sha256((self.folder / name).read_bytes()).hexdigest()))
+        return record, record is None
+
+    def missing(self, jobs: Sequence[Job], names: Callable[[Job], Sequence[str]],
+                is_current: Callable[[Job, Record], bool]) -> list[Job]:
+        """The jobs that lack a result or whose record is not current, without those changed by hand.
+
+        `names(job)` are the names of its results. Prints how many there are, and what is kept.
+        """
+        work, kept = [], []
+        for job in jobs:
+            found = {name: self.find(name) for name in names(job)}
+            changed = [name for name, (_, by_hand) in found.items() if by_hand]
+            kept += changed
+            if not changed and not all(record and is_current(job, record) for record, _ in found.values()):
+                work.append(job)
+        where = f" in '{printable(self.image_dir)}'" if self.image_dir else ""
+        print(f"{len(jobs)} images{where}, {len(work)} of them to do.")
+        if kept:
+            names_of = ", ".join(map(printable, kept[:10])) + ", ..." * (len(kept) > 10)
+            print(f"Results made or changed by hand are kept ({len(kept)}): {names_of}; "
+                  "delete them to make them again.")
+        return work
 
     def batches(self, jobs: Sequence[Job], name: Callable[[Job], str],
                 read: Callable[[Job], tuple[str, tuple[int, ...]]], batch_size: int = 1) -> list[list[Job]]:
         """The jobs whose result is missing or was made of something else, in batches of one shape.
 
         `name(job)` is its result's name, `read(job)` the hash of its input and its shape. Every job is read
-        before any work, so that a file that cannot be used does not stop the run half-way. Prints how many
-        there are.
+        before any work, so that a file that cannot be used does not stop the run half-way.
         """
+        inputs = {name(job): read(job) for job in jobs}
         work: dict[tuple[int, ...], list[Job]] = {}
-        for job in jobs:
-            sha256, shape = read(job)
-            if self.finished.get(name(job), {}).get("sha256") != sha256:
-                work.setdefault(shape, []).append(job)
-        self.announce(len(jobs), sum(map(len, work.values())))
+        for job in self.missing(jobs, lambda job: [name(job)], lambda job, record: (
+                record.get("sha256") == inputs[name(job)][0])):
+            work.setdefault(inputs[name(job)][1], []).append(job)
         return [same[i:i + batch_size] for same in work.values() for i in range(0, len(same), batch_size)]
-
-    def announce(self, total: int, missing: int) -> None:
-        """Print how many images there are, and how many of them lack a result."""
-        print(f"{total} images in '{self.image_dir}', {missing} of them to do.")
 
     def begin(self, **more: Any) -> None:
         """Make the folder and write options.json, with `more` entries beside the arguments."""
@@ -68,16 +125,41 @@ class FolderRun:
     def append(self, records: Sequence[Record]) -> None:
         """Append records to stats.jsonl."""
         append_stats(self.folder / "stats.jsonl", records)
-        self.records += records
-        self.finished |= {record["file"]: record for record in records if "file" in record}
+        self._remember(records)
 
-    def work(self, batches: Iterable[list[Job]], make: Callable[[list[Job]], list[Record]]) -> None:
-        """Call `make(batch)` for every batch and append its records, with the seconds per image."""
+    def save(self, records: Sequence[Record], files: Mapping[str, bytes]) -> None:
+        """Write results by name, and their records.
+
+        The records come first: a run that is killed in between makes the result again, and does not take it
+        for one that was changed by hand.
+        """
+        outputs = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        self.append([{**record, "outputs": outputs} for record in records])
+        for name, content in files.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.folder / name, content)
+
+    def save_image(self, record: Record, image: Image.Image) -> None:
+        """Write the image `record["file"]` as a PNG, and its record."""
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        self.save([record], {record["file"]: buffer.getvalue()})
+
+    def work(self, batches: Iterable[list[Job]],
+             make: Callable[[list[Job]], list[tuple[Record, Image.Image]]]) -> None:
+        """Call `make(batch)` for every batch; save its images and records, with the seconds per image."""
         for batch in batches:
             start = time.perf_counter()
-            records = make(batch)
+            results = make(batch)
             seconds = round((time.perf_counter() - start) / len(batch), 3)
-            self.append([{**record, "seconds": seconds} for record in records])
+            for record, image in results:
+                self.save_image({**record, "seconds": seconds}, image)
+
+
+def _outputs(record: Record) -> dict[str, Any]:
+    """The hashes of a record's results by name, none for a record of version 0.1."""
+    outputs = record.get("outputs")
+    return outputs if isinstance(outputs, dict) else {}
 
 
 def sha256_of(*tensors: torch.Tensor | None) -> str:
@@ -105,9 +187,9 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
     if not output_dir.exists() or all(path.name.startswith(".") for path in output_dir.iterdir()):
         return []
     try:
-        options = json.loads((output_dir / "options.json").read_text())
-        ours, before = options["script"] == script, options["arguments"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        options = read_json(output_dir / "options.json")
+        ours, before = options["script"] == script, dict(options["arguments"])
+    except (ValueError, KeyError, TypeError):
         ours = False
     if not ours:
         raise InputError(f"The folder '{output_dir}' holds files that this script did not write; "

@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from .embeddings import load_into
 from .errors import InputError
 from .images import read_image, save_png
-from .models.parts import absent_parts
+from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
 
 __all__ = ["generate", "load_pipeline", "use_dpm_solver"]
 
@@ -23,25 +24,25 @@ _WITHOUT = {"safety_checker": None, "add_watermarker": False}
 
 
 def load_pipeline(model: str | Path, embedding: str | Path | None = None,
-                  device: torch.device | str = "cpu", **kwargs: Any) -> Any:
+                  device: torch.device | str = "cpu", *, revision: str | None = None,
+                  variant: str | None = None, torch_dtype: torch.dtype = torch.float32) -> Any:
     """The text-to-image pipeline of a Diffusers folder or repository, with DPM-Solver++ and without filters.
 
-    The embedding's token is loaded when an embedding is given; `kwargs` go to `from_pretrained`. InputError
-    for a model that is none of images from prompts or cannot be loaded.
+    The embedding's token is loaded when an embedding is given. InputError for a model that is none of images
+    from prompts, cannot be loaded or lacks weights.
     """
     import diffusers
-    from safetensors import SafetensorError
 
     try:
-        config = diffusers.DiffusionPipeline.load_config(model, revision=kwargs.get("revision"))
-        accepted = inspect.signature(getattr(diffusers, config["_class_name"], object).__init__).parameters
-        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-            model, **{name: value for name, value in _WITHOUT.items() if name in accepted},
-            **absent_parts(config), **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The model '{model}' cannot be loaded as a text-to-image pipeline: "
-                         f"{reason}") from None
+        index = load_index(str(model), revision)
+        accepted = inspect.signature(getattr(diffusers, index["_class_name"], object).__init__).parameters
+        options = {name: value for name, value in _WITHOUT.items() if name in accepted}
+        options |= pipeline_parts(index, str(model), torch_dtype, revision, variant)
+        with quiet_loading():
+            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, revision=revision,
+                                                                           **options)
+    except Exception as error:
+        raise unusable(str(model), "text-to-image pipeline", error) from None
     pipeline.to(device).set_progress_bar_config(disable=True)
     use_dpm_solver(pipeline)
     if embedding is not None:
@@ -63,15 +64,21 @@ def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 2
     """Generate one image per prompt; the i-th starts from noise of `seed + i` whatever the batch.
 
     With a `folder`, images are saved there as `000.png`, `001.png`, ..., and only missing ones are generated.
+    InputError names an image that is not finite.
     """
     paths = [Path(folder) / f"{i:03d}.png" for i in range(len(prompts))] if folder is not None else []
     missing = [i for i in range(len(prompts)) if not paths or not paths[i].exists()]
     generated = {}
-    for start in tqdm(range(0, len(missing), batch_size), unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(missing), batch_size), unit="batch", disable=not (progress and missing)):
         chunk = missing[start:start + batch_size]
-        images = pipeline([prompts[i] for i in chunk], num_inference_steps=steps,
-                          guidance_scale=guidance_scale,
+        levels = pipeline([prompts[i] for i in chunk], num_inference_steps=steps,
+                          guidance_scale=guidance_scale, output_type="np",
                           generator=[torch.Generator().manual_seed(seed + i) for i in chunk]).images
+        for i, image in zip(chunk, levels, strict=True):
+            if not np.isfinite(image).all():  # it would be saved as a black image
+                raise InputError(f"Image {i:03d}, '{prompts[i]}', is not finite; use --mixed_precision bf16 "
+                                 "or no instead of fp16, or another embedding.")
+        images = pipeline.image_processor.numpy_to_pil(levels)
         generated |= dict(zip(chunk, images, strict=True))
         if paths:
             for i, image in zip(chunk, images, strict=True):

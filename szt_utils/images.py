@@ -1,42 +1,53 @@
 """Image files: list, read, crop and resize, convert, save. The one image reader of the project.
 
 Library images are float32 (B, 3, H, W) in [0, 1]. An image read here is upright (EXIF orientation applied),
-RGB and 8 bits per channel, whatever its file was; transparent pixels are composited on white, animations give
-their first frame.
+sRGB and 8 bits per channel, whatever its file was; transparent pixels are composited on white, and an
+animation gives its first frame.
 """
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .color import keep_scale, to_eight_bits, to_srgb
+from .errors import InputError, first_line, printable
 from .files import atomic_path
+from .image_formats import SUFFIXES, describe_skipped, formats, sort_files
+from .notices import notice
 
-__all__ = ["contact_sheet", "crop_and_resize", "from_pil", "list_images", "name_results", "read_image",
-           "read_upright", "save_png", "to_pil", "to_vae_range"]
+__all__ = ["MASK_ENDING", "check_resolution", "contact_sheet", "crop_and_resize", "from_pil", "list_images",
+           "max_pixels", "name_results", "read_image", "read_upright", "reading", "save_png", "to_pil",
+           "to_vae_range"]
 
-# The formats of these suffixes alone are decoded, whatever a file's name: Pillow hands an EPS to Ghostscript,
-# which runs the program in it.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MASK_ENDING = "-masklabel"  # of the stem of a mask that lies beside its image
+_MAX_PIXELS = 2**26  # 8192 x 8192, unless --max_image_pixels says otherwise
 
 
-def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+def list_images(folder: str | Path, recursive: bool = False, masks: bool = False) -> list[Path]:
     """Paths of the images in a folder, and in its sub-folders if `recursive`, sorted.
 
-    Hidden files, hidden folders and other files are ignored. InputError when the folder is missing or holds
-    no image.
+    Hidden files and folders are ignored, and so are other files: those that a user may take for images are
+    named in a notice. Masks that lie beside their images (`MASK_ENDING`) are left out, unless `masks` are
+    listed. InputError when the folder is missing or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"The image folder '{folder}' does not exist or is not a folder.")
-    paths = sorted(p for p in (folder.rglob("*") if recursive else folder.iterdir())
-                   if p.suffix.lower() in _SUFFIXES and p.is_file()
-                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    paths, skipped = sort_files(files)
+    paths = [path for path in paths if masks or not path.stem.endswith(MASK_ENDING)]
     if not paths:
-        raise InputError(f"The image folder '{folder}' holds no image ({', '.join(sorted(_SUFFIXES))}).")
+        raise InputError(f"The image folder '{folder}' holds no image ({', '.join(sorted(SUFFIXES))}). "
+                         f"{describe_skipped(skipped)}")
+    if skipped:
+        notice(f"'{folder}': {describe_skipped(skipped)}")
     return paths
 
 
@@ -55,36 +66,83 @@ def name_results(folder: str | Path, recursive: bool = True) -> dict[str, Path]:
     return named
 
 
-def read_upright(path: str | Path) -> Image.Image:
-    """Decode one file in its stored mode and apply its EXIF orientation; InputError when that fails."""
+def max_pixels() -> int:
+    """The limit of --max_image_pixels, which the flag leaves in the environment."""
+    limit = int(os.environ.get("SZT_MAX_IMAGE_PIXELS", _MAX_PIXELS))
+    if limit > (Image.MAX_IMAGE_PIXELS or limit):
+        Image.MAX_IMAGE_PIXELS = limit  # the user has raised it: Pillow must not keep its own
+    return limit
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn whatever decoding an image raises into an InputError that names its file."""
+    def refuse(reason: str) -> InputError:
+        return InputError(f"The image '{path}' cannot be read ({reason}); replace or remove it.")
+
     try:
-        with Image.open(path, formats=_FORMATS) as file:
-            file.seek(0)
-            file.load()  # a truncated file fails here, not in the middle of a training
-            return ImageOps.exif_transpose(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about metadata
+            yield
+    except (InputError, MemoryError):
+        raise
     except FileNotFoundError:
         raise InputError(f"The image '{path}' does not exist.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise InputError(f"The image '{path}' cannot be read ({error}); replace or remove it.") from None
+    except Image.DecompressionBombError:
+        raise _too_large(f"The image '{path}'") from None
+    except UnidentifiedImageError:
+        raise refuse(f"it is none of {', '.join(formats())}, or damaged") from None
+    except OSError as error:
+        raise refuse(error.strerror or first_line(error)) from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
+        raise refuse(first_line(error)) from None
+
+
+def _too_large(what: str) -> InputError:
+    return InputError(f"{what} has more than {max_pixels():,} pixels; make it smaller, or raise "
+                      "--max_image_pixels.")
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """Decode one file in its stored mode and apply its EXIF orientation.
+
+    InputError when that fails, or when it has more pixels than --max_image_pixels allows.
+    """
+    limit = max_pixels()
+    with reading(path), Image.open(path, formats=formats()) as file:
+        if file.width * file.height > limit:
+            raise _too_large(f"The image '{path}' ({file.width} x {file.height})")
+        file.seek(0)
+        file.load()  # a truncated file fails here, not in the middle of a training
+        keep_scale(file)
+        return ImageOps.exif_transpose(file)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read one file as an upright 8-bit RGB image; InputError names the file when it cannot be decoded."""
+    """Read one file as an upright 8-bit sRGB image; InputError names the file when it cannot be decoded."""
     image = read_upright(path)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        # Pillow clips 16-bit grays at 255 when it converts them: scale them first.
-        values = np.asarray(image, np.float64)
-        full_scale = 65535 if values.max() > 255 else 255
-        image = Image.fromarray(np.rint(values.clip(0, full_scale) * (255 / full_scale)).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    with reading(path):
+        image = to_eight_bits(image)
+        colors = to_srgb(image)
+        if not image.has_transparency_data:
+            return colors
+        colors.putalpha(image.convert("RGBA").getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
+
+
+def check_resolution(resolution: int) -> None:
+    """Raise InputError when a square of `resolution` has more pixels than --max_image_pixels allows."""
+    if resolution**2 > max_pixels():
+        raise _too_large(f"An image at a --resolution of {resolution}")
 
 
 def crop_and_resize(image: Image.Image, resolution: int, center_crop: bool = False,
                     resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """Resize to a square of `resolution` pixels, after cutting out the central square if `center_crop`."""
+    """Resize to a square of `resolution` pixels, after cutting out the central square if `center_crop`.
+
+    InputError for a square of more pixels than --max_image_pixels allows.
+    """
+    check_resolution(resolution)
     if center_crop:
         width, height = image.size
         side = min(width, height)
@@ -98,13 +156,13 @@ def from_pil(images: Image.Image | list[Image.Image]) -> torch.Tensor:
     """Pillow images of one size as float32 (B, C, H, W) in [0, 1]."""
     images = [images] if isinstance(images, Image.Image) else images
     arrays = [np.atleast_3d(np.asarray(image)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """(B, 3, H, W) as Pillow images: clipped to [0, 1] and rounded to the nearest of 256 levels."""
-    levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image.float().clamp(0, 1).mul_(255).round_().to(torch.uint8)
+                            .permute(1, 2, 0).cpu().numpy()) for image in images.detach()]
 
 
 def to_vae_range(images: torch.Tensor) -> torch.Tensor:
@@ -125,15 +183,21 @@ def save_png(image: Image.Image, path: str | Path) -> None:
 
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) -> Image.Image:
-    """Rows of images on white, each row below its caption; every image is fitted into `tile` pixels."""
+    """Rows of images on white, each row below its caption; every image is fitted into `tile` pixels.
+
+    A notice says how many rows there are when not all of them fit into a sheet of the largest size.
+    """
     font, caption_height, gap = ImageFont.load_default(15), 24, 4
-    columns = max(len(images) for _, images in rows)
-    row_height = caption_height + tile + gap
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, len(rows) * row_height + gap), "white")
+    columns = min(max(len(images) for _, images in rows), 100)
+    width, row_height = columns * (tile + gap) + gap, caption_height + tile + gap
+    shown = rows[:max(1, _MAX_PIXELS // (width * row_height))]
+    if len(shown) < len(rows):
+        notice(f"The contact sheet shows the first {len(shown)} of {len(rows)} rows.")
+    sheet = Image.new("RGB", (width, len(shown) * row_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (caption, images) in enumerate(rows):
-        draw.text((gap, r * row_height + 3), caption, fill="black", font=font)
-        for c, image in enumerate(images):
+    for r, (caption, images) in enumerate(shown):
+        draw.text((gap, r * row_height + 3), printable(caption[:500]), fill="black", font=font)
+        for c, image in enumerate(images[:columns]):
             sheet.paste(ImageOps.pad(image.convert("RGB"), (tile, tile), color="white"),
                         (gap + c * (tile + gap), r * row_height + caption_height))
     return sheet

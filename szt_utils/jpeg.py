@@ -10,6 +10,8 @@ from .images import from_pil, to_pil
 
 __all__ = ["check_quality", "jpeg", "jpeg_straight_through", "jpeg_tensor"]
 
+_LONGEST = 65500  # pixels of libjpeg
+
 
 def check_quality(quality: int) -> None:
     """Raise InputError unless 1 <= quality <= 100."""
@@ -19,8 +21,14 @@ def check_quality(quality: int) -> None:
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
     """Compress an RGB image in memory and decode it again, with the 4:2:0 chroma subsampling of common
-    encoders."""
+    encoders.
+
+    InputError for an image that is longer than JPEG allows.
+    """
     check_quality(quality)
+    if max(image.size) > _LONGEST:
+        raise InputError(f"An image of {image.width} x {image.height} pixels is too long for JPEG, which "
+                         f"ends at {_LONGEST}; crop it.")
     buffer = io.BytesIO()
     # libjpeg would choose 4:4:4 above quality 95: one rule for every quality keeps sweeps comparable.
     image.save(buffer, format="JPEG", quality=quality, subsampling=2)

@@ -4,7 +4,9 @@ An image's folder gets `maps.safetensors`, float32 (tokens, timesteps, h, w) by 
 axes in its metadata, and `grid.png`; the run's folder gets `options.json` and `stats.jsonl`.
 """
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +17,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
+from .embedding_files import embedding_paths
 from .embeddings import add_embedding, placeholder_prompt
 from .errors import InputError
-from .files import write_bytes
 from .folder_run import FolderRun, sha256_of
 from .images import read_image
 from .models import Model, find_family, load_model
@@ -32,7 +34,9 @@ from .sensitivity import (
 )
 from .square_images import read_square, resolution_for
 
-__all__ = ["MapSettings", "image_maps", "make_maps", "save_maps"]
+__all__ = ["MapSettings", "image_maps", "make_maps", "render_maps"]
+
+RESULTS = ("maps.safetensors", "grid.png")
 
 
 @dataclass(frozen=True)
@@ -62,45 +66,54 @@ def make_maps(settings: MapSettings, output_dir: str | Path) -> None:
     One image's files are written into `output_dir`, those of several into a folder each, named after the
     image. InputError for input that cannot be used, before anything is written.
     """
-    run = FolderRun(output_dir, "sensitivity_maps.py", json.loads(json.dumps(asdict(settings))))
-    folders = _folders(settings.image, run.folder)
-    if settings.cross_attention:
-        check_cross_attention(find_family(settings.pretrained_model_name_or_path, settings.revision))
-    model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
-                       variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
-                       device=best_device())
-    resolution = resolution_for(model, settings.resolution)
-    if late := [t for t in settings.timesteps if t >= model.num_timesteps]:
-        raise InputError(f"The timestep {late[0]} of --timesteps is above the model's last, "
-                         f"{model.num_timesteps - 1}.")
-    prompt = _tokenize_learned(model, settings)
-    labels = list(settings.tokens or prompt.words)
-    run.begin()
-    finished = {record["image"]: record["sha256"] for record in run.records}
-    for path, folder in tqdm(folders.items(), desc="maps", unit="image"):
-        image, pixels = read_square(path, resolution)
-        sha256 = sha256_of(pixels)
-        if finished.get(path) == sha256 and (folder / "grid.png").exists():
-            continue
-        maps = image_maps(model, prompt, pixels, settings)
-        save_maps(folder, image, maps, labels, settings)
-        run.append([{"image": path, "sha256": sha256, "token": token, "timestep": t,
-                     **{name: of_kind[i, j].mean().item() for name, of_kind in maps.items()}}
-                    for i, token in enumerate(labels) for j, t in enumerate(settings.timesteps)])
+    arguments = json.loads(json.dumps(asdict(settings)))
+    with FolderRun(output_dir, "sensitivity_maps.py", arguments) as run:
+        folders = _folders(settings.image)
+        if settings.cross_attention:
+            check_cross_attention(find_family(settings.pretrained_model_name_or_path, settings.revision))
+        model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
+                           variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
+                           device=best_device())
+        resolution = resolution_for(model, settings.resolution)
+        if late := [t for t in settings.timesteps if t >= model.num_timesteps]:
+            raise InputError(f"The timestep {late[0]} of --timesteps is above the model's last, "
+                             f"{model.num_timesteps - 1}.")
+        prompt = _tokenize_learned(model, settings)
+        labels = list(settings.tokens or prompt.words)
+        hashes = {path: _input_hash(path, resolution, settings) for path in folders}
+        work = run.missing(list(folders), lambda path: [folders[path] + name for name in RESULTS],
+                           lambda path, record: record.get("sha256") == hashes[path])
+        if not work:
+            return
+        run.begin()
+        for path in tqdm(work, desc="maps", unit="image"):
+            image, pixels = read_square(path, resolution)
+            maps = image_maps(model, prompt, pixels, settings)
+            records = [{"image": path, "sha256": hashes[path], "token": token, "timestep": t,
+                        **{name: of_kind[i, j].mean().item() for name, of_kind in maps.items()}}
+                       for i, token in enumerate(labels) for j, t in enumerate(settings.timesteps)]
+            contents = render_maps(image, maps, labels, settings)
+            run.save(records, {folders[path] + name: content
+                               for name, content in zip(RESULTS, contents, strict=True)})
 
 
-def _folders(images: Sequence[str], output_dir: Path) -> dict[str, Path]:
-    """The output folder of every image; InputError when two have one name and for an unreadable image."""
-    if len(images) == 1:
-        folders = {images[0]: output_dir}
-    else:
-        folders = {}
-        for image in images:
-            folder = output_dir / Path(image).stem
-            if folder in folders.values():
-                raise InputError(f"Several images are called '{folder.name}'; rename them.")
-            folders[image] = folder
-    for image in images:
+def _input_hash(path: str, resolution: int, settings: MapSettings) -> str:
+    """The hash of what an image's maps are made of: the image and the learned embeddings."""
+    sha256 = sha256_of(read_square(path, resolution)[1])
+    files = [file for given in settings.embeddings or [] for file in embedding_paths(given)]
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(sha256.encode() + content).hexdigest() if files else sha256
+
+
+def _folders(images: Sequence[str]) -> dict[str, str]:
+    """The folder of every image's results within the output folder, "" or with a slash at its end.
+
+    InputError when two have one name and for an unreadable image.
+    """
+    folders = {image: f"{Path(image).stem}/" if len(images) > 1 else "" for image in images}
+    for image, folder in folders.items():
+        if list(folders.values()).count(folder) > 1:
+            raise InputError(f"Several images are called '{Path(image).stem}'; rename them.")
         read_image(image)  # an unreadable file must not stop the run half-way
     return folders
 
@@ -141,15 +154,17 @@ def image_maps(model: Model, prompt: TokenizedPrompt, pixels: torch.Tensor,
     return maps
 
 
-def save_maps(folder: Path, image: Image.Image, maps: dict[str, torch.Tensor], labels: list[str],
-              settings: MapSettings) -> None:
-    """Write an image's maps.safetensors and grid.png; `labels` are the tokens as the user named them."""
+def render_maps(image: Image.Image, maps: dict[str, torch.Tensor], labels: list[str],
+                settings: MapSettings) -> tuple[bytes, bytes]:
+    """The contents of an image's `RESULTS`; `labels` are the tokens as the user named them."""
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     timesteps = list(settings.timesteps)
-    write_bytes(folder / "maps.safetensors", save(maps, metadata={
-        "tokens": json.dumps(labels), "timesteps": json.dumps(timesteps), "prompt": settings.prompt}))
+    tensors = save(maps, metadata={
+        "tokens": json.dumps(labels), "timesteps": json.dumps(timesteps), "prompt": settings.prompt})
     titles = {"ssm": "", "cross_attention": "\nattention"}
-    map_grid(folder / "grid.png", image, np.concatenate([of_kind.numpy() for of_kind in maps.values()]),
-             [f"{label}{titles[name]}" for name in maps for label in labels], timesteps, settings.prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Path(folder) / "grid.png"
+        map_grid(grid, image, np.concatenate([of_kind.numpy() for of_kind in maps.values()]),
+                 [f"{label}{titles[name]}" for name in maps for label in labels], timesteps, settings.prompt)
+        return tensors, grid.read_bytes()

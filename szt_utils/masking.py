@@ -7,7 +7,7 @@ grid and the set of images of "auto"; "area", the mask's share of the image; "sc
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from tqdm.auto import tqdm
 
 from .consensus import LARGEST_AREA, SMALLEST_AREA, candidate_masks, choose_masks
 from .devices import best_device
-from .errors import InputError
-from .folder_run import FolderRun
+from .errors import InputError, printable
+from .folder_run import FolderRun, Record
 from .images import name_results, read_image, read_upright, save_png
-from .mask_page import MaskPage, PageImage, serve
-from .mask_preview import mask_sheet
+from .local_server import serve_locally
+from .mask_page import MaskPage, PageImage, SavedMask
+from .mask_preview import mask_area, mask_sheet
+from .masks import read_mask
 from .safe_zone import SafeZone
-from .sam_prompts import SamPrompt, prompt_to_json, read_points_file, relative_prompt
+from .sam_prompts import SamPrompt, prompt_from_json, prompt_to_json, read_points_file, relative_prompt
 from .segment import SamCheckpoint, SamModel, load_segmenter, resize_to_image, segment
 
 __all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
@@ -88,51 +90,78 @@ class ImageJob:
 
 
 class Masks(FolderRun):
-    """The output folder: masks and their records."""
+    """The output folder: masks and their records. A mask without a record is somebody's own, and is kept."""
+
+    keeps_unrecorded = True
 
     def __init__(self, settings: MaskingSettings):
         arguments = {name: getattr(settings, name) for name in ("image_dir", "sam_checkpoint", "sam_model")}
         super().__init__(settings.output_dir, "precompute_masks.py", arguments, settings.image_dir)
 
-    def is_finished(self, job: ImageJob, way: str, *prompts: dict[str, Any]) -> bool:
-        """Whether the image's mask was made by clicking, or in this way from one of these prompts."""
-        record = self.finished.get(job.name)
-        return (record is not None and record["sha256"] == job.sha256
-                and (record["way"] == "ui" or (record["way"] == way and record["prompt"] in prompts)))
+    def outdated(self, jobs: list[ImageJob], way: str,
+                 prompts: Callable[[ImageJob], list[Any]]) -> list[ImageJob]:
+        """The images without a mask that was made of them by clicking, or in this way from one of these
+        prompts; masks that were changed by hand are kept. Prints what will be done."""
+        def is_current(job: ImageJob, record: Record) -> bool:
+            return record.get("sha256") == job.sha256 and (record.get("way") == "ui" or (
+                record.get("way") == way and record.get("prompt") in prompts(job)))
 
-    def save(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any], score: float,
-             **more: Any) -> dict[str, Any]:
+        work = self.missing(jobs, lambda job: [job.name], is_current)
+        if clicked := [job.path.name for job in work if (self.find(job.name)[0] or {}).get("way") == "ui"]:
+            print(f"Clicked masks whose images have changed are made again ({len(clicked)}): "
+                  f"{printable(', '.join(clicked))}.")
+        return work
+
+    def save_mask(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any], score: float,
+                  **more: Any) -> Record:
         """Write a mask, bool (H, W), and its record, which is returned."""
-        save_png(Image.fromarray(mask.numpy()).convert("L"), self.folder / job.name)
         record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
                   "prompt": prompt, "area": round(mask.float().mean().item(), 4), "score": round(score, 4),
                   **more}
-        self.append([record])
+        self.save_image(record, Image.fromarray(mask.numpy()).convert("L"))
         return record
 
-    def read(self, job: ImageJob) -> Image.Image | None:
-        """The image's mask, "L" of 0 and 255, even if it is all black; None without one."""
-        path = self.folder / job.name
-        return read_upright(path).convert("L") if job.name in self.finished and path.exists() else None
+    def read(self, job: ImageJob) -> SavedMask:
+        """The image's mask as it is in the folder; one that cannot be used is named in its note."""
+        record, by_hand = self.find(job.name)
+        if record is None and not by_hand:
+            return SavedMask()
+        path, note = self.folder / job.name, ""
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        try:
+            mask = read_mask(path, job.image.size) if by_hand else read_upright(path).convert("L")
+        except InputError as error:
+            return SavedMask(note=str(error), version=version)
+        if by_hand:
+            note = "The mask was made or changed by hand; saving replaces it."
+        elif record.get("sha256") != job.sha256:
+            note = "The mask was made for another version of the image."
+        clicks = _clicks(record or {}, job.image.size)
+        return SavedMask(mask if mask.size == job.image.size else None, clicks, note, version)
 
-    def clicks(self, job: ImageJob) -> dict[str, Any]:
-        """The points that the image's mask was made from; empty if it was made in another way."""
-        record = self.finished.get(job.name, {})
-        return record["prompt"] if record.get("way") in ("ui", "points_file", "point") else {}
+
+def _clicks(record: Record, size: tuple[int, int]) -> dict[str, Any]:
+    """The points that a mask was made from, as JSON; none if it was made in another way."""
+    try:
+        prompt = prompt_from_json(record.get("prompt"), size)
+    except InputError:
+        return {}
+    return {} if prompt.box else prompt_to_json(prompt)
 
 
 def mask_folder(settings: MaskingSettings) -> None:
     """Make the masks of a folder of images that are missing or outdated; print a summary and what to check.
 
-    Masks that were made by clicking are kept. InputError before any work for images, prompts and folders
-    that cannot be used.
+    Masks that were made by clicking or changed by hand are kept. InputError before any work for images,
+    prompts and folders that cannot be used.
     """
-    masks, jobs = Masks(settings), read_jobs(settings.image_dir)
-    make = {"auto": mask_by_consensus, "ui": mask_by_clicking}.get(settings.way, mask_by_prompt)
-    make(settings, jobs, masks)
-    report(jobs, masks)
-    if settings.preview:
-        write_preview(settings, jobs, masks)
+    with Masks(settings) as masks:
+        jobs = read_jobs(settings.image_dir)
+        make = {"auto": mask_by_consensus, "ui": mask_by_clicking}.get(settings.way, mask_by_prompt)
+        make(settings, jobs, masks)
+        report(jobs, masks)
+        if settings.preview:
+            write_preview(settings, jobs, masks)
 
 
 def read_jobs(image_dir: str | Path) -> list[ImageJob]:
@@ -157,9 +186,8 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
 
 def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Mask every image by its own prompt."""
-    work = [(job, prompt) for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)
-            if not masks.is_finished(job, settings.way, prompt_to_json(prompt))]
-    masks.announce(len(jobs), len(work))
+    prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
+    work = masks.outdated(jobs, settings.way, lambda job: [prompt_to_json(prompts[job.name])])
     if not work:
         return
     segmenter = _load_segmenter(settings)
@@ -167,12 +195,12 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
         raise InputError(f"The model '{segmenter.name}' takes no --text; give --point, --box, --points_file, "
                          "--auto or --ui, or a SAM 3 model.")
     masks.begin()
-    for job, prompt in tqdm(work, unit="image"):
+    for job in tqdm(work, unit="image"):
         try:
-            mask, score = segment(segmenter, segmenter.embed(job.image), prompt)
+            mask, score = segment(segmenter, segmenter.embed(job.image), prompts[job.name])
         except InputError as error:
             raise InputError(f"'{job.path}': {error}") from None
-        masks.save(job, mask, settings.way, prompt_to_json(prompt), score)
+        masks.save_mask(job, mask, settings.way, prompt_to_json(prompts[job.name]), score)
 
 
 def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
@@ -180,8 +208,7 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
     image_set = hashlib.sha256("".join(job.sha256 for job in jobs).encode()).hexdigest()
     prompt = {"grid": settings.grid, "images": image_set}
     prompt_of_0_1 = {"grid": settings.grid, "pictures": image_set}  # in folders made by version 0.1
-    missing = {job.name for job in jobs if not masks.is_finished(job, "auto", prompt, prompt_of_0_1)}
-    masks.announce(len(jobs), len(missing))
+    missing = {job.name for job in masks.outdated(jobs, "auto", lambda job: [prompt, prompt_of_0_1])}
     if not missing:
         return
     segmenter = _load_segmenter(settings)
@@ -194,21 +221,22 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
     for i, (job, choice) in enumerate(zip(jobs, choose_masks(candidates), strict=True)):
         if job.name in missing:
             logits = resize_to_image(candidates[i].logits[choice.index][None, None], embedded[i])
-            masks.save(job, logits[0, 0] > 0, "auto", prompt, candidates[i].merit[choice.index].item(),
-                       confidence=round(choice.confidence, 3))
+            masks.save_mask(job, logits[0, 0] > 0, "auto", prompt, candidates[i].merit[choice.index].item(),
+                            confidence=round(choice.confidence, 3))
 
 
 def mask_by_clicking(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Serve the mask page until Ctrl-C."""
     def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float) -> str | None:
-        return area_warning(masks.save(jobs[index], mask, "ui", prompt_to_json(prompt), score))
+        return area_warning(masks.save_mask(jobs[index], mask, "ui", prompt_to_json(prompt), score))
 
     segmenter = _load_segmenter(settings)
     masks.begin()
-    images = [PageImage(job.path.name, job.image, masks.read(job), masks.clicks(job)) for job in jobs]
-    page = MaskPage(segmenter, images, save, settings.zone, settings.resolution, settings.center_crop)
-    serve(page, settings.port,
-          lambda url: print(f"Open {url} in a browser on this computer; Ctrl-C ends.", flush=True))
+    images = [PageImage(job.path.name, job.image) for job in jobs]
+    page = MaskPage(segmenter, images, lambda index: masks.read(jobs[index]), save, settings.zone,
+                    settings.resolution, settings.center_crop)
+    serve_locally(page.get, page.post, settings.port,
+                  lambda url: print(f"Open {url} in a browser on this computer; Ctrl-C ends.", flush=True))
 
 
 def _load_segmenter(settings: MaskingSettings) -> SamCheckpoint | SamModel:
@@ -226,12 +254,23 @@ def area_warning(record: dict[str, Any]) -> str | None:
 
 def report(jobs: list[ImageJob], masks: Masks) -> None:
     """Print how many masks there are, their areas and confidences, and which to check."""
-    records = [masks.finished[job.name] for job in jobs if job.name in masks.finished]
+    records = []
+    for job in jobs:
+        record, by_hand = masks.find(job.name)
+        numbers = {name: value for name, value in (record or {}).items() if isinstance(value, int | float)}
+        if by_hand or record and "area" not in numbers:
+            saved, numbers = masks.read(job), {}
+            if saved.mask is None:
+                print(f"warning: {printable(saved.note)}")
+            else:
+                numbers["area"] = mask_area(saved.mask)
+        if numbers:
+            records.append({**numbers, "source": printable(job.path.name)})
     if not records:
         return
     areas = [record["area"] for record in records]
-    print(f"{len(records)} masks in '{masks.folder}'; the concept covers {sum(areas) / len(areas):.1%} "
-          f"of an image, from {min(areas):.1%} to {max(areas):.1%}.")
+    print(f"{len(records)} masks in '{printable(masks.folder)}'; the concept covers "
+          f"{sum(areas) / len(areas):.1%} of an image, from {min(areas):.1%} to {max(areas):.1%}.")
     if confidences := [f"{record['source']} {record['confidence']:.2f}"
                        for record in records if "confidence" in record]:
         print(f"confidence: {', '.join(confidences)}")
@@ -245,11 +284,11 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
 
 def write_preview(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Write the contact sheet of all masks, preview/sheet.png in the output folder."""
-    pairs = [(job, mask) for job in jobs if (mask := masks.read(job)) is not None]
+    pairs = [(job, mask) for job in jobs if (mask := masks.read(job).mask) is not None]
     if not pairs:
         return
     path = masks.folder / "preview" / "sheet.png"
     save_png(mask_sheet([job.path.name for job, _ in pairs], [job.image for job, _ in pairs],
                         [mask for _, mask in pairs], settings.zone, settings.resolution,
                         settings.center_crop), path)
-    print(f"The contact sheet is '{path}'.")
+    print(f"The contact sheet is '{printable(path)}'.")

@@ -1,10 +1,11 @@
 """Where to train: concept masks (paper Sec. 4.3, 5.2.3). White = the concept = trained on.
 
-Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the stem and the size of its image:
-`<mask_dir>/<stem>.png`, or `<stem>-masklabel.png`.
+Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the stem of its image: `<mask_dir>/<stem>.png`, or
+`<stem>-masklabel.png`, which may lie beside the image itself.
 """
 
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .errors import InputError
-from .images import crop_and_resize, from_pil, list_images, read_upright
+from .images import MASK_ENDING, crop_and_resize, from_pil, list_images, read_upright, reading
+from .mask_pixels import white_pixels
+from .notices import notice
 
 __all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_masks", "masked_mean", "prepare_mask", "read_mask",
            "to_latent_grid"]
@@ -24,20 +27,29 @@ NORMALIZATIONS = ("none", "area")
 
 
 def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
-    """The mask of every image, in order; InputError names an image without mask or a mask without image."""
-    masks = {}
-    for path in list_images(mask_dir):
-        stem = path.stem.removesuffix("-masklabel")
+    """The mask of every image, in order; InputError names an image without mask or a mask without image.
+
+    Names match whatever the Unicode form of their accents.
+    """
+    images, masks = {path.resolve() for path in image_paths}, {}
+    for path in list_images(mask_dir, masks=True):
+        stem = _stem(path).removesuffix(MASK_ENDING)
+        if path.resolve() in images:
+            notice(f"'{mask_dir}': the masks are the files '<stem>{MASK_ENDING}' beside the images.")
+            continue
         if stem in masks:
             raise InputError(f"Both '{masks[stem]}' and '{path}' are masks of '{stem}'; remove one.")
         masks[stem] = path
-    stems = [path.stem for path in image_paths]
-    for path in image_paths:
-        if path.stem not in masks:
-            raise InputError(f"The image '{path}' has no mask in '{mask_dir}'; expected '{path.stem}.png'.")
-        if stems.count(path.stem) > 1:
+    stems = [_stem(path) for path in image_paths]
+    for path, stem in zip(image_paths, stems, strict=True):
+        if stem not in masks:
+            raise InputError(f"The image '{path}' has no mask in '{mask_dir}'; expected '{path.stem}.png' or "
+                             f"'{path.stem}{MASK_ENDING}.png'.")
+        if stems.count(stem) > 1:
             raise InputError(f"Several images are called '{path.stem}', "
                              "so their masks are ambiguous; rename the images.")
+        if masks[stem].stem.removesuffix(MASK_ENDING) != path.stem:
+            notice(f"'{mask_dir}': names that differ only in the Unicode form of their accents match.")
     for stem, path in masks.items():
         if stem not in stems:
             raise InputError(f"The mask '{path}' has no image of the same name; "
@@ -45,29 +57,36 @@ def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
     return [masks[stem] for stem in stems]
 
 
-def read_mask(path: str | Path, image_size: tuple[int, int]) -> Image.Image:
-    """Read a mask as an upright Pillow "L" image of 0 and 255; gray counts as white from 128.
+def _stem(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.stem)
 
-    A transparent mask without other content counts by its alpha. `image_size` is the image's (width, height);
-    InputError when the mask has another size or is all black.
+
+def read_mask(path: str | Path, image_size: tuple[int, int]) -> Image.Image:
+    """Read a mask as an upright Pillow "L" image of 0 and 255, of the image's (width, height).
+
+    Gray counts as white from 128. InputError when nothing is white, or when the mask has another size of
+    another aspect.
     """
     image = read_upright(path)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        values = np.asarray(image, np.float64)
-        levels = values / (65535 if values.max() > 255 else 255) * 255
-    elif image.has_transparency_data:
-        gray_alpha = np.asarray(image.convert("RGBA").convert("LA"))
-        levels = np.minimum(gray_alpha[..., 0], gray_alpha[..., 1])
-        levels = gray_alpha[..., 1] if not levels.any() else levels
-    else:
-        levels = np.asarray(image.convert("L"))
-    if image.size != tuple(image_size):
-        raise InputError(f"The mask '{path}' is {image.size[0]} x {image.size[1]} pixels, but its image is "
-                         f"{image_size[0]} x {image_size[1]}; make them the same.")
-    if not (levels >= 128).any():
+    with reading(path):
+        white, how = white_pixels(image)
+    mask = Image.fromarray((white * 255).astype(np.uint8))
+    if mask.size != tuple(image_size):
+        if abs(mask.width * image_size[1] / (mask.height * image_size[0]) - 1) > 0.01:
+            raise InputError(f"The mask '{path}' is {mask.width} x {mask.height} pixels, but its image is "
+                             f"{image_size[0]} x {image_size[1]}; make them the same.")
+        mask = mask.resize(image_size, Image.Resampling.NEAREST)
+        _say(path, "another size than the image, to which it is resized")
+    if mask.getextrema()[1] == 0:
         raise InputError(f"The mask '{path}' is all black, so nothing would be trained on; "
                          "white marks the concept.")
-    return Image.fromarray(((levels >= 128) * 255).astype(np.uint8))
+    if how:
+        _say(path, how)
+    return mask
+
+
+def _say(path: str | Path, how: str) -> None:
+    notice(f"'{Path(path).parent}': a mask has {how}.")
 
 
 def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
@@ -75,11 +94,19 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
     neighbors."""
     if radius < 0:
         raise InputError(f"The mask dilation must not be negative, but is {radius}.")
-    # A square's maximum is the maximum along rows of the maximum along columns:
-    # cost grows with the radius, not its square.
-    kernel = 2 * radius + 1
-    return F.max_pool2d(F.max_pool2d(mask, (kernel, 1), 1, (radius, 0)),
-                        (1, kernel), 1, (0, radius)) if radius else mask
+    return _widen(_widen(mask, radius, -1), radius, -2) if radius else mask
+
+
+def _widen(mask: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
+    """Grow the ones along one dimension: where the sum over 2 radius + 1 neighbors is above 0.
+
+    Sums are differences of running sums, so that the cost does not depend on the radius.
+    """
+    n = mask.shape[dim]
+    sums = F.pad(mask.cumsum(dim), (1, 0) if dim == -1 else (0, 0, 1, 0))
+    here, radius = torch.arange(n, device=mask.device), min(radius, n)
+    after, before = (here + radius + 1).clamp(max=n), (here - radius).clamp(min=0)
+    return (sums.index_select(dim, after) > sums.index_select(dim, before)).to(mask)
 
 
 def to_latent_grid(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

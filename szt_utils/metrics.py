@@ -6,6 +6,7 @@ score each image with its prompt. Networks are folders or Hub ids; only those na
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .images import from_pil
-from .models.parts import check_weights
+from .models.parts import check_weights, quiet_loading
 
 __all__ = ["METRICS", "Networks", "clip_scores", "frechet_distance", "image_features", "inception_features",
            "kernel_distance", "pairwise_similarity", "score_images", "similarity"]
 
 METRICS = ("dino", "fid", "kid", "fd_dino", "clip")
+SET_METRICS = ("fid", "kid", "fd_dino")  # of two sets as wholes
 FEW_IMAGES = 2048  # below the size of Inception's features their covariance has no full rank
 
 
@@ -45,21 +47,25 @@ def _load(network: str, device: str) -> tuple[Any, torch.nn.Module]:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor = AutoImageProcessor.from_pretrained(network)
-        model, report = AutoModel.from_pretrained(network, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image encoder '{network}' cannot be loaded: "
-                         f"{str(error).splitlines()[0]}") from None
+        # Without the option, transformers would ask in the terminal whether to run a folder's code.
+        with quiet_loading():
+            processor = AutoImageProcessor.from_pretrained(network, trust_remote_code=False)
+            model, report = AutoModel.from_pretrained(network, output_loading_info=True,
+                                                      trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"The image encoder '{network}' cannot be loaded: {first_line(error)}") from None
     check_weights(model, report, f"The image encoder '{network}'")
     return processor, model.requires_grad_(False).eval().to(device)
 
 
 @torch.no_grad()
 def image_features(images: list[Image.Image], network: str, batch_size: int = 32,
-                   device: torch.device | str = "cpu", normalized: bool = True) -> torch.Tensor:
+                   device: torch.device | str = "cpu", normalized: bool = True,
+                   kind: str = "image") -> torch.Tensor:
     """Features (N, D) of a Dinov2Model's CLS token or of a CLIPModel's projected images.
 
-    The network's processor prepares the images. Features have unit length if `normalized`.
+    The network's processor prepares the images. Features have unit length if `normalized`. InputError, which
+    calls the images `kind`, for a network of another kind and features that are not finite.
     """
     processor, model = _load(str(network), str(device))
     features = []
@@ -68,9 +74,14 @@ def image_features(images: list[Image.Image], network: str, batch_size: int = 32
         if hasattr(model, "visual_projection"):
             output = model.visual_projection(model.vision_model(**inputs).pooler_output)
         else:
-            output = model(**inputs).pooler_output
+            output = getattr(model(**inputs), "pooler_output", None)
+            if output is None:
+                raise InputError(f"The network '{network}' is neither a Dinov2Model nor a CLIPModel.")
         features.append(output.float().cpu())
     features = torch.cat(features)
+    if broken := (~features.isfinite().all(1)).nonzero().flatten().tolist():
+        raise InputError(f"The features of {kind} {broken[0] + 1} of {len(images)} by '{network}' are not "
+                         "finite; give another image or network.")
     return torch.nn.functional.normalize(features, dim=1) if normalized else features
 
 
@@ -92,9 +103,9 @@ def inception_features(images: list[Image.Image], weights: str | Path, batch_siz
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
                                               feature_extractor_weights_path=str(weights)).to(device)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:
         raise InputError(f"The InceptionV3 weights '{weights}' cannot be loaded: "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{first_line(error)}") from None
     levels = [(from_pil(image) * 255).round().to(torch.uint8) for image in images]
     if len({image.shape for image in levels}) > 1:
         batch_size = 1  # images of several sizes: the network resizes them itself
@@ -163,12 +174,15 @@ def clip_scores(images: list[Image.Image], texts: Sequence[str], network: str, b
     if not hasattr(model, "text_projection"):
         raise InputError(f"The network '{network}' is no CLIPModel: it has no text encoder.")
     distinct = list(dict.fromkeys(texts))
-    ids = AutoTokenizer.from_pretrained(network)(distinct, padding=True, truncation=True, max_length=
-                                                 model.config.text_config.max_position_embeddings,
-                                                 return_tensors="pt").to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(network, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"The tokenizer of '{network}' cannot be loaded: {first_line(error)}") from None
+    ids = tokenizer(distinct, padding=True, truncation=True, return_tensors="pt",
+                    max_length=model.config.text_config.max_position_embeddings).to(device)
     texts_of = model.text_projection(model.text_model(**ids).pooler_output).float().cpu()
     texts_of = torch.nn.functional.normalize(texts_of, dim=1)[[distinct.index(text) for text in texts]]
-    images_of = image_features(images, network, batch_size, device)
+    images_of = image_features(images, network, batch_size, device, kind="generated image")
     return (100 * (images_of * texts_of).sum(1)).clamp(min=0)
 
 
@@ -177,15 +191,20 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
                  device: torch.device | str = "cpu") -> dict[str, float]:
     """Scores of generated images, one of `texts` for each, against real (clean) images of the concept.
 
-    "dino" is accompanied by "real_real" when there are at least two real images. Warns when FID or FD-DINOv2
-    is of few images. InputError for an unknown metric.
+    "dino" is accompanied by "real_real". A score is absent when a set has one image and it needs two. Warns
+    then, and when FID or FD-DINOv2 is of few images. InputError for an unknown metric, and for a score that
+    is not finite.
     """
-    metrics, scores = list(metrics), {}
+    metrics, scores, sets = list(metrics), {}, {"clean image": real, "generated image": generated}
     if unknown := [name for name in metrics if name not in METRICS]:
         raise InputError(f"Unknown metrics {', '.join(unknown)}; choose from: {', '.join(METRICS)}.")
+    if min(len(real), len(generated)) < 2 and (alone := [name for name in metrics if name in SET_METRICS]):
+        warnings.warn(f"No {', '.join(alone)}: that needs at least two clean and two generated images, but "
+                      f"there are {len(real)} and {len(generated)}.", stacklevel=2)
+        metrics = [name for name in metrics if name not in SET_METRICS]
     if {"dino", "fd_dino"} & set(metrics):
-        theirs, ours = (image_features(images, networks.dino, device=device, normalized=False)
-                        for images in (real, generated))
+        theirs, ours = (image_features(images, networks.dino, device=device, normalized=False, kind=kind)
+                        for kind, images in sets.items())
         if "dino" in metrics:
             units = [torch.nn.functional.normalize(f, dim=1) for f in (ours, theirs)]
             scores["dino"] = similarity(*units)
@@ -195,8 +214,8 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
             scores["fd_dino"] = frechet_distance(ours, theirs)
     if {"fid", "kid"} & set(metrics):
         theirs, ours = (inception_features(images, networks.inception, device=device) if networks.inception
-                        else image_features(images, networks.clip, device=device, normalized=False)
-                        for images in (real, generated))
+                        else image_features(images, networks.clip, device=device, normalized=False, kind=kind)
+                        for kind, images in sets.items())
         scores |= {"fid": frechet_distance(ours, theirs)} if "fid" in metrics else {}
         scores |= {"kid": kernel_distance(ours, theirs)} if "kid" in metrics else {}
     if {"fid", "fd_dino"} & set(metrics) and min(len(real), len(generated)) < FEW_IMAGES:
@@ -205,4 +224,6 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
                       "compare them only at equal numbers.", stacklevel=2)
     if "clip" in metrics:
         scores["clip"] = clip_scores(generated, texts, networks.clip, device=device).mean().item()
+    if broken := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise InputError(f"The score '{broken[0]}' is not finite; give other images or networks.")
     return scores

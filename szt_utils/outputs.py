@@ -144,7 +144,9 @@ def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
     pipeline = model.pipeline(tokenizers=concept.tokenizers)
     use_dpm_solver(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.to(run.device)
+    for name in ("vae", "text_encoder_3"):  # which a training lets go of; read again here
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).to(run.device)
     folder = concept.output_dir / "validation"
     with (evaluating(*model.text_encoders, model.network), torch.no_grad(),
           ordinary_embeddings(model.text_encoders, group.rows_of(concept)), run.evaluation()):

@@ -12,10 +12,12 @@ from PIL import Image
 
 from .errors import InputError
 from .folder_run import sha256_of
-from .images import crop_and_resize, from_pil, name_results, read_image
+from .images import check_resolution, crop_and_resize, from_pil, name_results, read_image
 from .masks import dilate, find_masks, read_mask
 
 __all__ = ["ImageJob", "Tensors", "find_jobs", "read_job", "scale"]
+
+_LONGEST = 8  # times the shorter side, which becomes the resolution: memory grows with the longer one
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Tensors:
     attacked_mask: torch.Tensor | None
     loss_mask: torch.Tensor | None  # (1, 1, h, w), 1 where errors count
 
-    def sha256(self) -> str:
-        """The hash of what the result is made of."""
-        return sha256_of(self.original, self.mask, self.loss_mask)
+    def sha256(self, *more: torch.Tensor) -> str:
+        """The hash of what the result is made of, and of `more` tensors."""
+        return sha256_of(self.original, self.mask, self.loss_mask, *more)
 
 
 def find_jobs(image_dir: str | Path, mask_dir: str | Path | None = None,
@@ -74,6 +76,12 @@ def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilat
         return from_pil(whole) if keep_size else part, part
 
     image = read_image(job.path)
+    if keep_size:
+        check_resolution(resolution)
+        if max(image.size) > _LONGEST * min(image.size):
+            raise InputError(f"The image '{job.path}' ({image.width} x {image.height}) is too long for "
+                             f"--keep_size, which takes up to {_LONGEST} : 1; crop it, or leave out "
+                             "--keep_size.")
     attacked = scale(image, resolution, keep_size, multiple)
     mask, attacked_mask = read_both(job.mask_path)
     _, loss_mask = read_both(job.loss_mask_path)

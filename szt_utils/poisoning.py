@@ -1,7 +1,7 @@
 """Poison a folder of images: what poison_images.py does.
 
 An image is attacked as a square of the training resolution, or whole at about that resolution; then the
-change is enlarged and added to the original. Every result is read back from its PNG and recorded.
+change is enlarged and added to the original. What is recorded is measured on the 8-bit result.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
+from .errors import printable
 from .folder_run import FolderRun, Record
 from .image_rng import image_generator
-from .images import from_pil, read_image, save_png, to_pil
+from .images import from_pil, read_image, to_pil
 from .models import Model, find_family, load_model, tokenize
 from .pgd import add_within_budget, pgd, project, rms, warn_if_unmoved
 from .poison_jobs import ImageJob, Tensors, find_jobs, read_job, scale
@@ -183,9 +185,10 @@ def add_change(settings: PoisonSettings, tensors: Tensors, change: torch.Tensor)
     return add_within_budget(tensors.original, change, settings.eps, settings.norm)
 
 
-def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob], output_dir: Path,
-                 on_step: Callable[[torch.Tensor], None], report: Callable[[str], None]) -> list[Record]:
-    """Poison images that have one size during the attack; save them, and return their records.
+def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
+                 on_step: Callable[[torch.Tensor], None],
+                 report: Callable[[str], None]) -> list[tuple[Record, Image.Image]]:
+    """Poison images that have one size during the attack: their records and the poisoned images.
 
     An adaptive attack is compared with the plain one. `report` is given warnings.
     """
@@ -210,18 +213,26 @@ def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
         undefended = replace(victim, zone=SafeZone(), random_jpeg=None, loss_mask=None)
         plain = objective(seen(attack_batch(settings, undefended, batch, on_step)))
 
-    records = []
+    poisoned = []
     for i, (job, tensors, result) in enumerate(zip(jobs, batch, results, strict=True)):
         compared = None if plain is None else plain[i].item()
         with warnings_to(lambda message, name=job.path.name: report(f"{name}: {message}")):
             warn_if_failed(settings, before[i].item(), after[i].item(), compared)
-        save_png(to_pil(result)[0], output_dir / job.name)
-        change = (from_pil(read_image(output_dir / job.name)) - tensors.original) * 255
-        records.append({"file": job.name, "source": job.path.name, "sha256": tensors.sha256(),
-                        "eps_reached": int(change.abs().max().round()),
-                        "rms_reached": round(rms(change).item(), 3), "objective_before": before[i].item(),
-                        "objective_after": after[i].item(), "objective_plain": compared})
-    return records
+        image = to_pil(result)[0]
+        change = (from_pil(image) - tensors.original) * 255
+        poisoned.append(({
+            "file": job.name, "source": job.path.name, "sha256": input_hash(settings, tensors),
+            "eps_reached": int(change.abs().max().round()), "rms_reached": round(rms(change).item(), 3),
+            "objective_before": before[i].item(), "objective_after": after[i].item(),
+            "objective_plain": compared}, image))
+    return poisoned
+
+
+def input_hash(settings: PoisonSettings, tensors: Tensors) -> str:
+    """The hash of what a poison is made of: the image, its masks, and a target that is a file."""
+    if "target_image" not in find_poison(settings.method).uses or settings.target_image in _TARGETS:
+        return tensors.sha256()
+    return tensors.sha256(from_pil(read_image(settings.target_image)))
 
 
 def warn_if_failed(settings: PoisonSettings, before: float, after: float, plain: float | None) -> None:
@@ -249,28 +260,28 @@ def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
 
     InputError for files and settings that cannot be used, before any work.
     """
-    run = FolderRun(output_dir, "poison_images.py", settings.arguments(), settings.image_dir)
-    jobs = find_jobs(settings.image_dir, settings.mask_dir, settings.loss_mask_dir)
-
     def read(job: ImageJob) -> tuple[str, tuple[int, ...]]:
         tensors = settings.read(job)
-        return tensors.sha256(), tensors.attacked.shape
+        return input_hash(settings, tensors), tensors.attacked.shape
 
-    if settings.target_image not in _TARGETS:
-        read_image(settings.target_image)
-    batches = run.batches(jobs, lambda job: job.name, read, settings.batch_size)
-    if not batches:
-        return
-    victim = load_victim(settings)
-    run.begin(t_min=victim.zone.t_min, t_max=victim.zone.t_max)
-    total = sum(map(len, batches)) * settings.steps * (2 if settings.is_adaptive else 1)
-    with tqdm(total=total, unit="step", desc=settings.method) as progress:
-        def poison(batch: list[ImageJob]) -> list[Record]:
-            def on_step(values: torch.Tensor) -> None:
-                progress.update(len(values))
-                progress.set_postfix(file=batch[0].name, objective=f"{values.mean():.4f}", refresh=False)
+    with FolderRun(output_dir, "poison_images.py", settings.arguments(), settings.image_dir) as run:
+        jobs = find_jobs(settings.image_dir, settings.mask_dir, settings.loss_mask_dir)
+        if settings.target_image not in _TARGETS:
+            read_image(settings.target_image)
+        batches = run.batches(jobs, lambda job: job.name, read, settings.batch_size)
+        if not batches:
+            return
+        victim = load_victim(settings)
+        run.begin(t_min=victim.zone.t_min, t_max=victim.zone.t_max)
+        total = sum(map(len, batches)) * settings.steps * (2 if settings.is_adaptive else 1)
+        with tqdm(total=total, unit="step", desc=settings.method) as progress:
+            def poison(batch: list[ImageJob]) -> list[tuple[Record, Image.Image]]:
+                def on_step(values: torch.Tensor) -> None:
+                    progress.update(len(values))
+                    progress.set_postfix(file=printable(batch[0].name), objective=f"{values.mean():.4f}",
+                                         refresh=False)
 
-            return poison_batch(settings, victim, batch, run.folder, on_step,
-                                lambda message: progress.write(f"warning: {message}"))
+                return poison_batch(settings, victim, batch, on_step,
+                                    lambda message: progress.write(f"warning: {printable(message)}"))
 
-        run.work(batches, poison)
+            run.work(batches, poison)

@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
+from .images import max_pixels
 from .jpeg import jpeg_tensor
 
 __all__ = ["DEFAULTS", "PURIFIERS", "advclean", "bilateral_filter", "check_strength", "guided_filter",
            "pdmpure", "pdmpure_if", "regen"]
+
+_STRIP = 2**20  # pixels that the guided filter holds at once, of which it needs 1 kB each
+_MODEL_SHARE = 16  # a network needs more memory than a filter: 2048 x 2048 pixels by default
 
 # As in the sources: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000; Xue et al. 2024
 # (PDM-Pure), whose 50 steps below t = 500 begin 5 steps late. A small pixel-space model has no text and no
@@ -65,8 +69,19 @@ def guided_filter(guide: torch.Tensor, images: torch.Tensor, radius: int = 4,
     averaged over the windows of a pixel.
 
     Both are (B, 3, H, W) in levels of 255, `regularization` in squared levels; borders are mirrored with the
-    last pixel twice, as in OpenCV's.
+    last pixel twice, as in OpenCV's. Strips of rows are filtered one after the other, to save memory.
     """
+    strips, halo, rows = [], 2 * radius, max(1, _STRIP // guide.shape[-1])
+    for top in range(0, guide.shape[-2], rows):
+        first = max(0, top - halo)
+        strip = slice(first, top + rows + halo)
+        filtered = _guided_strip(guide[..., strip, :], images[..., strip, :], radius, regularization)
+        strips.append(filtered[..., top - first:top - first + rows, :])
+    return torch.cat(strips, -2)
+
+
+def _guided_strip(guide: torch.Tensor, images: torch.Tensor, radius: int,
+                  regularization: float) -> torch.Tensor:
     rows, columns = (_mirrored(n, radius).to(images.device) for n in images.shape[-2:])
 
     def mean(x: torch.Tensor) -> torch.Tensor:
@@ -117,6 +132,7 @@ def regen(images: torch.Tensor, pipeline: Any, *, generators: Sequence[torch.Gen
     `pipeline` is any image-to-image pipeline of Diffusers; there is one CPU generator per image.
     """
     check_strength(strength, steps)
+    _check_pixels(images)
     height, width = images.shape[-2:]
     # A transformer takes latent cells two by two, and its pipeline resizes to a size of its own.
     transformer = hasattr(pipeline, "transformer")
@@ -139,6 +155,7 @@ def pdmpure(images: torch.Tensor, pipeline: Any, *, generators: Sequence[torch.G
     from diffusers import DDPMScheduler
 
     check_strength(strength, steps)
+    _check_pixels(images)
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     channels = unet.config.in_channels
     block = round((channels / 3) ** 0.5)
@@ -197,6 +214,13 @@ def check_strength(strength: float, steps: int) -> None:
     if not 0 < strength <= 1 or int(strength * steps) < 1:
         raise InputError(f"A strength of {strength} of {steps} steps leaves no step to take; "
                          "raise one of them, the strength up to 1.")
+
+
+def _check_pixels(images: torch.Tensor) -> None:
+    height, width = images.shape[-2:]
+    if height * width > (limit := max_pixels() // _MODEL_SHARE):
+        raise InputError(f"An image of {width} x {height} pixels is too large for a model, which takes "
+                         f"{limit:,} pixels; give --resolution, or raise --max_image_pixels.")
 
 
 def _padded(images: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
 from .errors import InputError
 from .folder_run import FolderRun, Record, sha256_of
 from .image_rng import image_generator
-from .images import crop_and_resize, from_pil, name_results, read_image, save_png, to_pil
-from .models.parts import absent_parts
+from .images import crop_and_resize, from_pil, name_results, read_image, to_pil
+from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
 from .purify import DEFAULTS, PURIFIERS, check_strength
 
 __all__ = ["PurifySettings", "purify_folder"]
@@ -90,27 +90,24 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
 
 def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str | None) -> Any:
     """A Diffusers pipeline of a folder or id, on the GPU if there is one; InputError when it cannot load."""
+    weights = dict(files)
     # Disable the safety checker and the watermark: both would alter the purified image.
     files |= {} if cls.__name__ == "DDPMPipeline" else {"safety_checker": None}
     files |= {"watermarker": None} if cls.__name__ == "IFImg2ImgSuperResolutionPipeline" else {}
+    dtype = dtype_of(settings.mixed_precision)
     try:
-        files |= absent_parts(cls.load_config(path, revision=files.get("revision")))
-        pipeline = cls.from_pretrained(path, torch_dtype=dtype_of(settings.mixed_precision), **files)
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The model '{path}' cannot be loaded as a {cls.__name__}: {reason}") from None
+        files |= pipeline_parts(load_index(path, files.get("revision")), path, dtype, **weights)
+        with quiet_loading():
+            pipeline = cls.from_pretrained(path, **files)
+    except Exception as error:
+        raise unusable(path, cls.__name__, error) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(best_device())
 
 
 def is_ddpm(path: str) -> bool:
     """Whether a folder or id holds a DDPMPipeline."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.load_config(path).get("_class_name") == "DDPMPipeline"
-    except (OSError, ValueError) as error:
-        raise InputError(f"The model '{path}' cannot be loaded: {str(error).splitlines()[0]}") from None
+    return load_index(path).get("_class_name") == "DDPMPipeline"
 
 
 def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:
@@ -119,20 +116,19 @@ def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:
     return from_pil(crop_and_resize(image, resolution, center_crop=True) if resolution else image)
 
 
-def purify_batch(settings: PurifySettings, purifier: Purifier, jobs: list[Job],
-                 output_dir: Path) -> list[Record]:
-    """Purify images of one size together, save them, and return their records."""
+def purify_batch(settings: PurifySettings, purifier: Purifier,
+                 jobs: list[Job]) -> list[tuple[Record, Image.Image]]:
+    """Purify images of one size together: their records and the purified images."""
     images = [read_tensor(path, settings.resolution) for _, path in jobs]
     results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
     if not torch.isfinite(results).all():
         raise InputError(f"The model turned '{jobs[0][1]}' into NaN; try --mixed_precision no.")
-    records = []
+    purified = []
     for (name, path), image, result, saved in zip(jobs, images, results, to_pil(results), strict=True):
-        save_png(saved, output_dir / name)
         change = (result - image[0]).square().mean().sqrt().item() * 255
-        records.append({"file": name, "source": path.name, "sha256": sha256_of(image),
-                        "rms_change": round(change, 3)})
-    return records
+        purified.append(({"file": name, "source": path.name, "sha256": sha256_of(image),
+                          "rms_change": round(change, 3)}, saved))
+    return purified
 
 
 def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
@@ -140,22 +136,21 @@ def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
 
     InputError for files and settings that cannot be used, before any work.
     """
-    run = FolderRun(output_dir, "purify_images.py", asdict(settings), settings.image_dir)
-
     def read(job: Job) -> tuple[str, tuple[int, ...]]:
         image = read_tensor(job[1], settings.resolution)
         return sha256_of(image), image.shape
 
-    batches = run.batches(list(name_results(settings.image_dir).items()), lambda job: job[0], read,
-                          settings.batch_size)
-    if not batches:
-        return
-    purifier, chosen = load_purifier(settings)
-    run.begin(settings=chosen)
-    with tqdm(total=sum(map(len, batches)), unit="image", desc=settings.method) as progress:
-        def purify(jobs: list[Job]) -> list[Record]:
-            records = purify_batch(settings, purifier, jobs, run.folder)
-            progress.update(len(jobs))
-            return records
+    with FolderRun(output_dir, "purify_images.py", asdict(settings), settings.image_dir) as run:
+        batches = run.batches(list(name_results(settings.image_dir).items()), lambda job: job[0], read,
+                              settings.batch_size)
+        if not batches:
+            return
+        purifier, chosen = load_purifier(settings)
+        run.begin(settings=chosen)
+        with tqdm(total=sum(map(len, batches)), unit="image", desc=settings.method) as progress:
+            def purify(jobs: list[Job]) -> list[tuple[Record, Image.Image]]:
+                purified = purify_batch(settings, purifier, jobs)
+                progress.update(len(jobs))
+                return purified
 
-        run.work(batches, purify)
+            run.work(batches, purify)

@@ -10,25 +10,38 @@ upright image:
 """
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import read_json
 
-__all__ = ["SamPrompt", "prompt_from_json", "prompt_to_json", "read_points_file", "relative_prompt"]
+__all__ = ["MOST_POINTS", "SamPrompt", "prompt_from_json", "prompt_to_json", "read_points_file",
+           "relative_prompt"]
+
+MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class SamPrompt:
     """What marks the concept in one image: points (x, y) in it and outside it, a box (left, top, right,
-    bottom), both in pixels, or words."""
+    bottom), both in pixels, or words.
+
+    InputError for more than `MOST_POINTS` points: a model's memory grows with their square.
+    """
 
     include: tuple[tuple[float, float], ...] = ()
     exclude: tuple[tuple[float, float], ...] = ()
     box: tuple[float, float, float, float] | None = None
     text: str | None = None
+
+    def __post_init__(self):
+        if (count := len(self.include) + len(self.exclude)) > MOST_POINTS:
+            raise InputError(f"{count} points mark the concept, but at most {MOST_POINTS} are taken; "
+                             "leave some out")
 
 
 def prompt_to_json(prompt: SamPrompt) -> dict[str, Any]:
@@ -42,7 +55,9 @@ def prompt_to_json(prompt: SamPrompt) -> dict[str, Any]:
 def _numbers(value: Any, count: int) -> tuple[float, ...]:
     if (not isinstance(value, list | tuple) or len(value) != count
             or any(isinstance(n, bool) or not isinstance(n, int | float) for n in value)):
-        raise InputError(f"expected {count} numbers, not {json.dumps(value)}")
+        raise InputError(f"expected {count} numbers, not {json.dumps(value)[:80]}")
+    if any(not abs(n) < 1e9 for n in value):  # also NaN
+        raise InputError(f"expected pixels, not {json.dumps(value)[:80]}")
     return tuple(value)
 
 
@@ -52,13 +67,13 @@ def prompt_from_json(entry: Any, size: tuple[int, int]) -> SamPrompt:
     InputError when the entry is malformed, leaves the image or has neither a point in the concept nor a box.
     """
     if not isinstance(entry, dict) or (unknown := sorted(set(entry) - {"include", "exclude", "box"})):
-        wrong = f"'{unknown[0]}'" if isinstance(entry, dict) else json.dumps(entry)
+        wrong = f"'{unknown[0]}'" if isinstance(entry, dict) else json.dumps(entry)[:80]
         raise InputError(f"expected 'include', 'exclude' or 'box', not {wrong}")
     points = {}
     for name in ("include", "exclude"):
         listed = entry.get(name, [])
         if not isinstance(listed, list | tuple):
-            raise InputError(f"'{name}' must be a list of points [x, y], not {json.dumps(listed)}")
+            raise InputError(f"'{name}' must be a list of points [x, y], not {json.dumps(listed)[:80]}")
         points[name] = tuple(_numbers(point, 2) for point in listed)
     box = None if entry.get("box") is None else _numbers(entry["box"], 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
@@ -76,14 +91,11 @@ def read_points_file(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> 
 
     InputError names the entry that is missing, unknown or malformed.
     """
-    try:
-        entries = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"The points file '{path}' does not exist.") from None
-    except ValueError as error:
-        raise InputError(f"The points file '{path}' is not JSON: {error}.") from None
+    entries = read_json(path, "points file")
     if not isinstance(entries, dict):
         raise InputError(f"The points file '{path}' must hold one object with an entry for every image.")
+    same = {unicodedata.normalize("NFC", name): name for name in sizes}  # whatever the form of their accents
+    entries = {same.get(unicodedata.normalize("NFC", name), name): entry for name, entry in entries.items()}
     for name in sizes:
         if name not in entries:
             raise InputError(f"The points file '{path}' has no entry for '{name}'; add one.")

@@ -7,10 +7,8 @@ at the model's own resolution; `resize_to_image` resizes these to the image's si
 Prompts are in pixels of the image, (x, y) from its upper left corner.
 """
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
+from .models.parts import check_weights
+from .sam_checkpoint import load_sam
 from .sam_prompts import SamPrompt
 
-__all__ = ["EmbeddedImage", "SamCheckpoint", "SamModel", "load_segmenter", "resize_to_image",
-           "sam_from_state", "segment"]
+__all__ = ["EmbeddedImage", "SamCheckpoint", "SamModel", "load_segmenter", "resize_to_image", "segment"]
 
 
 @dataclass(frozen=True)
@@ -60,52 +59,6 @@ def resize_to_image(logits: torch.Tensor, embedded: EmbeddedImage) -> torch.Tens
     return F.interpolate(square[..., :height, :width], embedded.image.size[::-1], mode="bilinear")
 
 
-def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """The number of consecutive names pattern.format(0), pattern.format(1), ... in a state dict."""
-    n = 0
-    while pattern.format(n) in state:
-        n += 1
-    return n
-
-
-def sam_from_state(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """The `Sam` of the segment-anything package that a state dict belongs to, of any size.
-
-    Its sizes are inferred from the shapes, except for the mask decoder's number of heads: 8, as in all
-    published models. KeyError names a missing tensor.
-    """
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    width, _, patch, _ = state["image_encoder.patch_embed.proj.weight"].shape
-    grid = state["image_encoder.pos_embed"].shape[1]
-    depth = _count(state, "image_encoder.blocks.{}.attn.rel_pos_h")
-    # A relative position runs from -(n - 1) to n - 1, n the side of the window that attends to itself.
-    reaches = [(state[f"image_encoder.blocks.{i}.attn.rel_pos_h"].shape[0] + 1) // 2 for i in range(depth)]
-    channels = state["image_encoder.neck.0.weight"].shape[0]
-    decoder = "mask_decoder.transformer.layers.0."
-    encoder = ImageEncoderViT(
-        img_size=grid * patch, patch_size=patch, embed_dim=width, depth=depth, out_chans=channels,
-        num_heads=width // state["image_encoder.blocks.0.attn.rel_pos_h"].shape[1],
-        mlp_ratio=state["image_encoder.blocks.0.mlp.lin1.weight"].shape[0] / width, use_rel_pos=True,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), window_size=min(reaches),
-        global_attn_indexes=tuple(i for i, reach in enumerate(reaches) if reach == grid))
-    prompts = PromptEncoder(embed_dim=channels, image_embedding_size=(grid, grid),
-                            input_image_size=(grid * patch, grid * patch),
-                            mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0])
-    masks = MaskDecoder(
-        transformer_dim=channels, num_multimask_outputs=state["mask_decoder.mask_tokens.weight"].shape[0] - 1,
-        transformer=TwoWayTransformer(
-            depth=_count(state, "mask_decoder.transformer.layers.{}.mlp.lin1.weight"), embedding_dim=channels,
-            mlp_dim=state[f"{decoder}mlp.lin1.weight"].shape[0], num_heads=8,
-            attention_downsample_rate=channels
-            // state[f"{decoder}cross_attn_token_to_image.q_proj.weight"].shape[0]),
-        iou_head_depth=_count(state, "mask_decoder.iou_prediction_head.layers.{}.weight"),
-        iou_head_hidden_dim=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0])
-    sam = Sam(encoder, prompts, masks)
-    sam.load_state_dict(state)
-    return sam.eval()
-
-
 class SamCheckpoint:
     """A model of the `segment-anything` package from its .pth file, of any size.
 
@@ -116,19 +69,7 @@ class SamCheckpoint:
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
         self.name, self.device = str(path), torch.device(device)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.sam = sam_from_state(state).float().to(device)
-        except FileNotFoundError:
-            raise InputError(f"The checkpoint '{path}' does not exist.") from None
-        except KeyError as error:
-            raise InputError(f"'{path}' is not a checkpoint of the segment-anything package: "
-                             f"it has no {error}.") from None
-        except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError,
-                EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"'{path}' cannot be used as a checkpoint of the segment-anything package: "
-                             f"{reason}") from None
+        self.sam = load_sam(path).float().to(device)
 
     @torch.no_grad()
     def embed(self, image: Image.Image) -> EmbeddedImage:
@@ -170,17 +111,25 @@ class SamModel:
 
         self.name, self.device = name, torch.device(device)
         try:
-            kind = AutoConfig.from_pretrained(name).model_type
+            kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
             # SAM 3 is two models in one file: one for text, one for points and boxes.
             self.takes_text = kind in ("sam3", "sam3_video", "sam3_lite_text")
             self._text_model = None
             self.model = None
-            self.processor = AutoImageProcessor.from_pretrained(name)
+            self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
             if kind not in ("sam3", "sam3_lite_text"):
-                self.model = AutoModelForMaskGeneration.from_pretrained(name).eval().to(device)
-        except (OSError, ValueError, KeyError) as error:
+                self.model = self._load(AutoModelForMaskGeneration, trust_remote_code=False)
+        except InputError:
+            raise
+        except Exception as error:  # a folder's files make transformers raise almost anything
             raise InputError(f"The model '{name}' cannot be loaded as one of the SAM family: "
-                             f"{str(error).strip().splitlines()[0]}") from None
+                             f"{first_line(error)}") from None
+
+    def _load(self, cls: type, **options: Any) -> torch.nn.Module:
+        """A model, unless weights of it are missing, of another shape or not finite; a file may have more."""
+        model, report = cls.from_pretrained(self.name, output_loading_info=True, **options)
+        check_weights(model, {**report, "unexpected_keys": []}, f"The model '{self.name}'")
+        return model.eval().to(self.device)
 
     @torch.no_grad()
     def embed(self, image: Image.Image) -> EmbeddedImage:
@@ -224,8 +173,8 @@ class SamModel:
         from transformers import AutoProcessor, Sam3Model
 
         if self._text_model is None:
-            self._text_model = (AutoProcessor.from_pretrained(self.name),
-                                Sam3Model.from_pretrained(self.name).eval().to(self.device))
+            self._text_model = (AutoProcessor.from_pretrained(self.name, trust_remote_code=False),
+                                self._load(Sam3Model))
         processor, model = self._text_model
         inputs = processor(images=image, text=text, return_tensors="pt").to(self.device)
         instances = processor.post_process_instance_segmentation(

@@ -100,6 +100,7 @@ class TrainingSettings:
     concepts_per_batch: int = 8
     compile: bool = False
     quantize: str | None = None
+    offload: bool = False
     no_cache_latents: bool = False
     latent_cache_gb: float = 4.0
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from .datasets import DatasetConcept
 from .metrics import Networks
 from .poisoning import PoisonSettings
-from .tables import Cell, read_cells
+from .tables import Cell, read_cells, settings_key
 
 __all__ = ["POCKET_SECONDS", "CellSettings", "Flags", "Table", "passes", "plan"]
 
@@ -21,6 +21,10 @@ POISON_PASSES = {"adm+": 3, "adm-": 3, "sds+": 2, "sds-": 2, "ea": 1, "da": 24}
 PURIFY_PASSES = {"regen": 6, "pdmpure": 6, "advclean": 4}
 POCKET_SECONDS = 0.015  # of one pass on two cores, by the quickstart; the rate of earlier cells replaces it
 IMAGES = 5  # of a concept, as a rule
+# What decides each stage and those after it, but not those before it.
+OF_TRAINING = ("steps", "train_batch_size", "learning_rate", "initializer_token")
+OF_GENERATION = ("images_per_prompt", "num_inference_steps", "guidance_scale", "prompts")
+OF_SCORES = ("dino", "clip", "inception")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ class Table:
     upscaler: str | None
     networks: Networks
     mixed_precision: str = "no"
+    given: Flags = field(default_factory=dict)  # what else decides the cells, where it is not the default
+
+    @property
+    def record(self) -> Flags:
+        """What decides the cells, as run.json holds it."""
+        return {**asdict(self.settings), "dataset": self.dataset, "model": Path(self.model).name,
+                **self.given}
+
+    def key(self, *without: str) -> str:
+        """The `settings_key` of the record, or of the part of it that decides an earlier stage."""
+        return settings_key({name: value for name, value in self.record.items() if name not in without})
 
     @property
     def needs_masks(self) -> bool:
@@ -73,28 +88,34 @@ class Table:
         return [name for name, flags in self.rows.items() if flags and "adaptive" not in flags]
 
     def cells(self) -> list[Cell]:
-        """All finished cells of the table, also those of earlier runs.
+        """All finished cells of the table and its settings, also those of earlier runs.
 
         An ablation shares cells with the main table: it takes those of its data, and of the concepts and
         seeds that its own columns have been trained on.
         """
-        cells = [cell for cell in read_cells(self.output_dir) if cell.defence in self.columns]
+        cells = [cell for cell in self.finished() if cell.defence in self.columns]
         if not self.swept:
             return cells
         own = {(cell.concept, cell.seed) for cell in cells if cell.defence in self.swept}
         return [cell for cell in cells if cell.data in self.data and (cell.concept, cell.seed) in own]
 
+    def finished(self) -> list[Cell]:
+        """The finished cells of these settings; those of unknown settings count as well."""
+        return read_cells(self.output_dir, self.key())
+
     def home(self, concept: str) -> Path:
         """The folder of a concept's images: clean, masks, and one for each poison and purifier."""
-        return self.output_dir / "data" / concept
+        key = self.key(*OF_TRAINING, *OF_GENERATION, *OF_SCORES)
+        return self.output_dir / "data" / f"{concept}-{key}"
 
     def embedding(self, cell: Cell) -> Path:
         """The file of a cell's embedding."""
-        return self.output_dir / "learned" / cell.name / "learned_embeds.safetensors"
+        name = f"{cell.name}-{self.key(*OF_GENERATION, *OF_SCORES)}"
+        return self.output_dir / "learned" / name / "learned_embeds.safetensors"
 
     def generated(self, cell: Cell) -> Path:
         """The folder of the images that are generated with a cell's embedding."""
-        return self.output_dir / "generated" / cell.name
+        return self.output_dir / "generated" / f"{cell.name}-{self.key(*OF_SCORES)}"
 
 
 def passes(table: Table, cells: Sequence[Cell], concepts: Mapping[str, DatasetConcept]) -> dict[str, int]:

@@ -2,25 +2,27 @@
 
 A folder holds `cells/<concept>.jsonl`, one line per cell, and `run.json`, the list of the settings, versions
 and commits of its runs, to which a cell refers by position. Only one process may write a concept's file.
+Cells of other settings are other cells.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from .errors import InputError
-from .files import write_bytes, write_json
+from .files import parse_json, read_json, write_bytes, write_json
 from .plots import score_sweep, score_table
 
 __all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "poison_average",
-           "read_cells", "recovered", "run_index", "write_table"]
+           "read_cells", "read_runs", "recovered", "run_index", "settings_key", "write_table"]
 
 SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
 
@@ -52,27 +54,29 @@ class Average(NamedTuple):
     count: int
 
 
-def read_cells(folder: str | Path) -> list[Cell]:
+def read_cells(folder: str | Path, settings: str | None = None) -> list[Cell]:
     """Finished cells of a folder, sorted by file, then in the order they were added; none if it is new.
 
-    A last line that a crash cut short is ignored. InputError names a damaged line or a cell's second line.
+    With `settings`, a `settings_key`, only those whose run has them, or is not recorded. A last line that a
+    crash cut short is ignored. InputError names a damaged line or a cell's second line.
     """
-    cells = {}
+    cells, runs = {}, dict(enumerate(map(settings_key, read_runs(folder))))
     for path in sorted((Path(folder) / "cells").glob("*.jsonl")):
         for number, line in enumerate(_whole_lines(path), 1):
             try:
-                cell = Cell(**json.loads(line))
+                cell = Cell(**parse_json(line))
                 if not all(isinstance(value, int | float) for value in cell.metrics.values()):
                     raise TypeError
-                known = cell in cells  # a list in the place of a name has no hash
+                place = cell, runs.get(cell.run)
+                known = place in cells  # a list in the place of a name has no hash
             except (ValueError, TypeError, AttributeError):
                 raise InputError(f"Line {number} of '{path}' is damaged; restore the line, or remove it to "
                                  "compute its cell again.") from None
             if known:
                 raise InputError(f"Line {number} of '{path}' repeats the cell '{cell.name}'; "
                                  "remove one of the two lines.")
-            cells[cell] = cell
-    return list(cells)
+            cells[place] = None
+    return list(dict.fromkeys(cell for cell, own in cells if settings is None or own in (None, settings)))
 
 
 def append_cell(folder: str | Path, cell: Cell) -> None:
@@ -89,7 +93,7 @@ def _whole_lines(path: Path) -> list[bytes]:
     content = path.read_bytes()
     lines = content.split(b"\n")
     try:
-        json.loads(lines[-1])  # whole, but an editor has removed the newline
+        parse_json(lines[-1])  # whole, but an editor has removed the newline
     except ValueError:
         lines.pop()
     return lines
@@ -100,16 +104,27 @@ def run_index(folder: str | Path, record: dict[str, Any]) -> int:
 
     Processes of one launch may do this at the same time: they add the same record to the same list.
     """
-    path = Path(folder) / "run.json"
-    try:
-        records = json.loads(path.read_text()) if path.exists() else []
-        position = records.index(record) if record in records else len(records)
-    except (ValueError, TypeError, AttributeError):
-        raise InputError(f"'{path}' is damaged: its cells refer to the list in it; restore it.") from None
+    records = read_runs(folder)
+    position = records.index(record) if record in records else len(records)
     if position == len(records):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, [*records, record])
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "run.json", [*records, record])
     return position
+
+
+def settings_key(record: Mapping[str, Any]) -> str:
+    """A hash of what decides cells: a run's record without its versions and commit."""
+    settings = {name: value for name, value in record.items() if name not in ("versions", "commit")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of a folder's run.json, none if it has none; InputError when it is damaged."""
+    path = Path(folder) / "run.json"
+    records = read_json(path, "list of runs") if path.exists() else []
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"The list of runs '{path}' is damaged, to which cells refer; restore it.")
+    return records
 
 
 def averages(cells: Sequence[Cell], metric: str) -> dict[tuple[str, str], Average]:

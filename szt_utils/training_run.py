@@ -168,13 +168,12 @@ class Run:
         family = find_family(settings.pretrained_model_name_or_path, settings.revision)
         if family.no_training:
             raise InputError(family.no_training)
-        model = family.load(settings.pretrained_model_name_or_path, dtype=self.dtype, device=self.device,
+        model = family.load(settings.pretrained_model_name_or_path, dtype=self.dtype,
+                            device="cpu" if settings.offload else self.device,
                             revision=settings.revision, variant=settings.variant,
                             tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
                             text_linear=self.dtype if self._autocasts() else None,
                             quantize=settings.quantize)
-        if model.t5 is not None:
-            model.t5.known = {}  # captions come again and again
         model.clip_skip = settings.clip_skip
         model.pooled_token = settings.pooled_token  # of SDXL; the others have none
         if settings.gradient_checkpointing:

@@ -36,5 +36,5 @@ def test_a_prompts_file_is_read_without_comments_and_in_dreambooths_notation(tmp
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             read_prompt_templates(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist"):
         read_prompt_templates(tmp_path / "none.txt")

@@ -89,7 +89,7 @@ def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(m
                 "jpeg": ("ea", {"jpeg_quality": 25}), "szt": ("ea", {"szt": True, "loss_mask_dir": masks})}
     assert entries == [
         {"train_data_dir": str(home / expected[cell.defence][0]), "seed": cell.seed,
-         "output_dir": str(tmp_path / "learned" / cell.name), **expected[cell.defence][1]}
+         "output_dir": str(one.embedding(cell).parent), **expected[cell.defence][1]}
         for cell in planned if cell.data == "ea"]
     assert one.defences["lm8"]["dilation"] == 8 and one.defences["lm"]["loss_mask_dir"] == "masks"
 

@@ -56,11 +56,17 @@ def test_customconcept101_has_class_words_and_prompts_of_its_own(folder):
     assert (given.initializer, given.class_word, given.prompts) == ("bear", "plush toy", ("the {}",))
 
 
-@pytest.mark.parametrize("content", ["[", "{}]", '["toy"]', '[{"instance_data_dir": "toy"}]', "3",
-                                     '[{"instance_data_dir": "toy", "class_prompt": ""}]'])
-def test_a_damaged_list_of_concepts_is_refused(folder, content):
+@pytest.mark.parametrize("content,message", [
+    ("[", "not valid JSON"), ("{}]", "not valid JSON"), ('["toy"]', "'instance_data_dir'"), ("3", "a list"),
+    ('[{"instance_data_dir": "toy"}]', "'class_prompt'"), ('[{"instance_data_dir": ".."}]', "_data_dir'"),
+    ('[{"instance_data_dir": "toy", "class_prompt": " "}]', "CustomConcept101's list .* needs a text for 'class_prompt'"),
+    ('[{"instance_data_dir": "toy", "class_prompt": "a", "prompt_filename": 3}]', "'prompt_filename'"),
+    ('[{"instance_data_dir": "a\\u0000", "class_prompt": "a"}]', "'instance_data_dir'"),
+    ('[{"instance_data_dir": "a/b", "class_prompt": "a"}, {"instance_data_dir": "c/b", "class_prompt": "a"}]',
+     "two concepts 'b'")])
+def test_a_damaged_list_of_concepts_is_refused(folder, content, message):
     (folder / "dataset.json").write_text(content)
-    with pytest.raises(InputError, match="dataset.json' cannot be read as CustomConcept101's list of"):
+    with pytest.raises(InputError, match=message):
         read_concepts("customconcept101", folder)
 
 

@@ -51,6 +51,13 @@ def test_it_calibrates_on_clean_images_and_finds_the_poisoned(folders, tmp_path)
     stats = (tmp_path / "again" / "stats.jsonl").read_bytes()
     here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
     assert (tmp_path / "again" / "stats.jsonl").read_bytes() == stats
+    # Records that are foreign, or whose signals are no numbers, are measured again.
+    lines = stats.decode().splitlines()
+    record = json.dumps(json.loads(lines[0]) | {"evenness": "x"}) + '\n{"sha256": {}}\n7\n'
+    (tmp_path / "again" / "stats.jsonl").write_text(record)
+    here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
+    assert (tmp_path / "again" / "stats.jsonl").read_text().splitlines()[3:] == lines
+    assert json.loads((tmp_path / "again" / "diagnosis.json").read_text()) == report
 
 
 def test_the_pocket_models_calibration_is_bundled(tmp_path):

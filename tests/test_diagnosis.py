@@ -1,5 +1,8 @@
 """The diagnosis: signals against their definitions, the score against its closed form."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from szt_utils.diagnosis import (
     score,
 )
 from szt_utils.errors import InputError
+from szt_utils.files import write_json
 from szt_utils.images import from_pil, read_image, to_pil
 from szt_utils.jpeg import jpeg
 from szt_utils.models import load_model, residual, tokenize
@@ -115,9 +119,19 @@ def test_scores_of_the_calibration_leave_their_own_image_out():
 def test_what_is_no_calibration_is_refused(tmp_path):
     with pytest.raises(InputError, match="at least 10 clean images"):
         calibrate(rows(9))
-    for content in ("", "[]", '{"signals": ["other"], "scores": [1], "mean": [0]}'):
-        (tmp_path / "c.json").write_text(content)
+    with pytest.raises(InputError, match="is not a calibration .*does not exist"):
+        read_calibration(tmp_path / "none.json")
+    whole = calibrate(rows(20))
+    write_json(tmp_path / "c.json", whole)
+    assert read_calibration(tmp_path / "c.json") == whole
+    flat = [[0.0] * 5] * 5
+    for change in ([], 3, {"signals": ["other"]}, {"mean": [0]}, {"mean": ["a"] * 5}, {"scores": []},
+                   {"scores": [2, 1]}, {"scores": 1}, {"covariance": flat}, {"covariance": [[1.0]]},
+                   {"covariance": None}, {"mean": None}):
+        write_json(tmp_path / "c.json", {**whole, **change} if isinstance(change, dict) else change)
         with pytest.raises(InputError, match="not a calibration"):
             read_calibration(tmp_path / "c.json")
-    with pytest.raises(InputError, match="not a calibration"):
-        read_calibration(tmp_path / "none.json")
+    for content in ("", json.dumps({**whole, "mean": [math.nan] * 5})):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(InputError, match="not a calibration .*not valid JSON"):
+            read_calibration(tmp_path / "c.json")

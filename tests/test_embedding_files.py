@@ -6,7 +6,14 @@ from conftest import TOKEN, build_tiny_sdxl
 from diffusers import AutoPipelineForText2Image
 from safetensors.torch import save_file
 
-from szt_utils.embedding_files import ANY_ENCODER, load_embedding, read_embedding, save_embedding, save_rows
+from szt_utils.embedding_files import (
+    ANY_ENCODER,
+    MEGABYTES,
+    load_embedding,
+    read_embedding,
+    save_embedding,
+    save_rows,
+)
 from szt_utils.embeddings import load_into
 from szt_utils.errors import InputError
 
@@ -108,7 +115,13 @@ def test_what_else_a_file_holds_is_ignored_where_tools_ignore_it(pipeline, tmp_p
     ("sd", {"star": rows(32)}, "'star' of the embedding .* is already"),
     ("sd", {TOKEN: torch.full((1, 32), float("nan"))}, "not finite"),
     ("sd", {TOKEN: torch.ones(1, 2, 32)}, "must hold exactly one token"),
-    ("sd", {"a": rows(32), "b": rows(32)}, "must hold exactly one token, but holds 2")],
+    ("sd", {"a": rows(32), "b": rows(32)}, "must hold exactly one token, but holds 2"),
+    ("sd", {TOKEN: torch.ones(2, 32, dtype=torch.int32)}, "numbers with a point"),
+    ("sd", {TOKEN: torch.ones(0, 32)}, "numbers with a point"),
+    ("sd", {TOKEN: torch.ones(100_000, 101)}, "at most 10,000,000"),
+    ("sd", {TOKEN: rows(32, 76)}, "76 vectors, but a prompt has room for 22"),
+    ("sd", {"<a\x1b[2J>": rows(32)}, "no prompt can name"), ("sd", {" ": rows(32)}, "no prompt can name"),
+    ("sdxl", {"clip_l": rows(32), "clip_g": rows(24, 3)}, "another number of vectors")],
     indirect=["pipeline"])
 def test_what_does_not_fit_is_refused_and_changes_nothing(pipeline, tmp_path, content, message):
     save_file(content, tmp_path / "c.safetensors")
@@ -129,9 +142,36 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("evil.pt", "evil.bin"):
         torch.save({"string_to_param": {"*": Payload()}}, tmp_path / name)
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match="cannot be read: it holds code, which is never run"):
             read_embedding(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("content,message", [
+    ({TOKEN: torch.ones(1).expand(10**6, 10**6)}, "at most 10,000,000"),
+    ({TOKEN: torch.eye(32).to_sparse()}, "numbers with a point"),
+    ({TOKEN: torch.ones(2, 32, device="meta")}, "numbers with a point"),
+    ({1: torch.ones(2, 32), 2: 3}, "exactly one token, but holds 2"), ({}, "holds none"),
+    ({"string_to_param": {"*": "text"}}, "exactly one token"), ({TOKEN: None}, "exactly one token")])
+def test_odd_content_of_a_torch_file(tmp_path, content, message):
+    torch.save(content, tmp_path / "c.bin")
+    with pytest.raises(InputError, match=message):
+        read_embedding(tmp_path / "c.bin")
+
+
+def test_a_damaged_file_is_no_code_and_a_model_no_embedding(tmp_path):
+    huge = b'{"a":{"dtype":"F32","shape":[1000000000,1000000],"data_offsets":[0,4]}}'
+    for name, content in (("a.bin", b"hello"), ("b.bin", b""), ("c.bin", b"PK\x03\x04"),
+                          ("d.pt", b"\x80\x02."),
+                          ("e.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
+                          ("f.safetensors", len(huge).to_bytes(8, "little") + huge + bytes(4))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot be read \(.+\)\.$"):
+            read_embedding(tmp_path / name)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate((MEGABYTES << 20) + 1)
+    with pytest.raises(InputError, match="has more than 256 MB; it is not an embedding"):
+        read_embedding(tmp_path / "model.safetensors")
 
 
 def test_load_embedding_takes_files_of_one_encoder_only(tmp_path):

@@ -142,6 +142,25 @@ def test_a_prompts_file_without_a_place_for_the_concept_is_refused(run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_one_image_gets_what_can_be_given(run, concept_folder, tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    path = sorted(concept_folder[0].iterdir())[0]
+    (tmp_path / "one" / path.name).write_bytes(path.read_bytes())
+    run(tmp_path / "out", "--clean_dir", tmp_path / "one")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["metrics"]
+    assert {name for name, value in scores.items() if value is None} == {"real_real", "fid", "kid", "fd_dino"}
+    assert abs(scores["dino"]) < 1 and scores["clip"] > 0
+    shown = capsys.readouterr().out
+    assert "fid        n/a" in shown and "real_real  n/a" in shown and "there are 1 and 4" in shown
+
+
+def test_images_that_are_not_finite_are_refused_not_saved(run, tmp_path):
+    save_embedding(tmp_path / "huge.safetensors", "<new>", torch.full((1, 32), 1e38))
+    with pytest.raises(SystemExit, match="Image 000, 'a photo of a <new> on sand', is not finite"):
+        run(tmp_path / "out", "--embeddings", tmp_path / "huge.safetensors")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 def test_bad_input_on_the_real_command_line(tmp_path, concept_folder):
     done = run_script("evaluate.py", "--embeddings", tmp_path, "--clean_dir", concept_folder[0],
                       "--output_dir", tmp_path / "out", expect=1)

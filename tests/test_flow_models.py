@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from szt_utils import pocket
+from szt_utils.captions import STYLE_TEMPLATES
 from szt_utils.embeddings import add_embedding, add_placeholder
 from szt_utils.errors import InputError
 from szt_utils.generation import generate, load_pipeline
@@ -522,19 +523,25 @@ def test_sd3_learns_rows_in_both_clip_encoders(folder, name, concept_folder, tmp
         assert len(whole.t5.tokenizer) == len(model.t5.tokenizer)
 
 
-def test_the_states_of_t5_that_are_kept_change_no_bit(folders, concept_folder, tmp_path, monkeypatch):
+def test_t5_goes_when_it_has_encoded_the_captions_and_changes_no_bit(folders, concept_folder, tmp_path,
+                                                                     monkeypatch):
+    """Also with --offload, and with validation images, for which it is read again."""
     passes, forward = [], T5EncoderModel.forward
     monkeypatch.setattr(T5EncoderModel, "forward", lambda *args, **options: passes.append(1) or forward(
         *args, **options))
-    options = dict(train_batch_size=2, repeats=40, max_train_steps=60, learnable_property="style")
+    options = dict(train_batch_size=2, repeats=40, max_train_steps=30, learnable_property="style")
     run_here(flags(folders["sd3"], concept_folder[0], tmp_path / "kept", **options))
     kept = len(passes)
+    run_here(flags(folders["sd3"], concept_folder[0], tmp_path / "offload", **options, offload=True,
+                   validation_prompt="a <star>", validation_steps=30, num_validation_images=1))
+    monkeypatch.setattr(T5, "remember", lambda self, prompts, device: None)
     monkeypatch.setattr(T5, "states", lambda self, ids: torch.cat([
         self.encoder(row[None])[0] for row in ids]))
+    passes.clear()
     run_here(flags(folders["sd3"], concept_folder[0], tmp_path / "again", **options))
-    assert all(torch.equal(a, b) for a, b in zip(learned(tmp_path / "kept"), learned(tmp_path / "again"),
-                                                 strict=True))
-    assert kept < 20 < 120 == len(passes) - kept
+    assert kept == len(set(STYLE_TEMPLATES)) < len(passes) == 60
+    for name in ("offload", "again"):
+        assert all(map(torch.equal, learned(tmp_path / "kept"), learned(tmp_path / name)))
 
 
 def test_sd3_resumes_and_several_concepts_share_batches(folders, concept_folder, tmp_path):

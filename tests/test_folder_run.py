@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
+from szt_utils import folder_run
 from szt_utils.errors import InputError
 from szt_utils.files import append_stats, read_stats, write_json
 from szt_utils.folder_run import FolderRun, open_run, provenance, sha256_of
@@ -57,7 +59,8 @@ def test_other_arguments_are_refused_by_name(folder, changes, named):
 
 
 @pytest.mark.parametrize("options", [
-    None, "[not json", "[]", "{}", '{"script": "make.py"}', '{"script": "other.py", "arguments": {}}'])
+    None, "[not json", "[]", "{}", '{"script": "make.py"}', '{"script": "other.py", "arguments": {}}',
+    '{"script": "make.py", "arguments": 3}', '{"script": "make.py", "arguments": null}', "[" * 100_000])
 def test_files_that_the_script_did_not_write_are_refused(folder, options):
     (folder / "options.json").unlink()
     if options is not None:
@@ -77,71 +80,153 @@ def test_an_output_folder_is_a_folder_outside_the_images(folder, tmp_path):
         open_run(folder / "stats.jsonl", "make.py", ARGUMENTS)
 
 
+def run_in(tmp_path, image_dir=None) -> FolderRun:
+    return FolderRun(tmp_path / "out", "make.py", ARGUMENTS, image_dir)
+
+
 def batches_of(run: FolderRun, batch_size: int = 1, changed: str = "") -> list[list[str]]:
     return run.batches("abcd", lambda job: f"{job}.png", lambda job: (
         f"hash of {job}" + " today" * (job == changed), SHAPES[job]), batch_size)
 
 
-def made_by(run: FolderRun):
-    """A `make` for `FolderRun.work` that writes files of the jobs' names."""
-    def make(batch: list[str]) -> list[dict]:
-        for job in batch:
-            (run.folder / f"{job}.png").write_text(job)
-        return [{"file": f"{job}.png", "sha256": f"hash of {job}"} for job in batch]
-    return make
+def make(batch: list[str], today: str = "") -> list[tuple[dict, Image.Image]]:
+    """A `make` for `FolderRun.work`: images of one color."""
+    return [({"file": f"{job}.png", "sha256": f"hash of {job}{today}"},
+             Image.new("RGB", (4, 4), (ord(job), len(today), 0))) for job in batch]
+
+
+def do_all(tmp_path) -> None:
+    with run_in(tmp_path) as run:
+        run.begin()
+        run.work(batches_of(run), make)
+
+
+def to_do(tmp_path, changed: str = "") -> str:
+    with run_in(tmp_path) as run:
+        return "".join(job for batch in batches_of(run, changed=changed) for job in batch)
 
 
 def test_a_run_does_everything_in_batches_of_one_shape(tmp_path, capsys):
-    run = FolderRun(tmp_path / "out", "make.py", ARGUMENTS, tmp_path / "images")
-    batches = batches_of(run, batch_size=2)
-    assert batches == [["a", "c"], ["d"], ["b"]]
-    assert capsys.readouterr().out == f"4 images in '{tmp_path / 'images'}', 4 of them to do.\n"
-    assert not run.folder.exists()
-    run.begin(t_min=500)
-    options = json.loads((run.folder / "options.json").read_text())
-    assert list(options) == ["script", "arguments", "t_min", "versions", "commit"]
-    assert options["script"] == "make.py" and options["arguments"] == ARGUMENTS and options["t_min"] == 500
-    run.work(batches, made_by(run))
+    with run_in(tmp_path, tmp_path / "images") as run:
+        batches = batches_of(run, batch_size=2)
+        assert batches == [["a", "c"], ["d"], ["b"]]
+        assert capsys.readouterr().out == f"4 images in '{tmp_path / 'images'}', 4 of them to do.\n"
+        assert [path.name for path in run.folder.iterdir()] == [".lock"]
+        run.begin(t_min=500)
+        options = json.loads((run.folder / "options.json").read_text())
+        assert list(options) == ["script", "arguments", "t_min", "versions", "commit"]
+        assert options["script"] == "make.py" and options["arguments"] == ARGUMENTS
+        assert options["t_min"] == 500
+        run.work(batches, make)
     records = read_stats(run.folder / "stats.jsonl")
     assert [record["file"] for record in records] == ["a.png", "c.png", "d.png", "b.png"]
-    assert all(list(record) == ["file", "sha256", "seconds"] and record["seconds"] >= 0 for record in records)
-    assert run.records == records and run.finished.keys() == {"a.png", "b.png", "c.png", "d.png"}
+    for record in records:
+        assert list(record) == ["file", "sha256", "seconds", "outputs"] and record["seconds"] >= 0
+        content = (run.folder / record["file"]).read_bytes()
+        assert record["outputs"] == {record["file"]: hashlib.sha256(content).hexdigest()}
+    assert run.records == records and run.latest.keys() == {"a.png", "b.png", "c.png", "d.png"}
 
 
 def test_a_resumed_run_does_what_is_missing_changed_or_not_recorded(tmp_path, capsys):
-    run = FolderRun(tmp_path / "out", "make.py", ARGUMENTS)
-    run.begin()
-    run.work(batches_of(run), made_by(run))
-
-    def resumed(changed: str = "") -> list[list[str]]:
-        return batches_of(FolderRun(tmp_path / "out", "make.py", ARGUMENTS), 4, changed)
-
-    assert resumed() == [] and "4 images" in (told := capsys.readouterr().out) and "0 of them" in told
+    do_all(tmp_path)
+    capsys.readouterr()
+    assert to_do(tmp_path) == "" and capsys.readouterr().out == "4 images, 0 of them to do.\n"
     (tmp_path / "out" / "b.png").unlink()
-    assert resumed() == [["b"]]
-    assert resumed(changed="c") == [["b"], ["c"]]
+    assert to_do(tmp_path) == "b"
+    assert to_do(tmp_path, changed="c") == "bc"
     lines = (tmp_path / "out" / "stats.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "stats.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # a crash
-    assert resumed() == [["b"], ["d"]]
+    assert to_do(tmp_path) == "bd"
+
+
+def test_a_result_that_was_changed_by_hand_is_kept_and_named(tmp_path, capsys):
+    do_all(tmp_path)
+    for name in ("b.png", "c.png"):
+        Image.new("RGB", (4, 4), "white").save(tmp_path / "out" / name)
+    edited = (tmp_path / "out" / "b.png").read_bytes()
+    for changed in ("", "b"):  # whether or not the image has changed, too
+        capsys.readouterr()
+        assert to_do(tmp_path, changed) == ""
+        assert capsys.readouterr().out == (
+            "4 images, 0 of them to do.\nResults made or changed by hand are kept (2): b.png, c.png; "
+            "delete them to make them again.\n")
+    assert (tmp_path / "out" / "b.png").read_bytes() == edited
+    (tmp_path / "out" / "b.png").unlink()
+    assert to_do(tmp_path) == "b"
+
+
+def test_a_folder_of_version_0_1_is_continued(folder, capsys):
+    """Its records have no hash of the results, which count as untouched."""
+    (folder / "a.png").write_text("as it was, or not")
+    run = FolderRun(folder, "make.py", ARGUMENTS)
+    with run:
+        assert run.missing("a", lambda job: ["a.png"], lambda job, record: record["sha256"] == "0") == []
+        assert run.missing("a", lambda job: ["a.png"], lambda job, record: record["sha256"] == "1") == ["a"]
+        run.save_image({"file": "a.png", "sha256": "1"}, Image.new("L", (2, 2)))
+        assert run.find("a.png") == (run.records[-1], False)
+        (folder / "a.png").write_text("now it is known to be another")
+        assert run.find("a.png") == (None, True)
+
+
+def test_a_kill_between_a_record_and_its_file_makes_the_result_again(tmp_path, monkeypatch):
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    do_all(tmp_path)
+    before = (tmp_path / "out" / "b.png").read_bytes()
+    with monkeypatch.context() as patch, run_in(tmp_path) as run, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder_run, "write_bytes", killed)
+        run.work([["b"]], lambda batch: make(batch, " today"))
+    assert (tmp_path / "out" / "b.png").read_bytes() == before  # of the earlier record, and no hand's work
+    assert to_do(tmp_path, changed="b") == "b" and to_do(tmp_path) == ""
+
+
+def test_two_runs_in_one_folder_are_refused_and_leftovers_swept(tmp_path):
+    do_all(tmp_path)
+    (tmp_path / "out" / "sub").mkdir()
+    (tmp_path / "out" / "sub" / ".x.png.99.part").touch()
+    with run_in(tmp_path):
+        assert not list((tmp_path / "out" / "sub").iterdir())
+        with pytest.raises(InputError, match="in use by another command"), run_in(tmp_path):
+            pass
+    assert to_do(tmp_path) == ""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / ".x.png.99.part").touch()
+    (tmp_path / "foreign" / "x.png").touch()
+    with pytest.raises(InputError), FolderRun(tmp_path / "foreign", "make.py", ARGUMENTS):
+        pass
+    assert len(list((tmp_path / "foreign").iterdir())) == 2  # a refused command removes nothing
+
+
+@pytest.mark.parametrize("line", [
+    "7", "null", "[]", '{"file": 7}', '{"file": ["a.png"], "sha256": {}}', '{"file": null, "outputs": 3}',
+    '{"file": "a.png", "outputs": []}', '{"file": "a.png", "outputs": {"a.png": ["x"]}}', '{"sha256": 1}',
+    '{"file": "a\\u0000.png"}', '{"outputs": {"a.png": null, "": 1}}', '{"file": "' + "a" * 5000 + '"}', "{",
+    "\udcff"])
+def test_foreign_records_are_no_obstacle(tmp_path, line):
+    do_all(tmp_path)
+    stats = tmp_path / "out" / "stats.jsonl"
+    stats.write_bytes(stats.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
+    assert to_do(tmp_path) in ("", "a")
+    stats.write_bytes(line.encode("utf-8", "surrogateescape") + b"\n")
+    assert to_do(tmp_path).endswith("bcd") or to_do(tmp_path) == "acdb"
 
 
 def test_a_failed_batch_keeps_the_records_before_it(tmp_path):
-    run = FolderRun(tmp_path / "out", "make.py", ARGUMENTS)
-    run.begin()
-    make = made_by(run)
-
-    def make_until_d(batch: list[str]) -> list[dict]:
+    def make_until_d(batch: list[str]) -> list[tuple[dict, Image.Image]]:
         if batch == ["d"]:
             raise InputError("no")
         return make(batch)
 
-    with pytest.raises(InputError):
-        run.work(batches_of(run), make_until_d)
+    with run_in(tmp_path) as run:
+        run.begin()
+        with pytest.raises(InputError):
+            run.work(batches_of(run), make_until_d)
     assert [record["file"] for record in read_stats(run.folder / "stats.jsonl")] == ["a.png", "c.png"]
 
 
 def test_a_file_that_cannot_be_used_stops_the_run_before_any_work(tmp_path):
-    run, read = FolderRun(tmp_path / "out", "make.py", ARGUMENTS), []
+    read = []
 
     def broken(job: str) -> tuple[str, tuple[int, ...]]:
         read.append(job)
@@ -149,7 +234,7 @@ def test_a_file_that_cannot_be_used_stops_the_run_before_any_work(tmp_path):
             raise InputError("d.png cannot be read.")
         return job, SHAPES[job]
 
-    with pytest.raises(InputError, match="d.png"):
+    with pytest.raises(InputError, match="d.png"), run_in(tmp_path) as run:
         run.batches("abcd", str, broken)
     assert read == list("abcd") and not run.folder.exists()
 

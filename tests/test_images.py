@@ -1,6 +1,10 @@
 """Images: every kind of file is read as the upright RGB image that it shows, and a damaged one is named."""
 
 import io
+import os
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +17,10 @@ from szt_utils.images import (
     crop_and_resize,
     from_pil,
     list_images,
+    name_results,
     read_image,
     read_upright,
+    reading,
     save_png,
     to_pil,
     to_vae_range,
@@ -230,3 +236,63 @@ def test_formats_other_than_the_documented_ones_are_not_decoded(tmp_path, kind, 
     Image.new("RGB", (16, 16), "red").save(tmp_path / name, kind)
     with pytest.raises(InputError, match="cannot be read"):
         read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (30_000, 10_000), (70_000_000, 1)])
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(tmp_path, size):
+    path = tmp_path / "a.png"
+    header = bytearray(written(path, Image.new("1", (8, 8))).read_bytes())
+    struct.pack_into(">II", header, 16, *size)
+    struct.pack_into(">I", header, 29, zlib.crc32(header[12:29]))
+    path.write_bytes(header)
+    with pytest.raises(InputError, match="a.png.* has more than 67,108,864 pixels.* --max_image_pixels"):
+        read_image(path)
+
+
+def test_the_limit_is_a_flag_of_every_script(tmp_path, monkeypatch, recwarn):
+    import purify_images
+
+    monkeypatch.setenv("SZT_MAX_IMAGE_PIXELS", "1")  # the flag sets it; it is set back after the test
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    path = written(tmp_path / "a.png", RGB)
+
+    def parse(limit):
+        return purify_images.parse_args(["--image_dir", "in", "--output_dir", "out", "--method", "jpeg",
+                                         "--max_image_pixels", limit])
+
+    assert "max_image_pixels" not in vars(parse("239"))
+    with pytest.raises(InputError, match="has more than 239 pixels"):
+        read_image(path)
+    with pytest.raises(InputError, match="--resolution of 16 has more than 239"):
+        crop_and_resize(Image.fromarray(RGB), 16)
+    parse("10000000000")
+    assert read_image(path).size == (20, 12)
+    assert Image.MAX_IMAGE_PIXELS == 10**10 and not recwarn
+
+
+def test_a_resolution_beyond_the_limit_is_refused():
+    for resolution in (8193, 10**6):
+        with pytest.raises(InputError, match=f"--resolution of {resolution} has more than"):
+            crop_and_resize(Image.fromarray(RGB), resolution, True)
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), struct.error("x"), TypeError("x"), zlib.error("x")])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, error):
+    with pytest.raises(InputError, match="a.png' cannot be read \\(x\\)"), reading(tmp_path / "a.png"):
+        raise error
+
+
+def test_names_of_any_bytes_and_length(tmp_path):
+    for name in (b"n" * 240 + b".png", b"\xff\xfe\n.png"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        save_png(Image.fromarray(RGB), path)
+        assert np.array_equal(pixels(path), RGB)
+    assert len(name_results(tmp_path)) == 2
+    contact_sheet([(path.name, [read_image(path)]) for path in list_images(tmp_path)])
+
+
+def test_a_contact_sheet_of_many_rows_is_cut(capsys):
+    image = Image.new("RGB", (1, 1))
+    sheet = contact_sheet([("row", [image] * 300)] * 2000, tile=128)
+    assert sheet.width * sheet.height <= 2**26
+    assert "shows the first 32 of 2000 rows" in capsys.readouterr().err

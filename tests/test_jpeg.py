@@ -69,3 +69,8 @@ def test_quality_outside_1_to_100_is_refused():
     for quality in (0, 101, -5):
         with pytest.raises(InputError, match=f"from 1 to 100, but is {quality}"):
             jpeg(Image.fromarray(RGB), quality)
+
+
+def test_an_image_that_is_too_long_for_jpeg_is_refused():
+    with pytest.raises(InputError, match="70000 x 1 pixels is too long for JPEG"):
+        jpeg(Image.new("RGB", (70_000, 1)), 25)

@@ -18,7 +18,7 @@ def test_a_second_command_is_refused_while_the_first_works(tmp_path):
         with lock_folder(tmp_path / "out"):
             # Versions of filelock before 4 empty the file with the process's number.
             for process in (rf" \(process {os.getpid()}\)", ".*"):
-                with (pytest.raises(InputError, match=f"out' is in use by another command{process}; wait for"),
+                with (pytest.raises(InputError, match=f"out' is in use by another command{process}; wait"),
                       lock_folder(tmp_path / "out")):
                     pass
     with lock_folder(tmp_path / "one"), lock_folder(tmp_path / "two"):

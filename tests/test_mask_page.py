@@ -1,6 +1,7 @@
 """The mask page's answers, without a server. (With one, and in a browser: test_precompute_masks.)"""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -10,24 +11,27 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.errors import InputError
-from szt_utils.mask_page import MaskPage, PageImage
+from szt_utils.local_server import Conflict
+from szt_utils.mask_page import MaskPage, PageImage, SavedMask
 from szt_utils.safe_zone import SafeZone
 from szt_utils.segment import load_segmenter
 
 
 @pytest.fixture
 def page():
-    """Two images, of which the second has a mask, and the list of what the page saved."""
-    scenes, saved = pocket.scenes.concept_scenes("teal-striped-star", 2), []
-    images = [PageImage(f"{i}.png", Image.fromarray(scene.image)) for i, scene in enumerate(scenes)]
-    images[1].mask = Image.fromarray(scenes[1].mask).convert("L")
-    images[1].clicks = {"include": [[64, 64]], "box": [1, 1, 9, 9]}
+    """Three images, the second with a mask and the third with an unreadable one, and the masks by index."""
+    scenes = pocket.scenes.concept_scenes("teal-striped-star", 3)
+    masks = {0: SavedMask(), 2: SavedMask(note="The image '2.png' cannot be read.", version="v2"),
+             1: SavedMask(Image.fromarray(scenes[1].mask).convert("L"), {"include": [[64, 64]]}, "", "v1")}
 
     def save(index, mask, prompt, score):
-        saved.append((index, mask, prompt))
+        clicks = {"include": prompt.include, "exclude": prompt.exclude}
+        masks[index] = SavedMask(Image.fromarray(mask.numpy()).convert("L"), clicks, "",
+                                 f"{masks[index].version}+")
         return f"{index}.png: odd" if index else None
 
-    return MaskPage(load_segmenter(), images, save, SafeZone(mask_dilation=4), 128), saved
+    images = [PageImage(f"{i}.png", Image.fromarray(scene.image)) for i, scene in enumerate(scenes)]
+    return MaskPage(load_segmenter(), images, masks.get, save, SafeZone(mask_dilation=4), 128), masks
 
 
 def decoded(url: str) -> np.ndarray:
@@ -35,32 +39,74 @@ def decoded(url: str) -> np.ndarray:
 
 
 def test_state_image_and_saved_mask(page):
-    page, _ = page
-    state = json.loads(page.get("/state")[1])
+    page, masks = page
+    state = json.loads(page.get("state")[1])
     assert (state["resolution"], state["dilation"], state["center_crop"]) == (128, 4, False)
-    assert [(image["name"], image["masked"], image["include"]) for image in state["images"]] == [
-        ("0.png", False, []), ("1.png", True, [[64, 64]])]
-    assert page.get("/")[1].startswith(b"<!DOCTYPE html>")
-    kind, content = page.get("/image/1")
+    assert [(image["name"], image["masked"], image["include"], image["note"], image["version"])
+            for image in state["images"]] == [
+        ("0.png", False, [], "", ""), ("1.png", True, [[64, 64]], "", "v1"),
+        ("2.png", False, [], "The image '2.png' cannot be read.", "v2")]
+    assert page.get("")[1].startswith(b"<!DOCTYPE html>")
+    kind, content = page.get("image/1")
     assert kind == "image/jpeg" and Image.open(io.BytesIO(content)).size == (128, 128)
-    assert page.post("/mask", {"image": 0}) == {"layers": {}}
-    answer = page.post("/mask", {"image": 1})
-    assert np.array_equal(decoded(answer["layers"]["mask"])[..., 3] > 0, np.asarray(page.images[1].mask) > 0)
-    for path in ("/picture/1", "/nothing"):
+    assert page.post("mask", {"image": 0}) == page.post("mask", {"image": 2}) == {"layers": {}}
+    answer = page.post("mask", {"image": 1})
+    assert np.array_equal(decoded(answer["layers"]["mask"])[..., 3] > 0, np.asarray(masks[1].mask) > 0)
+    for path in ("picture/1", "nothing", "/"):
         with pytest.raises(KeyError):
             page.get(path)
-    with pytest.raises(InputError, match="there is no image 2"):
-        page.get("/image/2")
+    for index in ("3", "-1", "", "x", "\u00b2", "9" * 5000, "1.0"):
+        with pytest.raises(InputError, match="there is no image"):
+            page.get(f"image/{index}")
 
 
 def test_nothing_is_saved_unless_all_entries_are_valid(page):
-    page, saved = page
-    entries = {"0": {"include": [[64, 64]]}, "1": {"include": [[999, 1]]}}
+    page, masks = page
+    before = dict(masks)
+    entries = {"0": {"include": [[64, 64]]}, "1": {"include": [[999, 1]], "version": "v1"}}
     with pytest.raises(InputError, match="outside the image"):
-        page.post("/save", {"images": entries})
-    assert not saved and page.images[0].mask is None
-    entries["1"] = {"include": [[64, 64]], "exclude": [[1, 1]]}
-    assert page.post("/save", {"images": entries}) == {"saved": ["0.png", "1.png"],
-                                                       "warnings": ["1.png: odd"]}
-    assert [index for index, *_ in saved] == [0, 1]
+        page.post("save", {"images": entries})
+    assert masks == before
+    entries["1"] = {"include": [[64, 64]], "exclude": [[1, 1]], "version": "v1"}
+    assert page.post("save", {"images": entries}) == {
+        "saved": ["0.png", "1.png"], "versions": {0: "+", 1: "v1+"}, "warnings": ["1.png: odd"]}
     assert page.state()["images"][1]["exclude"] == ((1, 1),) and page.state()["images"][0]["masked"]
+
+
+def test_who_has_not_seen_the_newest_mask_does_not_save_over_it(page):
+    page, masks = page
+    before = dict(masks)
+    entries = {"0": {"include": [[64, 64]], "version": ""}, "1": {"include": [[64, 64]], "version": "v0"},
+               "2": {"include": [[64, 64]]}}
+    with pytest.raises(Conflict, match="^1.png, 2.png changed meanwhile"):
+        page.post("save", {"images": entries})
+    assert masks == before
+    entries["1"]["version"], entries["2"]["version"] = "v1", "v2"
+    page.post("save", {"images": entries})
+    masks[0] = dataclasses.replace(masks[0], version="of a painting program")
+    with pytest.raises(Conflict, match="^0.png changed"):
+        page.post("save", {"images": {"0": {"include": [[1, 1]], "version": "+"}}})
+
+
+@pytest.mark.parametrize("body", [
+    None, [], 7, "x", {}, {"images": None}, {"images": []}, {"images": {"0": None}}, {"images": {"0": 7}},
+    {"images": {"x": {"include": [[1, 1]]}}}, {"images": {"0": {}}}, {"images": {"0": {"include": 7}}},
+    {"images": {"0": {"include": [7]}}}, {"images": {"0": {"include": [["1", "2"]]}}},
+    {"images": {"0": {"include": [[True, 1]]}}}, {"images": {"0": {"include": [[1, 1]], "box": {}}}},
+    {"images": {"0": {"include": [[1, 1]] * 20_000}}}, {"images": {"0": {"include": [[1, 1]], "a": 1}}},
+    {"images": {"0": {"include": [[1, 1]], "version": ["v"]}}}])
+def test_a_bad_save_is_refused_in_a_sentence(page, body):
+    page, masks = page
+    before = dict(masks)
+    with pytest.raises(InputError):
+        page.post("save", body)
+    assert masks == before
+
+
+@pytest.mark.parametrize("body", [
+    None, [], {}, {"image": None}, {"image": 3}, {"image": -1}, {"image": 0, "include": 7},
+    {"image": 0, "include": [[1, 1]] * 20_000}, {"image": 0, "include": [[1, 1]], "a": 1},
+    {"image": 0, "box": [5, 5, 1, 1]}])
+def test_a_bad_click_is_refused_in_a_sentence(page, body):
+    with pytest.raises(InputError):
+        page[0].post("mask", body)

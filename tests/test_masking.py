@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import precompute_masks
 from szt_utils.errors import InputError
+from szt_utils.mask_page import SavedMask
 from szt_utils.masking import (
     WAYS,
     ImageJob,
@@ -80,18 +82,84 @@ def test_a_folder_of_version_0_1_is_finished(folder, tmp_path, capsys):
 
 
 def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys):
-    masks, (one, two) = Masks(settings(**folder, auto=True)), read_jobs(folder["image_dir"])
-    assert isinstance(one, ImageJob) and masks.read(one) is None
-    report([one, two], masks)
-    assert capsys.readouterr().out == ""  # no mask, no report
-    masks.begin()
-    masks.save(one, torch.zeros(128, 128, dtype=torch.bool), "ui", {}, 0.5)
+    one, two = read_jobs(folder["image_dir"])
     full = torch.ones(128, 128, dtype=torch.bool)
-    masks.save(two, full, "auto", {}, 0.5, confidence=0.2)
-    report([one, two], masks)
+    with Masks(settings(**folder, auto=True)) as masks:
+        assert isinstance(one, ImageJob) and masks.read(one) == SavedMask()
+        report([one, two], masks)
+        assert capsys.readouterr().out == ""  # no mask, no report
+        masks.begin()
+        masks.save_mask(one, ~full, "ui", {}, 0.5)
+        masks.save_mask(two, full, "auto", {}, 0.5, confidence=0.2)
+        report([one, two], masks)
+        printed = capsys.readouterr().out
+        assert f"{one.path.name}: the mask is all black" in printed
+        assert f"{two.path.name}: the mask covers 100.0% of the image" in printed
+        assert f"{two.path.name}: the mask has a low confidence (0.20)" in printed
+        assert masks.read(one).mask.getextrema() == (0, 0)
+        assert masks.read(two).mask.getextrema() == (255, 255)
+        assert masks.outdated([one, two], "auto", lambda job: [{"grid": 12}]) == [two]
+        assert masks.outdated([one, two], "auto", lambda job: [{}]) == []
+
+
+def test_a_mask_that_was_changed_by_hand_is_kept_by_every_way(folder, tmp_path, capsys):
+    """And so is one that somebody has put there; both are read and reported as they are now."""
+    mask_folder(settings(**folder, auto=True, grid=4))
+    one, two = read_jobs(folder["image_dir"])
+    drawn = Image.new("L", (128, 128))
+    drawn.paste(255, (0, 0, 64, 64))
+    drawn.save(tmp_path / "masks" / one.name)
+    edited = (tmp_path / "masks" / one.name).read_bytes()
+    write_concept("teal-striped-star", tmp_path / "images", count=3)
+    third = read_jobs(folder["image_dir"])[2]
+    drawn.save(tmp_path / "masks" / third.name)
+    for way in ({"auto": True, "grid": 5}, {"point": [(0.5, 0.5)]}, {"box": (0.1, 0.1, 0.9, 0.9)}):
+        Image.effect_noise((128, 128), 9).convert("RGB").save(one.path)  # its image has changed as well
+        capsys.readouterr()
+        mask_folder(settings(**folder, **way))
+        printed = capsys.readouterr().out
+        assert "3 images" in printed and "1 of them to do" in printed
+        assert f"Results made or changed by hand are kept (2): {one.name}, {third.name};" in printed
+        assert "3 masks in" in printed
+        for job in (one, third):
+            assert (tmp_path / "masks" / job.name).read_bytes() == edited
+    with Masks(settings(**folder, ui=True)) as masks:
+        saved = masks.read(one)
+        assert saved.mask.tobytes() == drawn.tobytes() and "changed by hand" in saved.note
+        assert len({masks.read(job).version for job in (one, two)} | {""}) == 3
+        (tmp_path / "masks" / one.name).write_bytes(b"no image")
+        assert masks.read(one).mask is None and "cannot be read" in masks.read(one).note
+        report([one, two, third], masks)
     printed = capsys.readouterr().out
-    assert f"{one.path.name}: the mask is all black" in printed
-    assert f"{two.path.name}: the mask covers 100.0% of the image" in printed
-    assert f"{two.path.name}: the mask has a low confidence (0.20)" in printed
-    assert masks.read(one).getextrema() == (0, 0) and masks.read(two).getextrema() == (255, 255)
-    assert masks.is_finished(one, "auto", {"grid": 12}) and not masks.is_finished(two, "auto", {"grid": 12})
+    assert "warning: The image" in printed and "cannot be read" in printed and "2 masks in" in printed
+
+
+def test_a_clicked_mask_whose_image_has_changed_is_said_to_be_made_again(folder, tmp_path, capsys):
+    one, two = read_jobs(folder["image_dir"])
+    clicks = {"include": [[64, 64]], "exclude": [[1, 2]]}
+    with Masks(settings(**folder, ui=True)) as masks:
+        masks.begin()
+        for job in (one, two):
+            masks.save_mask(job, torch.ones(128, 128, dtype=torch.bool), "ui", clicks, 0.5)
+        assert masks.read(one).clicks == clicks and masks.read(one).note == ""
+        Image.new("RGB", (100, 128)).save(one.path)
+        one, two = read_jobs(folder["image_dir"])
+        assert masks.read(one).mask is None and "another version of the image" in masks.read(one).note
+        assert masks.outdated([one, two], "auto", lambda job: [{}]) == [one]
+    assert f"Clicked masks whose images have changed are made again (1): {one.path.name}." in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("record", [
+    {}, {"way": 7}, {"prompt": [1]}, {"area": "large", "confidence": [], "score": None}, {"sha256": {}},
+    {"prompt": {"include": "x"}}, {"prompt": {"include": [[1, 1]], "box": 3}}, {"area": None}])
+def test_foreign_records_are_no_obstacle(folder, tmp_path, record):
+    auto = settings(**folder, auto=True, grid=4)
+    with Masks(auto) as masks:
+        masks.begin()
+        for job in read_jobs(folder["image_dir"]):
+            Image.new("L", (128, 128), 255).save(tmp_path / "masks" / job.name)
+            masks.append([{"file": job.name, **record}])
+            masks.read(job)
+        report(read_jobs(folder["image_dir"]), masks)
+    mask_folder(auto)

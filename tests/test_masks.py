@@ -1,12 +1,15 @@
 """Masks: brute-force dilation, closed forms of the masked loss, files that fit or are refused."""
 
+import unicodedata
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from szt_utils.errors import InputError
-from szt_utils.images import crop_and_resize
+from szt_utils.images import crop_and_resize, list_images
 from szt_utils.masks import (
     MASK_MODES,
     dilate,
@@ -16,6 +19,7 @@ from szt_utils.masks import (
     read_mask,
     to_latent_grid,
 )
+from szt_utils.notices import notice
 
 MASK = np.random.default_rng(0).random((12, 20)) < 0.3
 
@@ -157,3 +161,53 @@ def test_mask_modes_are_those_of_the_command_line():
               "--initializer_token", "s", "--loss_mask_dir", "masks"]
     for mode in MASK_MODES:
         assert textual_inversion_szt.parse_args([*common, "--mask_mode", mode]).mask_mode == mode
+
+
+def test_a_mask_of_another_size_and_the_same_aspect_is_resized(tmp_path, capsys):
+    notice.cache_clear()
+    mask = np.kron(MASK, np.ones((3, 3), bool))
+    path = saved(tmp_path / "a.png", mask)
+    assert np.array_equal(np.asarray(read_mask(path, (20, 12))) > 0, MASK)
+    assert "another size than the image" in capsys.readouterr().err
+    saved(path, MASK)
+    assert read_mask(path, (2000, 1208)).size == (2000, 1208)  # within one percent
+    for size in ((2000, 1300), (12, 20)):
+        with pytest.raises(InputError, match=f"is 20 x 12 pixels, but its image is {size[0]} x {size[1]}"):
+            read_mask(path, size)
+
+
+def test_a_mask_that_vanishes_when_it_is_resized_is_refused(tmp_path):
+    speck = np.zeros((120, 200), bool)
+    speck[0, 0] = True
+    with pytest.raises(InputError, match="all black"):
+        read_mask(saved(tmp_path / "a.png", speck), (20, 12))
+
+
+def test_masks_lie_beside_their_images(tmp_path, capsys):
+    notice.cache_clear()
+    for name in ("a.png", "a-masklabel.png", "b.webp", "b-masklabel.tif"):
+        saved(tmp_path / name, MASK)
+    images = list_images(tmp_path)
+    assert [path.name for path in images] == ["a.png", "b.webp"]
+    assert [path.name for path in find_masks(tmp_path, images)] == ["a-masklabel.png", "b-masklabel.tif"]
+    assert "<stem>-masklabel" in capsys.readouterr().err
+    (tmp_path / "b-masklabel.tif").unlink()
+    with pytest.raises(InputError, match="b.webp' has no mask .* or 'b-masklabel.png'"):
+        find_masks(tmp_path, images)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_either_unicode_form(tmp_path, forms, capsys):
+    notice.cache_clear()
+    image, mask = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    path = saved(tmp_path / f"{mask}.png", MASK)
+    assert find_masks(tmp_path, [Path("images") / f"{image}.jpg"]) == [path]
+    assert "Unicode form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("radius", [10**6, 10**30])
+def test_a_dilation_beyond_the_image_fills_it(radius):
+    mask = torch.zeros(2, 1, 512, 512)
+    mask[0, 0, 5, 7] = 1
+    grown = dilate(mask, radius)
+    assert grown[0].all() and not grown[1].any()

@@ -1,7 +1,10 @@
 """Scores against closed forms, and the pocket networks on scenes whose identity is known."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,3 +174,32 @@ def test_clip_scores_are_the_models_own_logits_without_their_scale():
     logits = clip(**ids, pixel_values=inputs.pixel_values).logits_per_image.diagonal()
     expected = (100 * logits / clip.logit_scale.exp()).clamp(min=0)
     assert torch.allclose(clip_scores(images, texts, pocket.clip_path()), expected, atol=1e-2)
+
+
+def test_what_is_not_finite_is_named(monkeypatch):
+    from szt_utils import metrics
+
+    class Broken(torch.nn.Module):
+        def forward(self, pixel_values):
+            features = pixel_values.flatten(1)[:, :4].clone()
+            features[1, 2] = float("nan")
+            return SimpleNamespace(pooler_output=features)
+
+    processor = metrics._load(pocket.dino_path(), "cpu")[0]
+    monkeypatch.setattr(metrics, "_load", lambda *_: (processor, Broken()))
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    with pytest.raises(InputError, match="features of clean image 2 of 3 by 'net' are not finite"):
+        score_images(images, images, [""] * 3, Networks("net", "net"), ["dino"])
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_network_with_code_of_its_own_is_refused_without_a_question(tmp_path, file, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    shutil.copytree(pocket.dino_path(), tmp_path / "net")
+    (tmp_path / "net" / "evil.py").write_text("raise SystemExit('was run')")
+    config = json.loads((tmp_path / "net" / file).read_text())
+    config |= {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoImageProcessor")}}
+    config |= {"model_type": "evil"} if file == "config.json" else {"image_processor_type": "Evil"}
+    (tmp_path / "net" / file).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="The image encoder '.*net' cannot be loaded: "):
+        image_features([Image.new("RGB", (8, 8))], tmp_path / "net")

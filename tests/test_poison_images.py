@@ -361,6 +361,22 @@ def test_targets_change_the_encoder_attack(run, tmp_path, image_dir):
     assert len({(folder / "a.png").read_bytes() for folder in tmp_path.iterdir()}) == 4
 
 
+def test_a_poison_follows_its_target_unless_changed_by_hand(run, tmp_path, image_dir, capsys):
+    shutil.copy(image_dir / "a.png", tmp_path / "target.png")
+    flags = ["--method", "ea", "--target_image", tmp_path / "target.png"]
+    run(tmp_path / "out", *flags)
+    before = snapshot(tmp_path / "out")
+    run(tmp_path / "out", *flags)
+    assert snapshot(tmp_path / "out") == before
+    Image.new("RGB", (64, 64)).save(tmp_path / "target.png")
+    (tmp_path / "out" / "c.png").write_bytes(b"mine")
+    capsys.readouterr()
+    run(tmp_path / "out", *flags)
+    assert "by hand are kept (1): c.png; delete them" in capsys.readouterr().out
+    assert (tmp_path / "out" / "c.png").read_bytes() == b"mine"
+    assert all((tmp_path / "out" / name).read_bytes() != before[name][0] for name in ("a.png", "b.png"))
+
+
 def test_sub_folders_keep_their_structure(run, image_dir, tmp_path, capsys):
     tree, masks = tmp_path / "tree", tmp_path / "masks"
     for inner, name in (("", "a.png"), ("cat", "a.png"), ("cat/old", "c.png")):

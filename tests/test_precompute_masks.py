@@ -86,7 +86,7 @@ def test_a_rotated_image_has_a_mask_of_its_upright_size(concept_folder, tmp_path
 
 
 @pytest.mark.parametrize("content, message", [
-    ("no json", "not JSON"), ("[]", "one object"), ("{}", "has no entry"),
+    ("no json", "not valid JSON"), ("[]", "one object"), ("{}", "has no entry"),
     ('{"NAME": {"include": [[1, 2, 3]]}}', "expected 2 numbers"),
     ('{"NAME": {"include": [[1, 999]]}}', "outside the image"),
     ('{"NAME": {"exclude": [[1, 9]]}}', "'include' or a box"), ('{"NAME": {"dot": 1}}', "'dot'"),
@@ -127,17 +127,22 @@ def test_text_foreign_folders_and_wrong_usage_are_refused(run, tmp_path, capsys)
 
 @pytest.fixture
 def page(concept_folder, tmp_path):
-    """The page as a user starts it: its address and its output folder."""
+    """The page as a user starts it: its address, its output folder and its end."""
     command = [sys.executable, str(ROOT / "precompute_masks.py"), "--image_dir", str(concept_folder[0]),
                "--output_dir", str(tmp_path / "masks"), "--ui", "--resolution", "128"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)},
                                # Tests in a shell's background inherit a SIGINT that is ignored.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    yield process.stdout.readline().split()[1].rstrip("/"), tmp_path / "masks"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 0  # Ctrl-C is how it ends
+
+    def end() -> None:
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == ""  # no traceback
+        assert process.returncode == 0  # Ctrl-C is how it ends
+
+    yield process.stdout.readline().split()[1].rstrip("/"), tmp_path / "masks", end
+    if process.poll() is None:
+        end()
 
 
 def send(url: str, body=None, **headers) -> dict:
@@ -146,8 +151,8 @@ def send(url: str, body=None, **headers) -> dict:
     return json.loads(urllib.request.urlopen(request).read())
 
 
-def test_the_page_answers_saves_and_is_open_to_this_computer_only(page, concept_folder):
-    url, folder = page
+def test_the_page_answers_saves_and_is_open_to_this_computer_only(page, concept_folder, run):
+    url, folder, _ = page
     assert url.startswith("http://127.0.0.1:")
     state = send(f"{url}/state")
     assert state["dilation"] == 4 and len(state["images"]) == 5
@@ -165,6 +170,8 @@ def test_the_page_answers_saves_and_is_open_to_this_computer_only(page, concept_
         with pytest.raises(urllib.error.HTTPError) as refused:
             send(url + path, body, **headers)
         assert refused.value.code == code, path
+    with pytest.raises(SystemExit, match="is in use by another command"):
+        run("--auto")
 
 
 def test_clicks_in_a_browser_become_masks(page, concept_folder):
@@ -172,7 +179,7 @@ def test_clicks_in_a_browser_become_masks(page, concept_folder):
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser_path:
         pytest.skip("no Chromium on this machine")
-    url, folder = page
+    url, folder, _ = page
     points, errors = clicks(concept_folder[1]), []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
@@ -190,17 +197,35 @@ def test_clicks_in_a_browser_become_masks(page, concept_folder):
         tab.locator(".dot.exclude").click()
         assert tab.locator(".dot.exclude").count() == 0
         tab.click("#save")
-        tab.wait_for_function("document.getElementById('message').textContent.startsWith('Saved 5 masks')")
+        tab.locator("#message", has_text="Saved 5 masks").wait_for()
         assert tab.locator(".layer.mask").count() == 5
+        assert min(overlaps(folder, concept_folder[1])) > 0.85
+
+        # A second tab saves over what the first one shows; the first one is told, and starts from there.
+        second = browser.new_page()
+        second.goto(url)
+        second.wait_for_selector("body[data-ready=yes]")
+        for page_of, x in ((second, 20), (tab, 40)):
+            page_of.locator(".canvas").nth(0).click(position={"x": x, "y": x})
+            page_of.locator("figure.changed").wait_for()
+        second.click("#save")
+        second.locator("#message", has_text="Saved 1 mask").wait_for()
+        names = sorted(points)
+        (folder / names[1]).write_bytes(b"not a mask")
+        tab.click("#save")
+        tab.locator("#message", has_text=f"{names[0]} changed in another tab").wait_for()
+        assert tab.locator("figure.changed").count() == 0
+        assert tab.locator(".canvas").nth(0).locator(".dot").count() == 2
+        assert "cannot be read" in tab.locator("figure em").nth(1).inner_text()
         browser.close()
     assert not errors
-    assert min(overlaps(folder, concept_folder[1])) > 0.85
 
 
 def test_masks_made_by_clicking_are_kept(run, page, concept_folder, capsys):
-    url, folder = page
+    url, folder, end = page
     name = sorted(path.name for path in concept_folder[0].glob("*.png"))[0]
     send(f"{url}/save", {"images": {"0": {"include": [[2, 2]]}}})  # not what --auto would choose
     clicked = (folder / name).read_bytes()
+    end()
     run("--auto", "--grid", 6)
     assert (folder / name).read_bytes() == clicked and "4 of them to do" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 
-from szt_utils import pocket
+from szt_utils import pocket, purify
 from szt_utils.errors import InputError
 from szt_utils.images import from_pil
 from szt_utils.jpeg import jpeg_tensor
@@ -245,3 +245,19 @@ def test_every_purifier_has_defaults_that_it_takes():
 def test_the_default_jpeg_is_the_papers():
     assert DEFAULTS["jpeg"] == {"quality": 25}
     assert not torch.equal(jpeg_tensor(scenes(1), **DEFAULTS["jpeg"]), scenes(1))
+
+
+@pytest.mark.parametrize("strip", [1, 300, 10_000])
+def test_the_guided_filter_in_strips_equals_that_of_the_whole(monkeypatch, strip):
+    """Bit for bit, so that a large image needs little memory and gets the same result."""
+    guide, images = torch.rand(2, 2, 3, 61, 70, generator=torch.Generator().manual_seed(0)) * 255
+    whole = guided_filter(guide, images, 4)
+    monkeypatch.setattr(purify, "_STRIP", strip)
+    assert torch.equal(guided_filter(guide, images, 4), whole)
+
+
+def test_images_too_large_for_a_network_are_refused(monkeypatch):
+    monkeypatch.setenv("SZT_MAX_IMAGE_PIXELS", "1023")
+    for purifier, settings in ((regen, {"strength": 0.1}), (pdmpure, {"strength": 0.1})):
+        with pytest.raises(InputError, match="8 x 8 pixels is too large .* takes 63 pixels; give --res"):
+            purifier(torch.zeros(1, 3, 8, 8), None, generators=generators(1), **settings)

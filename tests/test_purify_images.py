@@ -1,6 +1,7 @@
 """The purifying script: what each method writes, records, resume, foreign folders, errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import purify_images
 from szt_utils.images import read_image
 from szt_utils.jpeg import jpeg
+from szt_utils.locks import lock_folder
 from szt_utils.purify import DEFAULTS, PURIFIERS
 from szt_utils.purifying import PurifySettings
 
@@ -67,6 +69,28 @@ def test_resume_does_what_is_missing_or_changed_and_refuses_other_settings(run, 
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
     with pytest.raises(SystemExit, match="lies in it"):
         run(image_dir / "out", "--method", "jpeg")
+
+
+def test_a_purified_image_follows_its_source_unless_it_was_changed_by_hand(run, image_dir, tmp_path, capsys):
+    shutil.copytree(image_dir, tmp_path / "in")
+    flags = ["--method", "jpeg", "--image_dir", tmp_path / "in"]
+    run(tmp_path / "out", *flags)
+    first = levels(tmp_path / "out" / "a.png")
+    for name in ("a.png", "c.png"):
+        Image.open(tmp_path / "in" / name).rotate(180).save(tmp_path / "in" / name)
+    Image.new("RGB", (9, 9)).save(tmp_path / "out" / "c.png")
+    capsys.readouterr()
+    run(tmp_path / "out", *flags)
+    printed = capsys.readouterr().out
+    assert "1 of them to do" in printed
+    assert "Results made or changed by hand are kept (1): c.png; delete them" in printed
+    assert (levels(tmp_path / "out" / "a.png") != first).any()
+    assert Image.open(tmp_path / "out" / "c.png").size == (9, 9)
+
+
+def test_a_second_command_in_the_folder_is_refused(run, tmp_path):
+    with lock_folder(tmp_path / "out"), pytest.raises(SystemExit, match="is in use by another command"):
+        run(tmp_path / "out", "--method", "jpeg")
 
 
 def test_regen_keeps_sizes_and_does_not_depend_on_other_images(run, tiny_model, image_dir, tmp_path):

@@ -1,11 +1,20 @@
 """Prompts for Segment Anything: JSON and shares of the size. (Points files: test_precompute_masks.)"""
 
 import json
+import math
+import unicodedata
 
 import pytest
 
 from szt_utils.errors import InputError
-from szt_utils.sam_prompts import SamPrompt, prompt_from_json, prompt_to_json, relative_prompt
+from szt_utils.sam_prompts import (
+    MOST_POINTS,
+    SamPrompt,
+    prompt_from_json,
+    prompt_to_json,
+    read_points_file,
+    relative_prompt,
+)
 
 
 @pytest.mark.parametrize("prompt", [
@@ -27,3 +36,33 @@ def test_text_and_an_empty_prompt_as_json():
 def test_shares_become_pixels_of_each_image():
     assert relative_prompt((200, 100), points=[(0.5, 0.5), (0, 1)]) == SamPrompt(((100, 50), (0, 100)))
     assert relative_prompt((200, 100), box=[0.25, 0.5, 1, 1]) == SamPrompt(box=(50, 50, 200, 100))
+
+
+def test_points_have_a_limit():
+    """A model's memory grows with their square."""
+    points = [[1, 1]] * (MOST_POINTS + 1)
+    for make in (lambda: prompt_from_json({"include": points}, (9, 9)),
+                 lambda: relative_prompt((9, 9), points),
+                 lambda: prompt_from_json({"include": points[:1], "exclude": points[1:]}, (9, 9))):
+        with pytest.raises(InputError, match="1001 points mark the concept, but at most 1000"):
+            make()
+    assert len(prompt_from_json({"include": points[1:]}, (9, 9)).include) == MOST_POINTS
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 10**400, -10**12, 1e300, True, None, "1", [1]])
+def test_numbers_that_are_no_pixels_are_refused(number):
+    for entry in ({"include": [[number, 1]]}, {"box": [0, 0, number, 9]}):
+        with pytest.raises(InputError):
+            prompt_from_json(entry, (10, 10))
+
+
+def test_a_points_file_of_any_editor(tmp_path):
+    """With a byte order mark, and names in the other Unicode form."""
+    image, entry = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFD", "NFC"))
+    path = tmp_path / "points.json"
+    path.write_text(f'\ufeff{{"{entry}": {{"include": [[1, 2]]}}}}', encoding="utf-8")
+    assert read_points_file(path, {image: (9, 9)}) == {image: SamPrompt(((1, 2),))}
+    for content in ("[" * 100_000, '{"a": 1, "a": 2}', "[]", "x", "\0"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="points.json"):
+            read_points_file(path, {image: (9, 9)})

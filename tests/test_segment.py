@@ -1,5 +1,7 @@
 """Segment Anything: a checkpoint's size from its shapes, both packages behind one interface, prompts."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.errors import InputError
+from szt_utils.sam_checkpoint import sam_from_state
 from szt_utils.sam_prompts import SamPrompt
-from szt_utils.segment import SamCheckpoint, SamModel, load_segmenter, sam_from_state, segment
+from szt_utils.segment import SamCheckpoint, SamModel, load_segmenter, segment
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,30 @@ def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
     assert torch.allclose(logits, whole.pred_masks[0], atol=1e-4)
     mask, _ = segment(segmenter, embedded, SamPrompt(include=((64, 16),), exclude=((1, 1),)))
     assert mask.shape == (32, 128)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("mask_decoder.mask_tokens.weight"), "lacks 1 weights"),
+    (lambda state: state["vision_encoder.pos_embed"].fill_(torch.nan), "not finite")])
+def test_missing_and_nan_weights_of_transformers_are_refused(transformers_sam, tmp_path, change, message):
+    """transformers fills in what is missing with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(transformers_sam, tmp_path / "sam")
+    state = load_file(tmp_path / "sam" / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "sam" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"sam' .*{message}"):
+        SamModel(str(tmp_path / "sam"))
+
+
+def test_code_of_a_model_folder_is_neither_run_nor_asked_about(transformers_sam, tmp_path):
+    shutil.copytree(transformers_sam, tmp_path / "sam")
+    (tmp_path / "sam" / "config.json").write_text(
+        '{"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "sam" / "code.py").write_text("raise SystemExit('code of a model was run')")
+    with pytest.raises(InputError, match="SAM family"):
+        SamModel(str(tmp_path / "sam"))
 
 
 def test_a_folder_that_is_no_sam_is_refused(tiny_model):

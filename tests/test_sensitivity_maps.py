@@ -1,6 +1,7 @@
 """The script: its files and their axes, maps that find a concept, resume, one sentence per mistake."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from szt_utils import pocket
+from szt_utils.embedding_files import save_embedding
 
 PROMPT, TOKENS, TIMESTEPS = "a photo of a teal striped star on grass", ["star", "teal"], [100, 500, 900]
 SCRIPT = "sensitivity_maps.py"
@@ -69,8 +71,6 @@ def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
 
 
 def test_resolution_embeddings_and_all_words(options, tmp_path):
-    from szt_utils.embedding_files import save_embedding
-
     save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(2, 32))
     here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",
          tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "out")
@@ -100,6 +100,28 @@ def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, caps
         with pytest.raises(SystemExit) as caught:
             here(*options, *arguments, "--output_dir", out)
         assert message in str(caught.value)
+
+
+def test_maps_follow_their_image_and_embedding_unless_changed_by_hand(options, image, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    paths = [shutil.copy(image, tmp_path / "images" / name) for name in ("one.png", "two.png")]
+    save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(1, 32))
+    command = [*options[:2], "--image", *paths, "--prompt", "a <c>", "--timesteps", 500, "--replacements", 2,
+               "--embeddings", tmp_path / "c.safetensors", "--output_dir", tmp_path / "out"]
+    here(*command)
+    grids = [tmp_path / "out" / name / "grid.png" for name in ("one", "two")]
+    before = [grid.read_bytes() for grid in grids]
+    here(*command)
+    assert "2 images, 0 of them to do." in capsys.readouterr().out
+    grids[1].write_bytes(b"mine")
+    save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(1, 32))
+    here(*command)
+    assert "are kept (1): two/grid.png; delete them" in capsys.readouterr().out
+    assert grids[0].read_bytes() != before[0] and grids[1].read_bytes() == b"mine"
+    stats = tmp_path / "out" / "stats.jsonl"
+    stats.write_text('{"image": 7, "sha256": []}\n7\n' + stats.read_text())
+    here(*command)
+    assert "2 images, 0 of them to do." in capsys.readouterr().out
 
 
 def test_the_diagnosis_works_here_for_one_more_release(tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 from szt_utils.table_plan import Table
-from szt_utils.tables import Cell, append_cell, read_cells
+from szt_utils.tables import Cell, append_cell, read_cells, run_index
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
 RESULTS = ROOT / "results" / "table1"
@@ -81,6 +82,37 @@ def test_the_training_steps_have_two_names(given):
     assert table().settings.steps == 400
 
 
+def test_cells_of_other_settings_are_other_cells(tmp_path, capsys):
+    """A cell counts for the settings of its run; what a run is not given is as in the folder's last run."""
+    flags = ("--output_dir", str(tmp_path), "--concepts", "red-dotted-heart", "--data", "clean",
+             "--defences", "nominal")
+    two = table(*flags, "--steps", "2")
+    run = run_index(tmp_path, {**two.record, "versions": {}, "commit": None})
+    one = cell("clean", "nominal", 0.5, "red-dotted-heart")
+    append_cell(tmp_path, replace(one, run=run))
+    for more, missing in (("--steps 2", 0), ("", 0), ("--steps 7", 1), ("--guidance_scale 3", 1),
+                          ("--mixed_precision bf16", 1), ("--initializer_token star", 1),
+                          ("--dino other", 1)):
+        TABLE1["main"]([*flags, *more.split(), "--dry_run"])
+        assert capsys.readouterr().out.startswith(f"1 cells, {missing} of them to do."), more
+    seven = table(*flags, "--steps", "7")
+    assert two.cells() == [one] and seven.cells() == []
+    assert two.embedding(one) != seven.embedding(one) and two.generated(one) != seven.generated(one)
+    assert two.home("a") == seven.home("a") != table(*flags, "--resolution", "64").home("a")
+    other = table(*flags, "--guidance_scale", "3")
+    assert two.embedding(one) == other.embedding(one) and two.generated(one) != other.generated(one)
+    append_cell(tmp_path, replace(one, metrics={"dino": 0.7}, run=run_index(tmp_path, seven.record)))
+    assert [c.metrics["dino"] for c in (*two.cells(), *seven.cells())] == [0.5, 0.7]
+    assert table(*flags).settings.steps == 7
+
+
+@pytest.mark.parametrize("flags", ["--seeds -1", "--steps 0", "--train_batch_size 0", "--guidance_scale nan",
+                                   "--learning_rate inf", "--seeds 4294967296", "--resolution 7"])
+def test_numbers_out_of_range_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        TABLE1["parse_args"](flags.split())
+
+
 def test_the_committed_cells_give_the_committed_tables(tmp_path, capsys):
     """No cell is computed again, and the tables are the same to the last byte."""
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
@@ -132,9 +164,10 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     [run] = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (run["resolution"], run["steps"], run["dataset"], run["model"]) == (
         64, 2, "dreambooth", Path(tiny_model).name)
-    assert Image.open(next((tmp_path / "out" / "data" / "star" / "clean").iterdir())).size == (64, 64)
-    options = json.loads((tmp_path / "out" / "learned" / "ea_lm_star_0" / "options.json").read_text())
-    assert options["train_data_dir"].endswith("data/star/ea") and options["loss_mask_dir"]
+    [home], [learned] = (list((tmp_path / "out").glob(name)) for name in ("data/star-*", "learned/ea_lm_*"))
+    assert Image.open(next((home / "clean").iterdir())).size == (64, 64)
+    options = json.loads((learned / "options.json").read_text())
+    assert options["train_data_dir"].endswith("ea") and options["loss_mask_dir"]
     rows = list(csv.DictReader((tmp_path / "out" / "table1.csv").open()))
     assert len(rows) == 3 * 2 * 2 and {row["metric"] for row in rows} == {"dino", "clip"}
     assert Image.open(tmp_path / "out" / "sheets" / "star.jpg").format == "JPEG"

@@ -140,7 +140,7 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32, device: torch.d
 
     All parts have `dtype`; the text encoders have `text_dtype` if it is given, their linear layers
     `text_linear`, as autocast computes them anyway, and a VAE that would overflow in float16 stays float32.
-    `quantize`, "8bit" or "4bit", quantizes the network (`parts.quantization`).
+    `quantize`, "8bit" or "4bit", quantizes the network (`parts.load_network`).
     `tokenizer` is another folder or id for the (first) tokenizer. InputError when a part is missing or the
     family is not supported.
     """

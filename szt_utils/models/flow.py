@@ -7,7 +7,7 @@ with the resolution, a matter of sampling, is that of the pipeline's scheduler. 
 ((1 - sigma) / sigma)^2, so that of Stable Diffusion's t = 500, 0.382, is reached at sigma 0.618.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,15 +22,15 @@ __all__ = ["T5", "Flow"]
 class T5:
     """A frozen T5 text encoder: new tokens get no rows in it, and reach it in the pieces of their spelling.
 
-    `length` is the number of tokens it is given, `suffix` that of its parts' names in the pipeline. With
-    `known`, a dict, the states of each text are computed once: for a training, which repeats its captions.
+    `length` is the number of tokens it is given, and `suffix` that of its parts' names in the pipeline. `known`
+    has the states of the texts of `remember`.
     """
 
     tokenizer: Any
-    encoder: torch.nn.Module
+    encoder: torch.nn.Module | None
     length: int
     suffix: str
-    known: dict[tuple[int, ...], torch.Tensor] | None = None
+    known: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str, suffix: str, length: int, dtype: torch.dtype, device: torch.device | str,
@@ -52,15 +52,20 @@ class T5:
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states of token ids (B, length), (B, length, D)."""
-        ids = ids.to(self.encoder.device)
-        if self.known is None:
-            return self.encoder(ids)[0]
-        keys = [tuple(row) for row in ids.tolist()]
-        for key, row in zip(keys, ids, strict=True):
-            if key not in self.known:
-                with torch.no_grad():
-                    self.known[key] = self.encoder(row[None])[0]
-        return torch.cat([self.known[key] for key in keys])
+        if self.encoder is None:
+            return torch.cat([self.known[tuple(row)] for row in ids.tolist()])
+        return self.encoder(ids.to(self.encoder.device))[0]
+
+    @torch.no_grad()
+    def remember(self, prompts: set[str], device: torch.device) -> None:
+        """Compute the states of all texts that will come on a device, and let go of the encoder.
+
+        One text at a time, as their states may differ in the last bit between batch sizes.
+        """
+        self.encoder.to(device)
+        for row in self.tokenize(sorted(prompts)):
+            self.known[tuple(row.tolist())] = self.states(row[None])
+        self.encoder = None
 
 
 @dataclass
@@ -116,7 +121,7 @@ class Flow(StableDiffusion):
 
     def _pipeline(self, cls: type, tokenizers: list | None, from_files: bool, **options: Any) -> Any:
         options |= absent_parts(load_index(self.path, self.revision))
-        if self.t5 is not None and not from_files:
+        if self.t5 is not None and self.t5.encoder is not None and not from_files:
             options |= {f"tokenizer{self.t5.suffix}": self.t5.tokenizer,
                         f"text_encoder{self.t5.suffix}": self.t5.encoder}
         return super()._pipeline(cls, tokenizers, from_files, **options)

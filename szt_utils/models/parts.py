@@ -11,8 +11,8 @@ import torch
 
 from ..errors import InputError, first_line
 
-__all__ = ["Condition", "Step", "absent_parts", "check_weights", "load_config", "load_index", "load_part",
-           "pipeline_parts", "quantization", "quiet_loading", "unusable"]
+__all__ = ["Condition", "Step", "absent_parts", "check_weights", "load_config", "load_index",
+           "load_network", "load_part", "pipeline_parts", "quiet_loading", "unusable"]
 
 # The inputs of the network besides the noised latents and the timestep: tensors (B, ...) by name.
 Condition = dict[str, torch.Tensor]
@@ -74,7 +74,19 @@ def check_weights(network: torch.nn.Module, report: dict[str, Any], name: str) -
             raise InputError(f"{name} has weights that are not finite, such as '{key}'; it cannot be used.")
 
 
-def quantization(bits: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def load_network(cls: type, path: str, subfolder: str, dtype: torch.dtype, quantize: str | None,
+                 **weights: Any) -> torch.nn.Module:
+    """The U-Net or transformer by `load_part`, quantized to "8bit" or "4bit" if that is asked for."""
+    network = load_part(cls, path, subfolder, torch_dtype=dtype, **weights, **_quantization(quantize, dtype))
+    if quantize:
+        # What is not quantized is a view of the mapped file, which would stay in memory as a whole.
+        for tensor in (*network.parameters(), *network.buffers()):
+            if type(tensor.data) is torch.Tensor:
+                tensor.data = tensor.data.clone()
+    return network
+
+
+def _quantization(bits: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained` that quantize the linear layers of a Diffusers network as it is loaded.
 
     "8bit" holds weights as int8 (torchao), "4bit" as NF4 (bitsandbytes, on a GPU); both compute in `dtype`.
@@ -132,7 +144,7 @@ def load_index(path: str, revision: str | None = None) -> dict[str, Any]:
     `load_part`."""
     from diffusers import DiffusionPipeline
 
-    return _read_config(DiffusionPipeline, path, "model_index.json", revision=revision)
+    return _read_config(DiffusionPipeline, path, "pipeline", revision=revision)
 
 
 def _read_config(cls: type, path: str, what: str, **kwargs: Any) -> dict[str, Any]:
@@ -147,10 +159,14 @@ def _read_config(cls: type, path: str, what: str, **kwargs: Any) -> dict[str, An
 
 def unusable(path: str, what: str, error: Exception) -> InputError:
     """The InputError for a model folder or repository whose part `what` raised `error` when it was loaded."""
+    if isinstance(error, InputError):
+        return error
     if Path(path).is_file():
         return InputError(
             f"The model '{path}' is one file, not a folder in Diffusers format; convert it with python -c "
             f"\"from diffusers import *; StableDiffusionPipeline.from_single_file('{path}').save_pretrained("
             "'model')\" (for SDXL StableDiffusionXLPipeline), and give the folder 'model'.")
+    if what.lower().endswith("pipeline"):
+        return InputError(f"The model '{path}' cannot be loaded as a {what}: {first_line(error)}")
     where = "" if Path(path).is_dir() else ", which is no folder here,"
     return InputError(f"The model '{path}'{where} has no usable {what or 'files'}: {first_line(error)}")

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..images import to_vae_range
-from .parts import Condition, Step, load_part, quantization, quiet_loading
+from .parts import Condition, Step, load_network, load_part, quiet_loading
 
 __all__ = ["StableDiffusion"]
 
@@ -73,8 +73,7 @@ class StableDiffusion:
         for encoder in text_encoders:
             _set_precision(encoder, text_dtype or dtype, text_linear)
         model = cls(path, tokenizers, text_encoders, vae,
-                    load_part(network, path, cls.network_name, torch_dtype=dtype, **weights,
-                              **quantization(quantize, dtype)),
+                    load_network(network, path, cls.network_name, dtype, quantize, **weights),
                     load_part(scheduler, path, "scheduler", revision=revision), **weights)
         for module in (*model.text_encoders, model.vae, model.network):
             module.requires_grad_(False).eval().to(device)
