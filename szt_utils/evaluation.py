@@ -104,11 +104,22 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
     hold `{}` for the token, for the CLIP score replaced by `class_word`. `sampling` and `folder` go to
     `generation.generate`.
     """
+    for prompt in prompts:
+        _check_room(pipeline, prompt.format(token))
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     generated = generate(pipeline, [prompt.format(token) for prompt in repeated], seed=seed, folder=folder,
                          **sampling)
     texts = [prompt.format(class_word) for prompt in repeated]
     return generated, score_images(generated, real, texts, networks, metrics, pipeline.device)
+
+
+def _check_room(pipeline: Any, prompt: str) -> None:
+    """InputError for a prompt of which a CLIP tokenizer would cut off the end, with the embedding's vectors."""
+    tokenizer = pipeline.tokenizer
+    spelled = pipeline.maybe_convert_prompt(prompt, tokenizer)
+    if len(tokenizer(spelled, verbose=False).input_ids) > tokenizer.model_max_length:
+        raise InputError(f"The prompt '{prompt}' has more than the {tokenizer.model_max_length} tokens that the "
+                         "model takes, with all vectors of the embedding; shorten it.")
 
 
 def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> None:

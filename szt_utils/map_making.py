@@ -119,13 +119,19 @@ def _folders(images: Sequence[str]) -> dict[str, str]:
 
 
 def _tokenize_learned(model: Model, settings: MapSettings) -> TokenizedPrompt:
-    """Tokenize the prompt after adding the learned embeddings, with all vectors of each of their words."""
+    """Tokenize the prompt after adding the learned embeddings.
+
+    As in a pipeline, an embedding's token stands for all of its vectors, wherever it is in the text; vectors
+    that are spelled out stay as they are.
+    """
     learned = [add_embedding(model.tokenizers, model.text_encoders, path)
                for path in settings.embeddings or []]
     words = {token: placeholder_prompt(token, num_vectors) for token, num_vectors in learned}
 
     def spell_out(text: str) -> str:
-        return " ".join(words.get(word, word) for word in text.split())
+        for token, vectors in words.items():
+            text = text if f"{token}_1" in text else text.replace(token, vectors)
+        return text
 
     return tokenize_words(model, spell_out(settings.prompt),
                           settings.tokens and [spell_out(token) for token in settings.tokens])
