@@ -105,7 +105,7 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
     `generation.generate`.
     """
     for prompt in prompts:
-        _check_room(pipeline, prompt.format(token))
+        _check_room(pipeline, token, prompt.format(token))
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     generated = generate(pipeline, [prompt.format(token) for prompt in repeated], seed=seed, folder=folder,
                          **sampling)
@@ -113,13 +113,15 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
     return generated, score_images(generated, real, texts, networks, metrics, pipeline.device)
 
 
-def _check_room(pipeline: Any, prompt: str) -> None:
-    """InputError for a prompt of which a CLIP tokenizer would cut off the end, with the embedding's vectors."""
+def _check_room(pipeline: Any, token: str, prompt: str) -> None:
+    """InputError for a prompt that is so long that a CLIP tokenizer cuts off vectors of the embedding."""
     tokenizer = pipeline.tokenizer
-    spelled = pipeline.maybe_convert_prompt(prompt, tokenizer)
-    if len(tokenizer(spelled, verbose=False).input_ids) > tokenizer.model_max_length:
-        raise InputError(f"The prompt '{prompt}' has more than the {tokenizer.model_max_length} tokens that the "
-                         "model takes, with all vectors of the embedding; shorten it.")
+    spell_out = getattr(pipeline, "maybe_convert_prompt", lambda text, _: text)
+    kept = tokenizer(spell_out(prompt, tokenizer), truncation=True,
+                     max_length=tokenizer.model_max_length).input_ids
+    if not {*tokenizer.convert_tokens_to_ids(spell_out(token, tokenizer).split())} <= {*kept}:
+        raise InputError(f"The prompt '{prompt}' leaves no room for all vectors of '{token}' among the "
+                         f"{tokenizer.model_max_length} tokens that the model takes; shorten it.")
 
 
 def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> None:

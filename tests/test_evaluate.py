@@ -154,6 +154,13 @@ def test_one_image_gets_what_can_be_given(run, concept_folder, tmp_path, capsys)
     assert "fid        n/a" in shown and "real_real  n/a" in shown and "there are 1 and 4" in shown
 
 
+def test_a_prompt_without_room_for_all_vectors_is_refused(run, tmp_path):
+    save_embedding(tmp_path / "long.safetensors", "<new>", torch.randn(20, 32))
+    with pytest.raises(SystemExit, match="'a photo of a <new> on sand' leaves no room for all vectors of"):
+        run(tmp_path / "out", "--embeddings", tmp_path / "long.safetensors")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
 def test_images_that_are_not_finite_are_refused_not_saved(run, tmp_path):
     save_embedding(tmp_path / "huge.safetensors", "<new>", torch.full((1, 32), 1e38))
     with pytest.raises(SystemExit, match="Image 000, 'a photo of a <new> on sand', is not finite"):

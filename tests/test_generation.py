@@ -1,16 +1,20 @@
 """Images do not depend on the batch, follow the seed, and show the embedding that was loaded."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_sdxl
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from szt_utils import pocket
 from szt_utils.embedding_files import save_embedding
 from szt_utils.embeddings import load_into
 from szt_utils.errors import InputError
 from szt_utils.generation import generate, load_pipeline
+from szt_utils.models import load_model
 
 PROMPTS = ["a photo of a red star", "a photo of a blue house", "a photo of a <new>"]
 
@@ -70,3 +74,70 @@ def test_what_cannot_be_loaded_is_one_sentence(tiny_model, tmp_path):
     for name, message in (("none", "cannot be read"), ("wide", "another model"), ("star", "vocabulary")):
         with pytest.raises(InputError, match=message):
             load_pipeline(tiny_model, tmp_path / f"{name}.safetensors")
+
+
+def changed(model, folder, part, change):
+    """A copy of a model whose part's weights went through `change`."""
+    shutil.copytree(model, folder)
+    [path] = (folder / part).glob("*.safetensors")
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_pipeline_whose_weights_are_not_all_there_is_refused(tiny_model, tmp_path, part):
+    """Libraries would fill in random ones, and the images would be of another model."""
+    lacking = changed(tiny_model, tmp_path / "lacking", part, lambda state: state.pop(sorted(state)[-1]))
+    with pytest.raises(InputError, match=f"The {part} of '.*lacking' lacks 1 weights, such as"):
+        load_pipeline(lacking)
+    broken = changed(tiny_model, tmp_path / "broken", part,
+                     lambda state: state[sorted(state)[0]].flatten()[0].fill_(float("inf")))
+    with pytest.raises(InputError, match=f"The {part} of '.*broken' has weights that are not finite"):
+        load_pipeline(broken)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_checkpoint_in_one_file_is_told_how_to_convert(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
+    for load in (load_pipeline, load_model):
+        with pytest.raises(InputError, match="is one file, .*convert it .*from_single_file"):
+            load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("file, content", [
+    ("model_index.json", "[]"), ("model_index.json", "{}"), ("model_index.json", "[" * 10**5),
+    ("model_index.json", '{"_class_name": 3}'), ("unet/config.json", "null"), ("unet/config.json", "\xff"),
+    ("unet/config.json", '{"sample_size": "a", "cross_attention_dim": "b"}'), ("vae/config.json", "{"),
+    ("text_encoder/config.json", '{"hidden_size": 0}'), ("text_encoder/config.json", "3"),
+    ("tokenizer/tokenizer.json", "{}"), ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}'),
+    ("vae/diffusion_pytorch_model.safetensors", "cut"), ("text_encoder/model.safetensors", None),
+    ("unet/config.json", None)])
+def test_a_model_folder_that_is_broken_anywhere_is_one_sentence(tiny_model, tmp_path, file, content):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / file
+    if not path.exists():
+        pytest.skip("the tiny model has no such file")
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    for load in (load_pipeline, load_model):
+        if load is load_pipeline or not file.startswith("model_index"):
+            with pytest.raises(InputError, match="The .*model"):
+                load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("index", [
+    {"_class_name": ["pipeline", "Evil"]}, {"unet": ["evil", "Evil"]}, {"_class_name": "evil.Evil"},
+    {"unet": ["unet", "Evil"]}])
+def test_no_code_of_a_model_folder_is_run(tiny_model, tmp_path, index, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("pipeline.py", "evil.py", "unet/unet.py", "unet/evil.py"):
+        (tmp_path / "model" / name).write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: pass\n")
+    path = tmp_path / "model" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    with pytest.raises(InputError, match="model"):
+        load_pipeline(tmp_path / "model")
+    assert not (tmp_path / "was-run").exists()

@@ -270,6 +270,19 @@ def test_one_lost_folder_or_damaged_checkpoint_stops_no_other_concept(tiny_model
     assert (ours - alone).norm() < 1e-4 * alone.norm()
 
 
+def test_a_group_that_resumes_together_ends_bit_for_bit_where_it_would_have(tiny_model, concept_folder,
+                                                                            tmp_path):
+    ends = []
+    for name, halves in (("whole", [6]), ("halves", [3, 6])):
+        (tmp_path / name).mkdir()
+        options = concepts(tmp_path / name, concept_folder[0], "abc")
+        for steps in halves:
+            run_here(flags(tiny_model, **options, checkpointing_steps=3, max_train_steps=steps,
+                           resume_from_checkpoint="latest"))
+        ends.append([load_embedding(tmp_path / name / each / "learned_embeds.safetensors")[1] for each in "abc"])
+    assert all(map(torch.equal, *ends))
+
+
 def test_entries_whose_folders_are_one_are_refused(tiny_model, concept_folder, tmp_path):
     options = concepts(tmp_path, concept_folder[0], "ab")
     entries = read_json(tmp_path / "concepts.json")

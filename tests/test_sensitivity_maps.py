@@ -83,6 +83,24 @@ def test_resolution_embeddings_and_all_words(options, tmp_path):
     assert json.loads(metadata["tokens"]) == ["<c>"] and both["ssm"].shape[0] == 1
 
 
+def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
+    from szt_utils.generation import load_pipeline
+    from szt_utils.map_making import MapSettings, _tokenize_learned
+    from szt_utils.models import load_model
+
+    folder = tiny_model.parent
+    save_embedding(folder / "c.safetensors", "<c>", torch.randn(3, 32))
+    pipeline = load_pipeline(tiny_model, folder / "c.safetensors")
+    for prompt in ("a <c>, on grass", "(<c>) and <c>.", "a<c>b"):
+        found = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
+            str(tiny_model), ["i"], prompt, embeddings=[str(folder / "c.safetensors")]))
+        spelled = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
+        assert found.ids[0][0].tolist() == pipeline.tokenizer(spelled, padding="max_length").input_ids
+    spelled = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
+        str(tiny_model), ["i"], "a <c> <c>_1 on", embeddings=[str(folder / "c.safetensors")]))
+    assert spelled.words == ["a", "<c>", "<c>_1", "on"]
+
+
 def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, capsys):
     out = tmp_path / "out"
     here(*options, "--output_dir", out)
