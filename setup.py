@@ -23,5 +23,6 @@ setup(
     package_data={"szt_utils": ["*.html", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image"],
+                    "heic": ["pillow-heif"],
                     "metrics": ["torch-fidelity"], "quantize": ["torchao", "bitsandbytes"]},
 )

@@ -118,7 +118,8 @@ def readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{str(error).removesuffix('.')}; remove '{folder.name}' to use an older one.") from None
+        reason = str(error).removesuffix(".")
+        raise InputError(f"{reason}; remove '{folder.name}' to use an older one.") from None
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         raise InputError(f"The checkpoint '{folder}' cannot be read ({first_line(error)}); "
                          "remove it to use an older one.") from None

@@ -13,7 +13,8 @@ from .embedding_files import ANY_ENCODER, read_embedding
 from .errors import InputError
 
 __all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "check_room", "join_rows",
-           "load_into", "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows", "train_rows"]
+           "load_into", "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows",
+           "train_rows"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.

@@ -76,11 +76,7 @@ def _compare_files(kind: str, before: dict[str, str | None], now: dict[str, str]
 
 
 def _hash_files(paths: list[Path]) -> dict[str, str]:
-    hashes = {}
-    for path in paths:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def hash_captions(tokenizers: list, templates: tuple[str, ...], placeholder: str) -> str:

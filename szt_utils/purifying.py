@@ -120,7 +120,10 @@ def purify_batch(settings: PurifySettings, purifier: Purifier,
                  jobs: list[Job]) -> list[tuple[Record, Image.Image]]:
     """Purify images of one size together: their records and the purified images."""
     images = [read_tensor(path, settings.resolution) for _, path in jobs]
-    results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
+    try:
+        results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
+    except InputError as error:
+        raise InputError(f"'{jobs[0][1]}': {error}") from None
     if not torch.isfinite(results).all():
         raise InputError(f"The model turned '{jobs[0][1]}' into NaN; try --mixed_precision no.")
     purified = []

@@ -135,7 +135,7 @@ def test_no_code_of_a_model_folder_is_run(tiny_model, tmp_path, index, monkeypat
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("pipeline.py", "evil.py", "unet/unet.py", "unet/evil.py"):
-        (tmp_path / "model" / name).write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: pass\n")
+        (tmp_path / "model" / name).write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: 1\n")
     path = tmp_path / "model" / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | index))
     with pytest.raises(InputError, match="model"):

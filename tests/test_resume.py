@@ -279,7 +279,8 @@ def test_a_group_that_resumes_together_ends_bit_for_bit_where_it_would_have(tiny
         for steps in halves:
             run_here(flags(tiny_model, **options, checkpointing_steps=3, max_train_steps=steps,
                            resume_from_checkpoint="latest"))
-        ends.append([load_embedding(tmp_path / name / each / "learned_embeds.safetensors")[1] for each in "abc"])
+        ends.append([load_embedding(tmp_path / name / each / "learned_embeds.safetensors")[1]
+                     for each in "abc"])
     assert all(map(torch.equal, *ends))
 
 
