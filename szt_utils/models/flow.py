@@ -22,8 +22,8 @@ __all__ = ["T5", "Flow"]
 class T5:
     """A frozen T5 text encoder: new tokens get no rows in it, and reach it in the pieces of their spelling.
 
-    It is given `length` tokens; `suffix` is that of its parts' names in the pipeline. `known` has the states of
-    the texts of `remember`.
+    It is given `length` tokens; `suffix` is that of its parts' names in the pipeline, and `known` has the
+    states of the texts of `remember`.
     """
 
     tokenizer: Any
