@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TOKEN, build_tiny_flux, build_tiny_sd3, embedding, flags, run_here
+from conftest import TOKEN, build_tiny_flux, build_tiny_sd3, embedding, flags, run_here, two_ranks
 from diffusers import AutoPipelineForImage2Image, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -574,3 +574,9 @@ def test_evaluate(folder, images, tmp_path):
          "dino", "--output_dir", tmp_path / "out")
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["generated"] == len(list((tmp_path / "out" / "images").iterdir())) > 1
+
+
+@pytest.mark.slow
+def test_sd3_is_trained_by_two_ranks(folders, concept_folder, tmp_path):
+    two_ranks(*flags(folders["sd3"], concept_folder[0], tmp_path, max_train_steps=2, train_batch_size=2))
+    assert all(rows.isfinite().all() for rows in learned(tmp_path))

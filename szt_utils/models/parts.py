@@ -162,6 +162,8 @@ def unusable(path: str, what: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     if Path(path).is_file():
+        if Path(path).suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+            return InputError(f"The model '{path}' is a file, not a folder in Diffusers format.")
         return InputError(
             f"The model '{path}' is one file, not a folder in Diffusers format; convert it with python -c "
             f"\"from diffusers import *; StableDiffusionPipeline.from_single_file('{path}').save_pretrained("
