@@ -211,7 +211,8 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
         [weight[[initializer] * settings.num_vectors].detach()
          for weight, initializer in zip(weights, initializers, strict=True)],
         LiveMoments(model.moments, images.pixels) if settings.no_cache_latents else MomentCache(
-            model.moments, images.pixels, len(images), settings.train_batch_size,
+            model.moments, images.pixels, len(images),
+            min(settings.train_batch_size, len(images) * wanted.repeats),
             memory_limit=int(settings.latent_cache_gb * 2**30), folder=wanted.output_dir),
         None if masks is None else masks.to(run.device),
         images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)

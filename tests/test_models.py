@@ -423,3 +423,17 @@ def test_evaluating_restores_every_modules_own_mode():
             assert not any(part.training for part in network.modules())
             raise KeyError
     assert [part.training for part in network.modules()] == before == [True, True, False, False]
+
+
+def test_a_tokenizer_without_vocabulary_or_of_another_model_is_refused(folders, tmp_path):
+    """transformers 5 makes an empty tokenizer where the files are missing."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty.*has no usable .*: its vocabulary is missing"):
+        load_model(str(folders["epsilon"]), tokenizer=str(tmp_path / "empty"))
+    model = load_model(str(folders["epsilon"]))
+    (tokenizer,), (encoder,) = model.tokenizers, model.text_encoders
+    spare = len(encoder.get_input_embeddings().weight) - len(tokenizer)
+    tokenizer.add_tokens([f"<more{i}>" for i in range(spare + 1)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    with pytest.raises(InputError, match="large' has .* tokens, more than the text encoder knows"):
+        load_model(str(folders["epsilon"]), tokenizer=str(tmp_path / "large"))

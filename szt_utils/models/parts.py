@@ -50,7 +50,11 @@ def load_part(cls: type, path: str, subfolder: str, **kwargs: Any) -> Any:
     try:
         with quiet_loading():
             if not issubclass(cls, torch.nn.Module):
-                return cls.from_pretrained(path, subfolder=subfolder, **kwargs)
+                part = cls.from_pretrained(path, subfolder=subfolder, **kwargs)
+                # Without its files, a tokenizer of transformers 5 is an empty one.
+                if hasattr(part, "get_vocab") and len(part.get_vocab()) <= len(part.all_special_ids):
+                    raise ValueError("its vocabulary is missing.")
+                return part
             network, report = cls.from_pretrained(path, subfolder=subfolder, output_loading_info=True,
                                                   **kwargs)
     except Exception as error:  # the libraries raise what a broken config or file leads them to

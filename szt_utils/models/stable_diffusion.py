@@ -70,7 +70,10 @@ class StableDiffusion:
         vae = load_part(AutoencoderKL, path, "vae", torch_dtype=dtype, **weights)
         if cls.vae_overflows and dtype == torch.float16 and vae.config.force_upcast:
             vae.float()
-        for encoder in text_encoders:
+        for each, encoder in zip(tokenizers, text_encoders, strict=True):
+            if len(each) > len(encoder.get_input_embeddings().weight):
+                raise InputError(f"The tokenizer of '{tokenizer or path}' has {len(each)} tokens, more than the "
+                                 "text encoder knows; it belongs to another model.")
             _set_precision(encoder, text_dtype or dtype, text_linear)
         model = cls(path, tokenizers, text_encoders, vae,
                     load_network(network, path, cls.network_name, dtype, quantize, **weights),
