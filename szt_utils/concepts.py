@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from .captions import templates_for
 from .checkpoints import (
     find_checkpoint,
     load_common,
@@ -107,7 +106,8 @@ class Concept:
     def captions(self, num_vectors: int) -> dict[str, str]:
         """The caption of every template, with all vectors of the placeholder."""
         words = placeholder_prompt(self.settings.placeholder_token, num_vectors)
-        return {template: template.format(words) for template in self.stream.templates}
+        return {template: template.replace("{}", words)
+                for of_image in self.stream.templates for template in of_image}
 
     def ids(self, templates: list[str]) -> list[torch.Tensor]:
         """The token ids of these captions, long (B, L) per text encoder."""
@@ -196,8 +196,8 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
         logger.warning(f"The placeholder '{wanted.placeholder_token}' is part of ordinary words "
                        f"({', '.join(words[:3])}), in which it will be found too; "
                        f"'<{wanted.placeholder_token}>' would be safe.")
-    templates = templates_for(wanted.learnable_property)
-    check_room(tokenizers, wanted.placeholder_token, settings.num_vectors, templates)
+    check_room(tokenizers, wanted.placeholder_token, settings.num_vectors,
+               dict(zip(images.paths, images.templates, strict=True)))
     generators = Generators(run.device)
     if wanted.seed not in states:
         states[wanted.seed] = _seeded(run, model, tokenizers, sizes, wanted.seed)
@@ -206,8 +206,8 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
     masks = images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
     return Concept(
         wanted, zone, images, tokenizers, generators,
-        SampleStream(len(images), wanted.repeats, templates, settings.train_batch_size, generators,
-                     rank=run.rank, num_ranks=run.num_ranks, agree=run.agree),
+        SampleStream(images.templates, wanted.repeats, settings.train_batch_size, generators, rank=run.rank,
+                     num_ranks=run.num_ranks, agree=run.agree),
         [weight[[initializer] * settings.num_vectors].detach()
          for weight, initializer in zip(weights, initializers, strict=True)],
         LiveMoments(model.moments, images.pixels) if settings.no_cache_latents else MomentCache(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .embedding_files import ANY_ENCODER, read_embedding
 from .errors import InputError
+from .notices import notice
 
 __all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "check_room", "join_rows",
            "load_into", "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows",
@@ -61,20 +62,28 @@ def add_tokens(tokenizer: Any, placeholder: str, initializer: str,
     return tokenizer.convert_tokens_to_ids(tokens), initializer_ids[0]
 
 
-def check_room(tokenizers: list, placeholder: str, num_vectors: int, templates: tuple[str, ...]) -> None:
+def check_room(tokenizers: list, placeholder: str, num_vectors: int,
+               templates: dict[Path, tuple[str, ...]]) -> None:
     """InputError when the last vectors of a placeholder stand in no caption, since all are cut off before.
 
-    `templates` are captions with a {} for the placeholder, and the tokenizers know its tokens already.
+    `templates` are those of every image, with a {} for the placeholder, whose tokens the tokenizers know
+    already. The first image with a caption that is cut off is named in a notice.
     """
-    captions = [template.format(placeholder_prompt(placeholder, num_vectors)) for template in templates]
-    tokens = _tokens(placeholder, num_vectors)
+    words, tokens = placeholder_prompt(placeholder, num_vectors), _tokens(placeholder, num_vectors)
     for tokenizer in tokenizers:
-        ids = tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length).input_ids
-        seen = set().union(*ids)
+        length, seen = tokenizer.model_max_length, set()
+        ids = {each: tokenizer([template.replace("{}", words) for template in each]).input_ids
+               for each in set(templates.values())}
+        for captions in ids.values():
+            seen.update(*(caption[:length - 1] for caption in captions))
         room = sum(tokenizer.convert_tokens_to_ids(token) in seen for token in tokens)
         if room < num_vectors:
-            raise InputError(f"--num_vectors is {num_vectors}, but a caption of {tokenizer.model_max_length} "
-                             f"tokens has room for {room} at most.")
+            raise InputError(f"--num_vectors is {num_vectors}, but a caption of {length} tokens has room for "
+                             f"{room} at most.")
+        long = [path.name for path, each in templates.items() if max(map(len, ids[each])) > length]
+        if long:
+            notice(f"Captions are cut off after the {length} tokens that the text encoder takes "
+                   f"({len(long)}, such as that of '{long[0]}').")
 
 
 def add_placeholder(tokenizer: Any, text_encoder: torch.nn.Module, placeholder: str, initializer: str,

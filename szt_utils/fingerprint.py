@@ -1,6 +1,7 @@
 """What decides a training's result: recorded in every checkpoint, compared when a run is resumed."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,12 @@ def _hash_files(paths: list[Path]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def hash_captions(tokenizers: list, templates: tuple[str, ...], placeholder: str) -> str:
-    """SHA-256 of the token ids of caption templates and of the placeholder, by every tokenizer."""
+def hash_captions(tokenizers: list, templates: Sequence[tuple[str, ...]], placeholder: str) -> str:
+    """SHA-256 of the ids that every tokenizer gives each image's caption templates, and the placeholder."""
     digest = hashlib.sha256()
     for tokenizer in tokenizers:
-        digest.update(str(tokenizer(list(templates)).input_ids).encode())
+        ids = {each: tokenizer(list(each)).input_ids for each in set(templates)}
+        digest.update(str([ids[each] for each in templates]).encode())
         digest.update(str(tokenizer.convert_tokens_to_ids(placeholder)).encode())
     return digest.hexdigest()
 

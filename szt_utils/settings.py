@@ -23,6 +23,7 @@ class ConceptSettings:
     placeholder_token: str
     initializer_token: str
     learnable_property: str = "object"
+    caption_mode: str = "template"
     output_dir: str = "text-inversion-model"
     seed: int | None = None
     repeats: int = 100

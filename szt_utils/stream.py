@@ -5,7 +5,7 @@ can be stopped and continued at any batch: its whole state is a few numbers.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,18 +54,19 @@ class Batch:
 
 
 class SampleStream:
-    """Endless batches; every epoch shows each of `num_images` images `repeats` times in a new order.
+    """Endless batches; every epoch shows each image `repeats` times in a new order.
 
-    With several ranks, rank r gets every `num_ranks`-th batch of one common order; `agree` makes the order's
-    seed common (it gets this rank's seed and returns rank 0's). The last batches are filled from the epoch's
-    front, so all ranks see equally many.
+    `templates` are those of every image, among which each sample draws its own. With several ranks, rank r
+    gets every `num_ranks`-th batch of one common order; `agree` makes the order's seed common (it gets this
+    rank's seed and returns rank 0's). The last batches are filled from the epoch's front, so all ranks see
+    equally many.
     """
 
-    def __init__(self, num_images: int, repeats: int, templates: tuple[str, ...], batch_size: int,
+    def __init__(self, templates: Sequence[tuple[str, ...]], repeats: int, batch_size: int,
                  generators: Generators, *, rank: int = 0, num_ranks: int = 1,
                  agree: Callable[[int], int] = lambda seed: seed):
         self.generators = generators
-        self.num_images, self.length, self.templates = num_images, num_images * repeats, templates
+        self.templates, self.length = templates, len(templates) * repeats
         self.batch_size, self.rank, self.num_ranks, self.agree = batch_size, rank, num_ranks, agree
         self.total_batches = -(-self.length // batch_size)
         self.batches_per_epoch = -(-self.total_batches // num_ranks)
@@ -87,9 +88,9 @@ class SampleStream:
     def _fetch(self, position: int) -> Batch:
         start = (position * self.num_ranks + self.rank) % self.total_batches * self.batch_size
         draws = self.generators
-        samples = [(i % self.num_images, draws.python.choice(self.templates),
-                    bool(torch.rand(1, generator=draws.cpu) < 0.5))
-                   for i in self.order[start:start + self.batch_size]]
+        images = [i % len(self.templates) for i in self.order[start:start + self.batch_size]]
+        samples = [(image, draws.python.choice(self.templates[image]),
+                    bool(torch.rand(1, generator=draws.cpu) < 0.5)) for image in images]
         indices, templates, flips = map(list, zip(*samples, strict=True))
         return Batch(indices, flips, templates, last=position + 1 == self.batches_per_epoch)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .caption_files import caption_templates
 from .errors import InputError
 from .images import from_pil, list_images
 from .masks import find_masks, to_latent_grid
@@ -23,7 +24,7 @@ Prepare = Callable[[Path, Path | None], Prepared]
 
 
 class TrainingImages:
-    """The images of a folder and their masks, as `prepare` makes them.
+    """The images of a folder and their masks, as `prepare` makes them, and the templates of their captions.
 
     All are read once, so that whatever is wrong with one shows before a model is loaded.
     """
@@ -32,6 +33,7 @@ class TrainingImages:
         self.zone, self.prepare, self.center_crop = zone, prepare, settings.center_crop
         self.paths = list_images(settings.train_data_dir)
         self.mask_paths = find_masks(settings.loss_mask_dir, self.paths) if settings.loss_mask_dir else None
+        self.templates = caption_templates(settings, self.paths)
         self.kept, self.file_sizes, kept_bytes = {}, [], 0
         for i in range(len(self.paths)):
             image, mask, size = self.read(i)

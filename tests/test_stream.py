@@ -50,7 +50,7 @@ def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_siz
 
     seed_all(3)
     generators = Generators()
-    stream = SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, generators)
+    stream = SampleStream([OBJECT_TEMPLATES] * images, repeats, batch_size, generators)
     untouched = random.getstate(), torch.get_rng_state()
     actual = []
     for _ in expected:
@@ -64,7 +64,7 @@ def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_siz
 
 def test_continues_exactly_at_every_position(tmp_path):
     def new():
-        return SampleStream(5, 2, OBJECT_TEMPLATES, 4, Generators())
+        return SampleStream([OBJECT_TEMPLATES] * 5, 2, 4, Generators())
 
     def go_on(stream, count):
         draws = stream.generators
@@ -99,7 +99,7 @@ def test_state_is_plain_numbers_that_later_batches_do_not_change():
     import json
 
     seed_all(0)
-    stream = SampleStream(5, 2, OBJECT_TEMPLATES, 4, Generators())
+    stream = SampleStream([OBJECT_TEMPLATES] * 5, 2, 4, Generators())
     next(stream)
     state = stream.state_dict()
     before = json.dumps(state)
@@ -119,7 +119,7 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
 
     generators = Generators()  # whose numbers differ from rank to rank, as they are drawn in turn
     for rank in range(num_ranks):
-        streams.append(SampleStream(images, repeats, OBJECT_TEMPLATES, batch_size, generators, rank=rank,
+        streams.append(SampleStream([OBJECT_TEMPLATES] * images, repeats, batch_size, generators, rank=rank,
                                     num_ranks=num_ranks, agree=agree))
     per_rank = [[next(stream) for _ in range(stream.batches_per_epoch)] for stream in streams]
     assert len(set(agreed)) == num_ranks, "the ranks' own seeds differ, so only agreeing makes one order"
@@ -135,7 +135,7 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
 
 def test_epochs_differ_in_order_and_flips_are_fair():
     seed_all(0)
-    stream = SampleStream(10, 100, OBJECT_TEMPLATES, 10, Generators())
+    stream = SampleStream([OBJECT_TEMPLATES] * 10, 100, 10, Generators())
     epochs = [[next(stream) for _ in range(stream.batches_per_epoch)] for _ in range(2)]
     orders = [[i for batch in epoch for i in batch.indices] for epoch in epochs]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
