@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 from .errors import InputError, printable
 
-__all__ = ["EntryParser", "add_diffusers_flags", "add_family_flags", "add_model_flags",
-           "add_safe_zone_flags", "command_line", "number", "refuse_unused", "script_parser", "seed",
-           "user_path"]
+__all__ = ["EntryParser", "add_data_flags", "add_diffusers_flags", "add_family_flags", "add_memory_flags",
+           "add_model_flags", "add_safe_zone_flags", "command_line", "number", "refuse_unused",
+           "script_parser", "seed", "user_path"]
 
 LARGEST = {int: 2**31 - 1, float: 1e36}  # what torch takes; float32 ends a little above 1e36
 
@@ -123,6 +123,35 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, met
     for name, methods in used_by.items():
         if getattr(args, name) is not None and method not in methods:
             parser.error(f"argument --{name}: {method} does not use it, only {', '.join(methods)}")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of captions and of data sets of the datasets library."""
+    add = parser.add_argument_group("Data sets and captions").add_argument
+    add("--caption_mode", choices=["template", "file", "both"],
+        help="captions from templates, from '<stem>.txt' beside each image or the folder's metadata.jsonl, "
+             "or from both by chance; {} or the initializer token is the placeholder's place (default: "
+             "template)")
+    add("--dataset_name",
+        help="instead of --train_data_dir, a data set of the datasets library: an id on the Hub or a folder")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--image_column", default="image", help="column with its images (default: image)")
+    add("--caption_column", help="column with its captions, for --caption_mode file or both")
+
+
+def add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a training's speed and memory."""
+    add = parser.add_argument_group("Speed and memory").add_argument
+    add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
+    add("--quantize", choices=["8bit", "4bit"],
+        help="hold the frozen U-Net or transformer in fewer bits: int8 by torchao, or NF4 by bitsandbytes, "
+             "which needs a GPU")
+    add("--offload", action="store_true",
+        help="keep the VAE, T5 and the network in CPU memory until it is their turn on the GPU")
+    add("--no_cache_latents", action="store_true",
+        help="encode the images at every step instead of once; same result, slower, needs no cache")
+    add("--latent_cache_gb", type=number(float, 0), default=4,
+        help="a concept's larger cache is a file in its output folder (default: 4)")
 
 
 def add_model_flags(parser: argparse._ActionsContainer, model: str, required: bool = True) -> None:
