@@ -19,10 +19,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["szt_utils", "szt_utils.*"]),
     py_modules=["textual_inversion_szt", "poison_images", "purify_images", "precompute_masks",
-                "diagnose_images", "sensitivity_maps", "evaluate"],
+                "diagnose_images", "sensitivity_maps", "evaluate", "export_dataset"],
     package_data={"szt_utils": ["*.html", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image"],
-                    "heic": ["pillow-heif"],
+                    "heic": ["pillow-heif"], "grabcut": ["opencv-python-headless"],
                     "metrics": ["torch-fidelity"], "quantize": ["torchao", "bitsandbytes"]},
 )

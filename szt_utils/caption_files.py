@@ -25,7 +25,7 @@ def read_captions(image_dir: str | Path, images: Sequence[Path]) -> dict[Path, s
     listed, captions = _read_metadata(Path(image_dir) / METADATA), {}
     for image in images:
         beside = image.with_suffix(".txt")
-        text = (read_text(beside, "caption") if beside.is_file()
+        text = (read_text(beside, "caption file") if beside.is_file()
                 else listed.get(image.relative_to(image_dir).as_posix(), ""))
         if line := " ".join(text.split()):
             captions[image] = line
@@ -34,7 +34,7 @@ def read_captions(image_dir: str | Path, images: Sequence[Path]) -> dict[Path, s
 
 def _read_metadata(path: Path) -> dict[str, str]:
     listed = {}
-    for i, line in enumerate(read_text(path, "captions").splitlines() if path.is_file() else [], 1):
+    for i, line in enumerate(read_text(path, "caption file").splitlines() if path.is_file() else [], 1):
         if not line.strip():
             continue
         try:

@@ -36,7 +36,7 @@ def area_buckets(resolution: int, family: str) -> list[Size]:
 
 
 def rounded_buckets(resolution: int, family: str) -> list[Size]:
-    """The sizes among `area_buckets` to which their own aspect, with two decimals, leads back: SimpleTuner."""
+    """The sizes among `area_buckets` to which their own aspect, of two decimals, leads back: SimpleTuner."""
     def kept(size: Size) -> bool:
         root = math.sqrt(round(size[0] / size[1], 2))
         return size == tuple(round(side / _STEP) * _STEP for side in (resolution * root, resolution / root))

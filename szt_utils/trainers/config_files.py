@@ -13,7 +13,12 @@ import yaml
 from ..errors import InputError, first_line
 from ..files import read_json, read_text
 
-__all__ = ["Config", "read_config", "to_toml"]
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+__all__ = ["Config", "read_config", "to_toml", "tomllib"]
 
 _FLAG = re.compile(r"--([A-Za-z]\w*(?:-\w+)*)")
 
@@ -76,18 +81,10 @@ def _read(path: Path) -> Any:
     text = read_text(path, "config")
     try:
         if path.suffix == ".toml":
-            return _parse_toml(text)
+            return tomllib.loads(text)
         return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else dict(_flags(text))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"The config '{path}' cannot be parsed ({first_line(error)}).") from None
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ImportError:
-        raise InputError("Reading TOML needs Python 3.11 or newer.") from None
-    return tomllib.loads(text)
 
 
 def _flags(text: str) -> Iterator[tuple[str, Any]]:
@@ -112,5 +109,6 @@ def to_toml(document: Mapping[str, Any], prefix: str = "") -> str:
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             tables += [f"\n[[{prefix}{key}]]\n{to_toml(entry, f'{prefix}{key}.')}" for entry in value]
         else:
-            lines.append(f"{key} = {json.dumps(value)}\n")  # JSON's scalars and lists are TOML's, too
+            # JSON's scalars and lists are TOML's, too, but for its escapes of other than Latin letters.
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
     return "".join(lines + tables)

@@ -1,0 +1,141 @@
+"""Say what is wrong with a data set for another trainer and with its config files, a sentence a finding."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .caption_files import METADATA, read_captions
+from .errors import InputError, first_line
+from .export import plan_for
+from .images import MASK_ENDING, list_images, read_image, read_upright
+from .notices import notice
+from .trainers import TRAINERS
+from .trainers.config_files import Config, read_config
+from .trainers.trainer import Plan, Source, Trainer
+
+__all__ = ["check_folder"]
+
+# Levels of root mean square by which JPEG may change an image: photographs change by 3 or more, their
+# compressed versions by 1 or less.
+_COMPRESSED = 2.0
+
+
+def check_folder(folder: str | Path, trainer: str, model: str, config: Sequence[str] | None = None,
+                 resolution: int | None = None, **zone: int | None) -> list[str]:
+    """The findings about a data set; none when nothing is wrong.
+
+    Without `config` files, those that an export writes are read, as far as they are there. InputError for
+    files that cannot be read.
+    """
+    plan, chosen = plan_for(folder, model, resolution, **zone), TRAINERS[trainer]
+    chosen.model(plan)
+    if not plan.folder.is_dir():
+        raise InputError(f"The data set '{folder}' does not exist or is not a folder.")
+    names = [name for name in chosen.configs(plan) if Path(name).name != METADATA]
+    paths = list(config or [plan.file(name) for name in names if Path(plan.file(name)).is_file()])
+    if not paths:
+        notice(f"'{folder}' holds no {' and no '.join(names)}; name the config files with --config.")
+        return _check_images(plan, chosen, _default_source(plan, chosen), False)
+    read = read_config(paths)
+    try:
+        return [*_check_sources(plan, chosen, read), *chosen.check(plan, read)]
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The config files {', '.join(map(str, paths))} have another form than those of "
+                         f"{chosen.title} ({first_line(error)}).") from None
+
+
+def _default_source(plan: Plan, trainer: Trainer) -> Source:
+    inside = plan.folder / "images"
+    images = inside if inside.is_dir() else plan.folder
+    return Source(images, images if trainer.masks_beside_images else plan.folder / "masks")
+
+
+def _check_sources(plan: Plan, trainer: Trainer, config: Config) -> Iterator[str]:
+    sources = trainer.sources(plan, config)
+    if not sources:
+        notice(f"The config files name no images; those in '{plan.folder}' are checked.")
+    for source in sources or [_default_source(plan, trainer)]:
+        if not (plan.folder / source.images).is_dir():
+            yield f"The folder of images '{source.images}' of the config does not exist; correct its path."
+            continue
+        if not (plan.folder / source.images).resolve().is_relative_to(plan.folder):
+            yield f"The config trains on '{source.images}', which is not in '{plan.folder}'; correct it."
+        yield from _check_images(plan, trainer, source, True)
+
+
+def _check_images(plan: Plan, trainer: Trainer, source: Source, is_configured: bool) -> list[str]:
+    folder = plan.folder / source.images
+    paths = list_images(folder)
+    resolution = int(source.resolution or plan.resolution)
+    findings, sizes = [], {}
+    resized, plain = [], []
+    for path in paths:
+        image = read_image(path)
+        sizes[path] = image.size
+        kept = (image.size == (resolution, resolution) if source.is_square
+                else trainer.keeps(image.size, resolution, plan.family.name))
+        if not kept:
+            resized.append(path)
+        if _change(image, plan.zone.purify(image)) > _COMPRESSED:
+            plain.append(path)
+    if resolution != plan.resolution:
+        findings.append(f"The config trains at a resolution of {resolution}, not of {plan.resolution}; set "
+                        "it, or export again with --resolution.")
+    elif resized:
+        findings.append(f"{trainer.title} will resize {_some(resized)}, which undoes JPEG's blocks; export "
+                        f"the images at a resolution of {resolution}.")
+    if plain:
+        findings.append(f"JPEG quality {plan.zone.jpeg_quality} was not applied to {_some(plain)} at this "
+                        "size; export from the original images.")
+    return findings + _check_captions(trainer, folder, paths) + _check_masks(plan, trainer, source, sizes,
+                                                                             is_configured)
+
+
+def _change(image: Image.Image, other: Image.Image) -> float:
+    """The root mean square of the difference of two RGB images, in levels."""
+    difference = np.asarray(image, dtype=np.float32) - np.asarray(other, dtype=np.float32)
+    return float(np.sqrt(np.square(difference).mean()))
+
+
+def _some(paths: Sequence[Path]) -> str:
+    """The names of files, the first three of many."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{', '.join(path.name for path in paths[:3])}{more}"
+
+
+def _check_captions(trainer: Trainer, folder: Path, paths: Sequence[Path]) -> list[str]:
+    given = read_captions(folder, paths)
+    without = [path for path in paths if path not in given
+               or (trainer.caption_files and not path.with_suffix(".txt").is_file())]
+    where = "<stem>.txt beside the image" if trainer.caption_files else METADATA
+    return [f"No caption was found for {_some(without)}; expected it in {where}."] if without else []
+
+
+
+def _check_masks(plan: Plan, trainer: Trainer, source: Source, sizes: dict[Path, tuple[int, int]],
+                 is_configured: bool) -> list[str]:
+    if trainer.mask_name is None or source.has_alpha:
+        return []
+    if source.masks is None or not (plan.folder / source.masks).is_dir():
+        absent = ("There are no masks" if not is_configured else "The config names no masks"
+                  if source.masks is None else f"The folder of masks '{source.masks}' does not exist")
+        return [f"{absent}, so the loss counts on the whole image; make masks with precompute_masks.py and "
+                "export them."]
+    masks = {path.stem: path for path in list_images(plan.folder / source.masks, masks=True)}
+    names = {path: path.stem + MASK_ENDING * trainer.masks_beside_images for path in sizes}
+    found = {path: masks[name] for path, name in names.items() if name in masks}
+    without = [path for path in sizes if path not in found]
+    others = [path for path in masks.values() if path not in found.values() and path not in sizes]
+    opened = {path: read_upright(mask) for path, mask in found.items()}
+    unlike = [found[path] for path, mask in opened.items() if mask.size != sizes[path]]
+    black = [found[path] for path, mask in opened.items() if mask.convert("L").getextrema()[1] == 0]
+    expected = names[without[0]] if without else ""
+    return [sentence.format(_some(files)) for files, sentence in (
+        (without, f"No mask was found for {{}}; expected {expected}.png in '{source.masks}'."),
+        (others, "No image was found for {} among the masks; remove what belongs to none."),
+        (unlike, "The mask has another size than its image: {}; export again."),
+        (black, "Nothing would be trained on with a mask that is all black: {}.")) if files]

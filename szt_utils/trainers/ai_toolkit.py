@@ -1,0 +1,121 @@
+"""ai-toolkit: one YAML file, masks by file name in a folder of their own, timesteps counted from noise."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import yaml
+
+from .buckets import area_buckets
+from .config_files import Config
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, first_size
+
+__all__ = ["AI_TOOLKIT"]
+
+
+def _last_step(plan: Plan, timestep_type: str = "linear") -> int:
+    """The largest max_denoising_steps that keeps all draws in the zone.
+
+    It is an index into the timesteps from pure noise down. "sigmoid" makes the table's entries the quantiles
+    of the sigmoid of a normal. For diffusion models the draws end two before it, for flow models one.
+    """
+    steps, t_min = plan.family.num_timesteps, plan.zone.t_min
+    if not plan.family.flow:
+        return steps - t_min + 1
+    cut = t_min / steps
+    if timestep_type == "sigmoid" and 0 < cut < 1:
+        return int(steps * (1 - NormalDist().cdf(math.log(cut / (1 - cut)))))
+    return steps - t_min
+
+
+def _configs(plan: Plan) -> dict[str, str]:
+    dataset: dict[str, Any] = {"folder_path": plan.images, "caption_ext": "txt",
+                               "resolution": [plan.resolution], "cache_latents_to_disk": True}
+    if plan.has_masks:
+        dataset |= {"mask_path": plan.masks, "mask_min_value": 0.0}
+    train = {"batch_size": 1, "steps": MAX_TRAIN_STEPS, "lr": LEARNING_RATE, "optimizer": "adamw",
+             "train_unet": True, "train_text_encoder": False, "gradient_checkpointing": True, "dtype": "bf16",
+             "noise_scheduler": "flowmatch" if plan.family.flow else "ddpm", "content_or_style": "balanced",
+             "min_denoising_steps": 0, "max_denoising_steps": _last_step(plan)}
+    if plan.family.flow:
+        train["timestep_type"] = "linear"
+    process = {"type": "sd_trainer", "training_folder": plan.output, "device": "cuda:0",
+               "network": {"type": "lora", "linear": RANK, "linear_alpha": RANK},
+               "save": {"dtype": "float16", "save_every": 250}, "datasets": [dataset], "train": train,
+               "model": {"name_or_path": plan.family.repository, "arch": AI_TOOLKIT.model(plan)},
+               "sample": {"sampler": train["noise_scheduler"], "sample_every": 250, "width": plan.resolution,
+                          "height": plan.resolution, "prompts": [f"a photo of {plan.token}"]}}
+    if plan.family.name == "sd2":
+        process["model"]["is_v_pred"] = True
+    document = {"job": "extension", "config": {"name": "szt", "process": [process]}}
+    return {"config.yaml": yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}
+
+
+def _command(plan: Plan) -> str:
+    return f"python run.py {plan.quoted('config.yaml')}"
+
+
+def _traps(plan: Plan) -> list[str]:
+    traps = ["`min_denoising_steps` and `max_denoising_steps` count from pure noise down: "
+             f"`max_denoising_steps: {_last_step(plan)}` is t >= {plan.zone.t_min}, and a "
+             "`min_denoising_steps` of 500 would train where poisons act.",
+             "An image without a mask, in a batch with one that has a mask, is not trained on at all.",
+             "Masks need `buckets: true`, the default. They are blurred a little, at random."]
+    if plan.family.flow:
+        traps.append("The default `timestep_type: sigmoid` draws other timesteps at the same index; there it "
+                     f"would be `max_denoising_steps: {_last_step(plan, 'sigmoid')}`.")
+    return traps
+
+
+def _processes(config: Config) -> list[dict[str, Any]]:
+    return config.tables("config", "process")
+
+
+def _sources(plan: Plan, config: Config) -> list[Source]:
+    sources = []
+    for dataset in (entry for process in _processes(config) for entry in process.get("datasets", [])):
+        sizes, masks = dataset.get("resolution", 512), dataset.get("mask_path")
+        sources += [Source(Path(dataset.get("folder_path", "")), Path(masks) if masks else None,
+                           first_size(size), has_alpha=config.flag("alpha_mask", among=dataset),
+                           is_square=not config.flag("buckets", True, dataset))
+                    for size in (sizes if isinstance(sizes, list) else [sizes]) if not dataset.get("is_reg")]
+    return sources
+
+
+def _check(plan: Plan, config: Config) -> Iterator[str]:
+    for process in _processes(config):
+        train, family = process.get("train", {}), plan.family
+        kind, needed = train.get("noise_scheduler", "ddpm"), "flowmatch" if family.flow else "ddpm"
+        if kind != needed:
+            yield f"noise_scheduler is {kind}; set it to {needed} for {family.title}."
+        form = train.get("timestep_type", "sigmoid") if family.flow else "linear"
+        last = _last_step(plan, form)
+        low, high = (config.number(f"{end}_denoising_steps", default, train)
+                     for end, default in (("min", 0), ("max", 999)))
+        if low >= last - (0 if family.flow else 2):
+            yield (f"min_denoising_steps {low:g} is the wrong way round: it counts from pure noise down, so "
+                   f"training draws only timesteps below {plan.zone.t_min}, where poisons act; set it to 0 "
+                   f"and max_denoising_steps to {last}.")
+        elif high > last:
+            yield (f"max_denoising_steps is {high:g}, so training reaches timesteps below {plan.zone.t_min}, "
+                   f"where poisons act; set it to {last}{f' with timestep_type {form}' * family.flow}.")
+        if form not in ("linear", "weighted", "sigmoid"):
+            yield f"timestep_type {form} moves the timesteps at max_denoising_steps; set it to linear."
+        for dataset in process.get("datasets", []):
+            if config.number("mask_min_value", 0, dataset) > 0:
+                yield (f"mask_min_value is {dataset['mask_min_value']}, so this share of the background's "
+                       "loss stays; set it to 0.")
+            if config.flag("invert_mask", among=dataset):
+                yield "invert_mask trains on the background; set it to false."
+            if dataset.get("mask_path") and not config.flag("buckets", True, dataset):
+                yield "buckets is false, which ai-toolkit refuses for images with masks; set it to true."
+
+
+AI_TOOLKIT = Trainer(
+    name="ai-toolkit", title="ai-toolkit", version="27a03a9 (2026-08-21)",
+    models={"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
+            "qwen-image": "qwen_image", "z-image": "zimage"},
+    buckets=area_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
+    sources=_sources, check=_check, kept_step=32)

@@ -1,0 +1,127 @@
+"""Trainers: the sizes that each keeps, the noise of the families, shares of draws, and TOML."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from szt_utils.export import plan_for
+from szt_utils.safe_zone import PAPER_LOG_SNR, SafeZone
+from szt_utils.trainers import TRAINERS
+from szt_utils.trainers.buckets import nearest_bucket
+from szt_utils.trainers.config_files import read_config, to_toml, tomllib
+from szt_utils.trainers.family import FAMILIES
+from szt_utils.trainers.trainer import flux_shift, share_in_zone, shifted
+
+
+def kohya_bucket(width, height, resolution):
+    """The predefined size itself, if there is one; else that of the nearest aspect."""
+    sizes = {(resolution // 64 * 64,) * 2}
+    for w in range(resolution // 2 // 64 * 64, 2 * resolution + 1, 64):
+        h = min(2 * resolution, resolution**2 // w // 64 * 64)
+        if h >= resolution // 2 // 64 * 64:
+            sizes |= {(w, h), (h, w)}
+    return (width, height) if (width, height) in sizes else min(
+        sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+
+
+def onetrainer_bucket(width, height, resolution, step):
+    aspects = [(1, each) for each in (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4)]
+    sizes = [(h / math.sqrt(h * w) * resolution, w / math.sqrt(h * w) * resolution)
+             for h, w in aspects + [(w, h) for h, w in aspects]]
+    sizes = [(round(h / step) * step, round(w / step) * step) for h, w in sizes]
+    h, w = sizes[np.argmin([abs(h / w - height / width) for h, w in sizes])]
+    return w, h
+
+
+def ai_toolkit_bucket(width, height, resolution, step=32):
+    scale = math.sqrt(min(width * height, resolution**2) / (width * height))
+    sides = [[f(side * scale / step) * step for f in (math.floor, math.ceil)] for side in (width, height)]
+    fits = [(w, h) for w in sides[0] for h in sides[1] if 0 < w * h <= resolution**2]
+    return min(fits, key=lambda size: abs(size[0] * size[1] - min(width * height, resolution**2)))
+
+
+def simpletuner_bucket(width, height, resolution):
+    aspect = round(width / height, 2)
+    if aspect == 1:
+        return resolution, resolution
+    return (round(resolution * math.sqrt(aspect) / 64) * 64, round(resolution / math.sqrt(aspect) / 64) * 64)
+
+
+def musubi_bucket(width, height, resolution):
+    assert width * height <= resolution**2  # bucket_no_upscale
+    return width // 16 * 16, height // 16 * 16
+
+
+@pytest.mark.parametrize("resolution", [128, 512, 576, 768, 1024, 1536])
+def test_a_trainer_keeps_the_sizes_that_are_exported_for_it(resolution):
+    rules = {"kohya": kohya_bucket, "ai-toolkit": ai_toolkit_bucket, "simpletuner": simpletuner_bucket,
+             "musubi": musubi_bucket}
+    for name, rule in rules.items():
+        sizes = TRAINERS[name].buckets(resolution, "sdxl")
+        assert (resolution, resolution) in sizes and len(sizes) >= 3
+        assert [rule(*size, resolution) for size in sizes] == sizes, name
+    for family, step in (("sd15", 8), ("sdxl", 64)):
+        sizes = TRAINERS["onetrainer"].buckets(resolution, family)
+        assert [onetrainer_bucket(*size, resolution, step) for size in sizes] == sizes
+    assert TRAINERS["diffusers"].buckets(resolution, "flux") == [(resolution, resolution)]
+
+
+def test_an_image_gets_the_bucket_of_the_nearest_aspect():
+    sizes = TRAINERS["kohya"].buckets(512, "sd15")
+    assert nearest_bucket((4000, 3000), sizes) == (576, 448)
+    assert nearest_bucket((3000, 4000), sizes) == (448, 576)
+    assert nearest_bucket((10, 10), sizes) == (512, 512)
+    assert nearest_bucket((9000, 10), sizes) == (1024, 256)
+
+
+def test_sizes_that_a_trainer_keeps_though_they_are_no_buckets():
+    for name, kept in (("ai-toolkit", True), ("musubi", True), ("kohya", False)):
+        assert TRAINERS[name].keeps((480, 512), 512, "sdxl") == kept
+    assert not TRAINERS["ai-toolkit"].keeps((544, 512), 512, "sdxl")
+    assert not TRAINERS["ai-toolkit"].keeps((500, 500), 512, "sdxl")
+
+
+def test_the_families_have_the_noise_of_their_schedulers():
+    """Stable Diffusion's abar is 0.99915 at the first, 0.27633 at the 501st, 0.00466 at the last timestep."""
+    signal = FAMILIES["sdxl"].log_snr(torch.tensor([0, 500, 999])).sigmoid()
+    assert signal.tolist() == pytest.approx([0.99915, 0.27633, 0.00466], abs=1e-5)
+    flow = FAMILIES["flux"].log_snr(torch.tensor([499, 617, 618, 999]))
+    assert flow[0] == 0 and flow[1] > PAPER_LOG_SNR >= flow[2] and flow[3] == -math.inf
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_safe_zone_of_a_family(name):
+    assert SafeZone.paper(512, FAMILIES[name]).t_min == (500 if name in ("sd15", "sd2", "sdxl") else 618)
+
+
+def test_the_share_of_draws_in_the_zone_is_that_of_a_simulation():
+    plan, rng = plan_for("data", "flux"), np.random.default_rng(0)
+    normal, uniform = rng.standard_normal(200_000), rng.random(200_000)
+    for shift, scale in ((1, None), (3, None), (1, 1), (3.16, 1), (5, 0.5), (0.5, 2)):
+        x = uniform if scale is None else 1 / (1 + np.exp(-scale * normal))
+        drawn = shift * x / (1 + (shift - 1) * x)
+        assert share_in_zone(plan, shift, scale) == pytest.approx((drawn >= 0.618).mean(), abs=0.004)
+    assert share_in_zone(plan, 5, 0.5) == pytest.approx(0.988, abs=1e-3)
+    assert flux_shift(1024) == pytest.approx(3.158, abs=1e-3)
+    assert shifted(shifted(0.618, 3), 1 / 3) == pytest.approx(0.618)
+
+
+def test_toml_is_read_as_it_was_written(tmp_path):
+    document = {"path": 'C:\\images "of" ünicode 🟫', "number": 0.0001, "whole": 3, "flag": True,
+                "sizes": [[1, 2, 1], [3, 4, 1]], "empty": [], "table": {"a": 1, "inner": {"b": "c"}},
+                "datasets": [{"x": 1, "subsets": [{"y": 2}, {"y": 3}]}, {"x": 4}]}
+    (tmp_path / "file.toml").write_text(to_toml(document), encoding="utf-8")
+    assert tomllib.loads(to_toml(document)) == document
+    config = read_config([tmp_path / "file.toml"])
+    assert config.documents == [document] and config.settings["a"] == 1
+    assert config.tables("datasets", "subsets") == [] and len(config.tables("datasets")) == 2
+
+
+def test_the_flags_of_a_command_line(tmp_path):
+    (tmp_path / "run.bat").write_text("accelerate launch train.py ^\r\n  --masked-loss "
+                                      "--resolution=\"512,512\" --name 'my toy' --low -3 # --not-this\n")
+    settings = read_config([tmp_path / "run.bat"]).settings
+    assert settings == {"script": "train.py", "masked_loss": True, "resolution": "512,512", "name": "my toy",
+                        "low": "-3"}
