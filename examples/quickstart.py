@@ -46,18 +46,20 @@ def learn(title: str, image_dir: Path, output_dir: Path, steps: int, **defence: 
 
 def compare(folder: Path, concept: str, steps: int, eps: int) -> None:
     """Poison, train three embeddings, generate with each, and write the comparison."""
-    clean, masks, poisoned = folder / "clean", folder / "masks", folder / "poisoned"
+    images = folder / f"{concept}-eps{eps}"  # other flags have other images and embeddings
+    learned = images / f"steps{steps}"
+    clean, masks, poisoned = images / "clean", images / "masks", images / "poisoned"
     pocket.write_concept(concept, clean, masks)
     announce("Poisoning the images (ADM+)")
     poison_images.main(command_line(
         pretrained_model_name_or_path=pocket.model_path(), method="adm+", image_dir=clean,
         output_dir=poisoned, eps=eps, resolution=128, seed=0))
     embeddings = {
-        "clean_nominal": learn("Textual inversion on the clean images", clean, folder / "clean_nominal",
+        "clean_nominal": learn("Textual inversion on the clean images", clean, learned / "clean_nominal",
                                steps),
         "poisoned_nominal": learn("Textual inversion on the poisoned images", poisoned,
-                                  folder / "poisoned_nominal", steps),
-        "poisoned_szt": learn("Safe-Zone Training on the poisoned images", poisoned, folder / "poisoned_szt",
+                                  learned / "poisoned_nominal", steps),
+        "poisoned_szt": learn("Safe-Zone Training on the poisoned images", poisoned, learned / "poisoned_szt",
                               steps, szt=True, loss_mask_dir=masks)}
 
     announce("Generating with each embedding")

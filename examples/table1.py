@@ -7,7 +7,8 @@
 
 Poisons each concept's images, purifies them, trains the embeddings of all its cells in one run, generates and
 scores, as the scripts do. A cell is a line of cells/<concept>.jsonl; the same command again computes only
-missing ones. Started by `accelerate launch` or torchrun, every process takes its share of the concepts.
+missing ones. Cells, embeddings and images of other settings are others; what is not given is as in the
+folder's last run. Started by `accelerate launch` or torchrun, every process takes its share of the concepts.
 `--dry_run` lists what is missing and what it costs. The table of all cells goes to table1.csv, .md and .png
 (or the preset's name), a sheet of images per concept to sheets/.
 

@@ -109,7 +109,7 @@ def read_calibration(path: str | Path) -> dict[str, Any]:
         fits = (tuple(calibration["signals"]) == SIGNALS and mean.shape == (count,) and scores.ndim == 1
                 and covariance.shape == (count, count) and len(scores) and (np.diff(scores) >= 0).all())
     except InputError as error:
-        fits, reason = False, f" ({error})"
+        fits, reason = False, f" ({str(error).rstrip('.')})"
     except (ValueError, LookupError, TypeError, np.linalg.LinAlgError):
         fits = False
     if not fits:

@@ -90,15 +90,15 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         content = {ANY_ENCODER: rows}
     content = {_NAMELESS.get(name, name): rows for name, rows in content.items()
                if not str(name).endswith("_out")}
-    if not content or not set(content) <= {ANY_ENCODER, *_ENCODER_KEYS} or not all(
-            torch.is_tensor(rows) and rows.dim() in (1, 2) for rows in content.values()):
+    known = set(content) <= {ANY_ENCODER, *_ENCODER_KEYS} and all(map(torch.is_tensor, content.values()))
+    if not content or not known:
         held = len(content) if content else "none"
         raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
     if not str(token).strip() or not str(token).isprintable():
         raise InputError(f"The embedding '{path}' has '{token}' for a token, which no prompt can name.")
     if not all(_is_plain(rows) for rows in content.values()):
-        raise InputError(f"The embedding '{path}' must hold vectors of numbers with a point, at most "
-                         f"{MOST_NUMBERS:,}; it is not an embedding.")
+        raise InputError(f"The embedding '{path}' must hold one vector, or rows of them, of at most "
+                         f"{MOST_NUMBERS:,} floating-point numbers; it is not an embedding.")
     rows = {name: content[name].detach().reshape(-1, content[name].shape[-1])
             for name in (ANY_ENCODER, *_ENCODER_KEYS) if name in content}
     if not all(part.float().isfinite().all() for part in rows.values()):
@@ -107,9 +107,9 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def _is_plain(rows: torch.Tensor) -> bool:
-    """Whether a tensor holds floats in memory, not too many: an expanded one may hold billions."""
-    return (rows.layout is torch.strided and rows.device.type == "cpu" and rows.is_floating_point()
-            and 0 < rows.numel() <= MOST_NUMBERS)
+    """Whether a tensor holds one or more rows of floats, not too many: an expanded one may hold billions."""
+    return (rows.dim() in (1, 2) and rows.layout is torch.strided and rows.device.type == "cpu"
+            and rows.is_floating_point() and 0 < rows.numel() <= MOST_NUMBERS)
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import json
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 from .errors import InputError, first_line
@@ -81,14 +83,17 @@ def read_torch(path: str | Path, what: str = "file") -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"The {what} '{path}' cannot be read: it does not exist.") from None
     except Exception as error:
-        # torch names the global, or the step of the unpickler, that it did not execute.
-        refused = re.search(r"WeightsUnpickler error: .*(global|class|call|reduce|build)", str(error), re.I)
-        reason = (": it holds code, which is never run; give a file of tensors only, such as .safetensors"
-                  if refused else f" ({first_line(error)})")
+        reason = f" ({first_line(error)})"
+        if isinstance(error, UnpicklingError):  # torch names the function, or the step, that it did not run
+            code = re.search(r"GLOBAL |allowed global|instantiate|REDUCE|BUILD", str(error))
+            reason = (": it holds code, which is never run; give a file of tensors only, such as .safetensors"
+                      if code else " (it is damaged, or torch.save did not write it)")
         raise InputError(f"The {what} '{path}' cannot be read{reason}.") from None
 
 

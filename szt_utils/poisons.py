@@ -25,6 +25,7 @@ from .masks import to_latent_grid
 from .models import Condition, Model, expand, residual
 from .pgd import Gradient
 from .safe_zone import SafeZone
+from .timesteps import sample_timesteps
 
 __all__ = ["POISONS", "LatentGradient", "Objective", "Poison", "Victim", "check_chain",
            "denoising_objective", "differentiate", "diffusion_objective", "encoder_objective", "find_poison",
@@ -117,7 +118,8 @@ class Poison:
 def sample_noise_and_timesteps(latents: torch.Tensor, generators: list[torch.Generator], zone: SafeZone,
                                num_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise like `latents` and the zone's timesteps, long (B,), of each image's own CPU generator."""
-    timesteps = torch.cat([zone.timesteps(1, num_timesteps, generator=generator) for generator in generators])
+    zone_range = zone.timestep_range(num_timesteps)
+    timesteps = torch.cat([sample_timesteps(1, *zone_range, generator=generator) for generator in generators])
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     return noise.to(latents), timesteps.to(latents.device)
 

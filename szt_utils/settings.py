@@ -148,6 +148,9 @@ def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         if unknown := [flag for flag in entry if flag not in ConceptSettings.flags()]:
             raise InputError(f"{name}: '{unknown[0]}' cannot be set for one concept, only "
                              f"{', '.join(ConceptSettings.flags())}.")
+        if nested := [flag for flag, value in entry.items() if isinstance(value, list | dict)]:
+            raise InputError(f"{name}: '{nested[0]}' must be a text, a number, true or false, not a list or an "
+                             "object.")
     return named
 
 

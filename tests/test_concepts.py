@@ -166,7 +166,8 @@ def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
     ('[{"train_data_dir": "x"}]', "Concept 1 of .*required: --placeholder_token, --initializer_token"),
     ('[{"learning_rate": 1}]', "Concept 1 of .*'learning_rate' cannot be set for one concept, only train_d"),
     ('[{"t_min": "low"}]', "Concept 1 of .*--t_min"),
-    ('[{"t_min": [1]}]', "Concept 1 of .*--t_min"),
+    ('[{"t_min": [1]}]', "Concept 1 of .*'t_min' must be a text, a number, true or false"),
+    ('[{"train_data_dir": {"a": 1}}]', "Concept 1 of .*'train_data_dir' must be a text"),
     ('[{"train_data_dir": "x", "placeholder_token": "<a>", "initializer_token": "star", "jpeg_quality": 0}]',
      "Concept 1 of .*--jpeg_quality: 0 is not at least 1 and at most 100"),
     ('[{"placeholder_token": "<a>", "train_data_dir": "x", "initializer_token": "star"},'

@@ -130,14 +130,20 @@ def test_a_model_folder_that_is_broken_anywhere_is_one_sentence(tiny_model, tmp_
 
 @pytest.mark.parametrize("index", [
     {"_class_name": ["pipeline", "Evil"]}, {"unet": ["evil", "Evil"]}, {"_class_name": "evil.Evil"},
-    {"unet": ["unet", "Evil"]}])
+    {"unet": ["unet", "Evil"]}, {"scheduler": ["evil", "Evil"]}, {"scheduler": ["diffusers", "Evil"]},
+    {"more": ["evil", "Evil"]}])
 def test_no_code_of_a_model_folder_is_run(tiny_model, tmp_path, index, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     shutil.copytree(tiny_model, tmp_path / "model")
-    for name in ("pipeline.py", "evil.py", "unet/unet.py", "unet/evil.py"):
+    (tmp_path / "model" / "more").mkdir()
+    for name in ("pipeline.py", "evil.py", "unet/unet.py", "unet/evil.py", "scheduler/evil.py",
+                 "scheduler/diffusers.py", "more/evil.py"):
         (tmp_path / "model" / name).write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: 1\n")
     path = tmp_path / "model" / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | index))
     with pytest.raises(InputError, match="model"):
         load_pipeline(tmp_path / "model")
+    if "_class_name" not in index:
+        with pytest.raises(InputError, match="code of its own for its part .* never run"):
+            load_model(str(tmp_path / "model"))
     assert not (tmp_path / "was-run").exists()

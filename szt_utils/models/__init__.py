@@ -9,6 +9,7 @@ and its target. `load_model` finds the family of a Diffusers folder.
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from ..errors import InputError
 from .flow import T5
 from .flux import Flux
-from .parts import Condition, Step, load_config
+from .parts import Condition, Step, load_config, load_index
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
@@ -111,6 +112,8 @@ def find_family(path: str, revision: str | None = None) -> type:
 
     InputError for a family that is not supported.
     """
+    if (Path(path) / "model_index.json").is_file():
+        load_index(path, revision)
     try:
         config = load_config(path, "unet", revision)
         name, kind, families = "U-Net", config.get("addition_embed_type"), _UNETS

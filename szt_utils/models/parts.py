@@ -144,11 +144,20 @@ def pipeline_parts(index: dict[str, Any], path: str, dtype: torch.dtype, revisio
 
 
 def load_index(path: str, revision: str | None = None) -> dict[str, Any]:
-    """The classes of a pipeline's parts by name, (None, None) for one that it lacks; InputError as of
-    `load_part`."""
-    from diffusers import DiffusionPipeline
+    """The classes of a pipeline's parts by name, (None, None) for one that it lacks.
 
-    return _read_config(DiffusionPipeline, path, "pipeline", revision=revision)
+    InputError as of `load_part`, and for parts with code of their own, which some versions of Diffusers run.
+    """
+    from diffusers import DiffusionPipeline, pipelines
+
+    index = _read_config(DiffusionPipeline, path, "pipeline", revision=revision)
+    for name, classes in index.items():
+        library = classes[0] if isinstance(classes, list) and classes else None
+        if library is not None and ((Path(path) / name / f"{library}.py").exists() or not (
+                library in ("diffusers", "transformers") or hasattr(pipelines, str(library)))):
+            raise InputError(f"The model '{path}' comes with code of its own for its part '{name}', which is "
+                             "never run; use a model of Diffusers' own classes.")
+    return index
 
 
 def _read_config(cls: type, path: str, what: str, **kwargs: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..errors import InputError
+
 __all__ = [
     "BACKGROUNDS", "COLORS", "NOVEL_CONCEPTS", "PATTERNS", "SHAPES", "SIZE",
     "Attributes", "Scene", "caption", "concept_scenes", "draw_scene", "training_attributes",
@@ -199,7 +201,7 @@ def draw_scene(seed: int, attributes: Attributes) -> Scene:
     """
     for word, words in zip(astuple(attributes), (COLORS, PATTERNS, SHAPES, BACKGROUNDS), strict=True):
         if word not in words:
-            raise ValueError(f"'{word}' is not in the pocket world; choose from: {', '.join(words)}.")
+            raise InputError(f"'{word}' is not in the pocket world; choose from: {', '.join(words)}.")
     rng = np.random.default_rng(seed)
     radius = rng.uniform(32, 46)  # pixels
     center = rng.uniform(radius + 4, SIZE - radius - 4, 2)  # (x, y), pixels
@@ -238,10 +240,10 @@ def concept_scenes(concept: str, count: int = 5, seed: int = 0) -> list[Scene]:
     """Draw `count` scenes of a novel concept; backgrounds repeat only when there are more scenes than
     backgrounds.
 
-    ValueError for a name that is no novel concept.
+    InputError for a name that is no novel concept.
     """
     if concept not in NOVEL_CONCEPTS:
-        raise ValueError(f"'{concept}' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.")
+        raise InputError(f"'{concept}' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.")
     rng = np.random.default_rng([seed, list(NOVEL_CONCEPTS).index(concept)])
     order = rng.permutation(list(BACKGROUNDS))
     return [draw_scene(int(rng.integers(2**31)),
