@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 import szt_utils
 from szt_utils.arguments import (
     EntryParser,
+    add_data_flags,
     add_diffusers_flags,
     add_family_flags,
+    add_memory_flags,
     add_safe_zone_flags,
     number,
     script_parser,
@@ -53,17 +55,8 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
              "What an object leaves out comes from the command line. Results equal those of separate runs")
     add("--concepts_per_batch", type=number(int, 1), default=8,
         help="how many concepts share a batch, each with --train_batch_size images (default: 8)")
-    add = parser.add_argument_group("Speed and memory").add_argument
-    add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
-    add("--quantize", choices=["8bit", "4bit"],
-        help="hold the frozen U-Net or transformer in fewer bits: int8 by torchao, or NF4 by bitsandbytes, "
-             "which needs a GPU")
-    add("--offload", action="store_true",
-        help="keep the VAE, T5 and the network in CPU memory until it is their turn on the GPU")
-    add("--no_cache_latents", action="store_true",
-        help="encode the images at every step instead of once; same result, slower, needs no cache")
-    add("--latent_cache_gb", type=number(float, 0), default=4,
-        help="a concept's larger cache is a file in its output folder (default: 4)")
+    add_data_flags(parser)
+    add_memory_flags(parser)
     add_family_flags(parser)
     add_diffusers_flags(parser)
     args = parser.parse_args(argv)
@@ -71,13 +64,16 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
     if args.concepts and entry is None:
         for name, clash, remedy in (("num_train_epochs", args.num_train_epochs and not args.max_train_steps,
                                      "; give --max_train_steps"),
+                                    ("dataset_name", args.dataset_name, "; give each its train_data_dir"),
                                     ("hub_model_id", args.hub_model_id, ""),
                                     ("validation_epochs", args.validation_epochs, "")):
             if clash:
                 parser.error(f"argument --{name}: means another thing for each of --concepts{remedy}")
         return args
+    if args.dataset_name and args.train_data_dir:
+        parser.error("argument --dataset_name: cannot be combined with --train_data_dir")
     if missing := [f"--{name}" for name in ("train_data_dir", "placeholder_token", "initializer_token")
-                   if getattr(args, name) is None]:
+                   if getattr(args, name) is None and not (name == "train_data_dir" and args.dataset_name)]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     if args.offload and (args.no_cache_latents or args.quantize == "4bit"):
         parser.error("argument --offload: cannot be combined with --no_cache_latents, which needs the VAE at "
@@ -95,9 +91,13 @@ def read_settings(args: argparse.Namespace,
                   argv: list[str]) -> "tuple[TrainingSettings, list[ConceptSettings]]":
     """The frozen settings of the run, and those of every concept: one, or the entries of --concepts."""
     from szt_utils.embedding_files import safe_file_name
+    from szt_utils.hub_datasets import dataset_folder
     from szt_utils.settings import ConceptSettings, TrainingSettings, read_entries
 
     shared = TrainingSettings.from_flags(vars(args))
+    if args.dataset_name:
+        args.train_data_dir = str(dataset_folder(args.dataset_name, args.dataset_config_name,
+                                                 args.image_column, args.caption_column))
     if not args.concepts:
         return shared, [ConceptSettings.from_flags(vars(args))]
     concepts = []
@@ -167,7 +167,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
                                   latent_mask=batch.latent_mask).square()
                 for concept, sample, error in batch.split(errors):
                     loss = error.mean()
-                    loss = concept.zone.loss(error, sample.mask)                                      # SZT
+                    loss = concept.zone.mean(error, sample.mask)                                      # SZT
                     journal.note(concept, loss, error, sample.mask)
                     losses.append(loss)
                 run.backward(sum(losses))

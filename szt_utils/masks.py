@@ -4,6 +4,7 @@ Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the stem of its image
 `<stem>-masklabel.png`, which may lie beside the image itself.
 """
 
+import functools
 import math
 import unicodedata
 from pathlib import Path
@@ -18,8 +19,8 @@ from .images import MASK_ENDING, crop_and_resize, from_pil, list_images, read_up
 from .mask_pixels import white_pixels
 from .notices import notice
 
-__all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_masks", "masked_mean", "prepare_mask", "read_mask",
-           "to_latent_grid"]
+__all__ = ["MASK_MODES", "NORMALIZATIONS", "dilate", "find_mask", "find_masks", "masked_mean",
+           "prepare_mask", "read_mask", "to_grid_of", "to_latent_grid"]
 
 # LM, IM, ZM and LIM of the paper; "none" only records the loss inside and outside.
 MASK_MODES = ("loss", "image", "latent", "image_and_loss", "none")
@@ -55,6 +56,27 @@ def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
             raise InputError(f"The mask '{path}' has no image of the same name; "
                              "remove it or add the image.")
     return [masks[stem] for stem in stems]
+
+
+def find_mask(masks: str | Path, path: str | Path) -> Path:
+    """The mask of one image: `masks` itself, or if it is a folder, that of the image in it by `find_masks`.
+
+    The other images of the image's folder need their masks, too.
+    """
+    if not Path(masks).is_dir():
+        return Path(masks)
+    folder = Path(path).parent
+    times = [each.stat().st_mtime_ns for each in (Path(masks), folder)]
+    found = _masks_of_folder(Path(masks), folder, *times)
+    if Path(path).name not in found:
+        raise InputError(f"'{path}' is not an image of its folder; choose from: {', '.join(found)}.")
+    return found[Path(path).name]
+
+
+@functools.lru_cache(maxsize=64)
+def _masks_of_folder(mask_dir: Path, folder: Path, *_times: int) -> dict[str, Path]:
+    paths = list_images(folder)
+    return {path.name: mask for path, mask in zip(paths, find_masks(mask_dir, paths), strict=True)}
 
 
 def _stem(path: Path) -> str:
@@ -113,6 +135,20 @@ def to_latent_grid(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize(M_x) of Eq. 7: the mean of (B, 1, H, W) over each cell of the latent grid (h, w), thresholded at
     0.5."""
     return (F.adaptive_avg_pool2d(mask, size) >= 0.5).to(mask)
+
+
+def to_grid_of(error: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An error, packed tokens (B, L, C) as (B, C, h, w), and its mask (B, 1, H, W) on its grid (h, w).
+
+    InputError when L tokens do not fill a grid of the mask's aspect.
+    """
+    if error.dim() == 3:
+        rows = round(math.sqrt(error.shape[1] * mask.shape[-2] / mask.shape[-1]))
+        if rows < 1 or error.shape[1] % rows:
+            raise InputError(f"{error.shape[1]} tokens do not fill a grid of the aspect of a mask of "
+                             f"{mask.shape[-2]} x {mask.shape[-1]}; unpack the prediction.")
+        error = error.transpose(1, 2).unflatten(2, (rows, error.shape[1] // rows))
+    return error, to_latent_grid(mask, error.shape[-2:])
 
 
 def prepare_mask(mask: Image.Image, resolution: int, center_crop: bool = False,

@@ -9,26 +9,45 @@ Training, adaptive poisons, the mask page, the table and the metadata of embeddi
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from .errors import InputError
+from .images import crop_and_resize, read_image
+from .joint_transform import transform_together
 from .jpeg import check_quality, jpeg
-from .masks import MASK_MODES, NORMALIZATIONS, masked_mean, prepare_mask
+from .masks import (
+    MASK_MODES,
+    NORMALIZATIONS,
+    dilate,
+    find_mask,
+    masked_mean,
+    prepare_mask,
+    read_mask,
+    to_grid_of,
+)
 from .models import Model
+from .notices import notice
+from .schedules import Schedule
 from .timesteps import (
     DISTRIBUTIONS,
     check_range,
     first_timestep,
     noise_level,
+    redraw_outside,
     sample_timesteps,
     timestep_weights,
 )
 
-__all__ = ["PAPER_JPEG_QUALITY", "PAPER_LOG_SNR", "PAPER_T_MIN", "SafeZone", "paper_dilation"]
+__all__ = ["PAPER_JPEG_QUALITY", "PAPER_LOG_SNR", "PAPER_T_MIN", "Density", "SafeZone", "paper_dilation"]
+
+# Numbers of [0, 1): a function of how many, or a tensor of them.
+Density = Callable[[int], torch.Tensor] | torch.Tensor
 
 PAPER_JPEG_QUALITY = 25
 PAPER_T_MIN = 500  # of Stable Diffusion's 1000 timesteps
@@ -73,14 +92,15 @@ class SafeZone:
             raise InputError(f"The mask dilation must not be negative, but is {self.mask_dilation}.")
 
     @classmethod
-    def paper(cls, resolution: int, model: Model | None = None, **given: Any) -> "SafeZone":
+    def paper(cls, resolution: int, model: Any = None, **given: Any) -> "SafeZone":
         """The paper's settings at a training resolution in pixels, but for those `given` that are not None.
 
-        With a model, t_min is the first timestep with at most the signal-to-noise ratio that Stable Diffusion
-        has at t = 500; without one it is 500.
+        With a `Model` or a Diffusers scheduler, t_min is the first timestep with at most the signal-to-noise
+        ratio that Stable Diffusion has at t = 500; without one it is 500.
         """
-        t_min = PAPER_T_MIN if model is None else first_timestep(
-            model.log_snr(torch.arange(model.num_timesteps)), PAPER_LOG_SNR)
+        schedule = model if model is None or hasattr(model, "log_snr") else Schedule(model)
+        t_min = PAPER_T_MIN if schedule is None else first_timestep(
+            schedule.log_snr(torch.arange(schedule.num_timesteps)), PAPER_LOG_SNR)
         settings = {"jpeg_quality": PAPER_JPEG_QUALITY, "t_min": t_min,
                     "mask_dilation": paper_dilation(resolution)}
         return cls(**settings | {name: value for name, value in given.items() if value is not None})
@@ -105,11 +125,95 @@ class SafeZone:
         t_max = num_timesteps if self.t_max is None else self.t_max
         return self.t_min, t_max, self.weights(num_timesteps)
 
-    def timesteps(self, count: int, num_timesteps: int, *, device: torch.device | str | None = None,
+    def timesteps(self, scheduler: Any, count: int, u: Density | None = None, *, parts: int = 1,
+                  device: torch.device | str | None = None,
                   generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw `count` timesteps of a model that has `num_timesteps`, long (count,): WHEN (Sec. 4.2)."""
-        return sample_timesteps(count, *self.timestep_range(num_timesteps), device=device,
-                                generator=generator)
+        """Draw `count` timesteps of a Diffusers scheduler: WHEN (Sec. 4.2).
+
+        Long for a scheduler that counts them (DDPM), else values of its own list (flow, EDM), of levels from
+        t_min to below t_max. `u` is a density of the caller, whose shape stays: see `restrict`. In a batch of
+        2 `parts`, the second half are the class images of prior preservation, which get all timesteps.
+        """
+        schedule = Schedule(scheduler)
+        if u is None:
+            places = self.places(scheduler, count, parts=parts, device=device, generator=generator)
+        else:
+            u = self.restrict(scheduler, count, u, parts=parts, generator=generator)
+            places = (u * len(schedule.values)).long()
+        return schedule.values.to(places.device)[places].to(device or places.device)
+
+    def places(self, scheduler: Any, count: int, *, parts: int = 1, device: torch.device | str | None = None,
+               generator: torch.Generator | None = None) -> torch.Tensor:
+        """Places in a scheduler's list of timesteps, long (count,), as `timesteps` draws them.
+
+        They are on the CPU, or on the `device` for a scheduler that counts its timesteps.
+        """
+        schedule = Schedule(scheduler)
+        places = self._inside(schedule).nonzero().flatten()
+        device = device if schedule.counts else None
+        if schedule.counts:
+            places = places.flip(0)  # rising timesteps: what torch.randint would draw
+        weights = self.weights(schedule.num_timesteps)
+        if weights is not None:
+            weights = weights[schedule.levels[places].round().long() - self.t_min]
+        everywhere = len(places) == len(schedule.values) and weights is None
+        own = count if everywhere else count // parts
+        drawn = places.to(device)[sample_timesteps(own, 0, len(places), weights, device=device,
+                                                   generator=generator)]
+        rest = sample_timesteps(count - own, 0, len(schedule.values), device=device, generator=generator)
+        return torch.cat([drawn, rest]) if own < count else drawn
+
+    def restrict(self, scheduler: Any, count: int, u: Density, *, parts: int = 1,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw `count` numbers of [0, 1) by a density, float (count,), whose timesteps are in the zone.
+
+        As in Diffusers' examples, u leads to the timestep `scheduler.timesteps[int(u T)]`. `u` is a function
+        of how many, which draws those outside the zone again, or a tensor of at least `count`, of which
+        others replace them. InputError when all are outside.
+        """
+        if self.t_distribution != "uniform":
+            raise InputError(f"Timesteps come from a density, so the timestep distribution "
+                             f"'{self.t_distribution}' cannot be used; leave it out.")
+        inside = self._inside(Schedule(scheduler))
+        if isinstance(u, torch.Tensor):
+            first, draw = u[:count].clone(), lambda n: u[torch.randint(len(u), (n,), generator=generator)]
+        else:
+            first, draw = u(count), u
+        return redraw_outside(first, draw, lambda u: inside.to(u.device)[(u * len(inside)).long()],
+                              count // parts)
+
+    def _inside(self, schedule: Schedule) -> torch.Tensor:
+        """Which timesteps of a schedule's list are in the zone, bool (N,)."""
+        t_max = schedule.num_timesteps if self.t_max is None else self.t_max
+        at = torch.tensor([PAPER_T_MIN])
+        if self.t_min == PAPER_T_MIN and schedule.log_snr(at) > PAPER_LOG_SNR + 0.01:
+            notice("t_min 500 is that of Stable Diffusion; SafeZone.paper(resolution, scheduler) chooses "
+                   "the scheduler's by its signal-to-noise ratio.")
+        inside = (schedule.levels >= self.t_min) & (schedule.levels < t_max)
+        if not inside.any():
+            raise InputError(f"The scheduler has no timestep from {self.t_min} to below {t_max}.")
+        return inside
+
+    def open(self, path: str | Path, resolution: int, masks: str | Path | None = None, *,
+             center_crop: bool = False) -> tuple[Image.Image, torch.Tensor]:
+        """Read an image as the training sees it: RGB (R, R), JPEG-compressed, and its mask (1, R, R).
+
+        `masks` is the mask's file, or a folder of masks (`find_masks`); without it the mask is all ones.
+        """
+        image, mask = read_image(path), torch.ones(1, resolution, resolution)
+        if masks is not None:
+            mask_image = read_mask(find_mask(masks, path), image.size)
+            mask = self.prepare_mask(mask_image, resolution, center_crop)[0]
+        return self.purify(crop_and_resize(image, resolution, center_crop)), mask
+
+    def transform(self, transform: Callable, image: Image.Image,
+                  mask: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+        """An image and its mask after the same random crops and flips, as `open` gives them.
+
+        `transform` is made of torchvision.transforms.v2, and leaves images Pillow images.
+        """
+        image, mask = transform_together(transform, image, mask)
+        return self.purify(image), dilate(mask[None], self.mask_dilation)[0]
 
     def prepare_mask(self, mask: Image.Image, resolution: int, center_crop: bool = False) -> torch.Tensor:
         """A mask cropped and resized like its image, then dilated, (1, 1, R, R): WHERE (Sec. 4.3)."""
@@ -124,14 +228,27 @@ class SafeZone:
         """What multiplies the noised latents: the mask (B, 1, h, w), if the mode masks them (ZM)."""
         return mask if self.mask_mode == "latent" else None
 
-    def loss(self, error: torch.Tensor, mask: torch.Tensor | None = None,
-             weights: torch.Tensor | None = None) -> torch.Tensor:
-        """The scalar loss of Eq. 7 of squared errors (B, ..., h, w) and a mask (B, 1, h, w) on their grid.
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, masks: torch.Tensor | None = None,
+             weights: torch.Tensor | None = None, *, parts: int = 1,
+             prior_weight: float = 1.0) -> torch.Tensor:
+        """The scalar loss of Eq. 7 of a prediction and its target, in float32: WHERE (Sec. 4.3).
 
-        `weights` (B,) multiply the errors of each sample.
+        Both are (B, C, h, w), with frames (B, C, F, h, w), or packed into tokens (B, L, C). `masks`
+        (B, 1, H, W) may be of the images' size. `weights`, of B elements, multiply the error of each sample.
+        In a batch of 2 `parts`, the second half are class images: their unmasked mean is added, times
+        `prior_weight`.
         """
+        error = (prediction.float() - target.float()).square()
         if weights is not None:
-            error = error * weights.view(-1, *[1] * (error.dim() - 1))
+            error = error * weights.to(error).view(-1, *[1] * (error.dim() - 1))
+        own, rest = error.split([len(error) // parts, len(error) - len(error) // parts])
+        if masks is not None:
+            own, masks = to_grid_of(own, masks[:len(own)].to(own))
+        loss = self.mean(own, masks)
+        return loss if parts == 1 else loss + prior_weight * rest.mean()
+
+    def mean(self, error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean of Eq. 7 of any error (B, C, ..., h, w) and a mask (B, 1, h, w) on its grid, a scalar."""
         return masked_mean(error, mask if self.mask_mode.endswith("loss") else None, self.mask_normalization)
 
     def describe(self, model: Model, masks: torch.Tensor | None) -> list[str]:

@@ -5,12 +5,14 @@ A diffusion timestep t counts noise: t = 0 is almost the clean latent, t = T - 1
 poisons act at low t. `t_min` is inclusive, `t_max` exclusive.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .errors import InputError
 
-__all__ = ["DISTRIBUTIONS", "check_range", "first_timestep", "noise_level", "sample_timesteps",
-           "timestep_weights"]
+__all__ = ["DISTRIBUTIONS", "check_range", "first_timestep", "noise_level", "redraw_outside",
+           "sample_timesteps", "timestep_weights"]
 
 DISTRIBUTIONS = ("uniform", "power", "tanh")
 
@@ -59,6 +61,21 @@ def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000,
     if weights is None:
         return torch.randint(t_min, t_max, (batch_size,), device=device, generator=generator)
     return t_min + torch.multinomial(weights.to(device), batch_size, replacement=True, generator=generator)
+
+
+def redraw_outside(values: torch.Tensor, draw: Callable[[int], torch.Tensor],
+                   is_inside: Callable[[torch.Tensor], torch.Tensor], own: int) -> torch.Tensor:
+    """Rejection sampling: the first `own` of `values` (B,) are drawn again until all of them are inside.
+
+    `draw` draws as many as it is asked for. InputError after 1000 vain draws.
+    """
+    for _ in range(1000):
+        outside = ~is_inside(values)
+        outside[own:] = False
+        if not outside.any():
+            return values
+        values[outside] = draw(int(outside.sum())).to(values)
+    raise InputError("The density draws no timestep inside the safe zone; change t_min or the density.")
 
 
 def noise_level(log_snr: torch.Tensor) -> torch.Tensor:

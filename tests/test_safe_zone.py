@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import (
+    DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 
 from szt_utils.errors import InputError
+from szt_utils.images import read_image
+from szt_utils.models.flux import pack
+from szt_utils.notices import notice
 from szt_utils.safe_zone import PAPER_LOG_SNR, SafeZone, paper_dilation
 
 
@@ -121,18 +131,106 @@ def test_purify_is_jpeg_or_nothing():
     assert np.array_equal(np.asarray(SafeZone(jpeg_quality=25).purify(image)), expected)
 
 
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DDPM = DDPMScheduler(**BETAS)
+SCHEDULERS = {
+    "ddpm": DDPM, "euler": EulerDiscreteScheduler(**BETAS),
+    "edm": EDMEulerScheduler(), "flow": FlowMatchEulerDiscreteScheduler(),
+    "shifted flow": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+
+
+def snr_of(name, scheduler, timesteps):
+    """The ratio of the variances of signal and noise, from the scheduler's own tables."""
+    places = [(scheduler.timesteps == t).nonzero()[0].item() for t in timesteps]
+    if name == "ddpm":
+        signal = scheduler.alphas_cumprod[timesteps]
+        return signal / (1 - signal)
+    sigmas = scheduler.sigmas[places]
+    if "flow" in name:
+        return ((1 - sigmas) / sigmas) ** 2
+    return ((0.5 if name == "edm" else 1.0) / sigmas) ** 2
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_of_any_scheduler_are_its_own_and_below_the_papers_ratio(name):
+    scheduler = SCHEDULERS[name]
+    zone = SafeZone.paper(512, scheduler)
+    drawn = zone.timesteps(scheduler, 3000, generator=torch.Generator().manual_seed(0))
+    assert drawn.dtype == scheduler.timesteps.dtype and torch.isin(drawn, scheduler.timesteps).all()
+    ratio = snr_of(name, scheduler, drawn)
+    assert 0.37 < ratio.max() < 0.3825  # up to the ratio, and not above it
+    assert {"ddpm": 500, "euler": 500, "flow": 618, "shifted flow": 618}.get(name) in (
+        None, zone.t_min, zone.t_min + 1)  # flow counts from sigma 0.001
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_without_a_defence_the_draws_are_those_of_the_diffusers_examples(name):
+    scheduler, seed = SCHEDULERS[name], torch.Generator().manual_seed
+    drawn = SafeZone().timesteps(scheduler, 64, parts=2, generator=seed(0))
+    indices = torch.randint(0, 1000, (64,), generator=seed(0))
+    assert torch.equal(drawn, indices if name == "ddpm" else scheduler.timesteps[indices])
+    u = torch.rand(64, generator=seed(0))
+    assert torch.equal(SafeZone().timesteps(scheduler, 64, u), scheduler.timesteps[(u * 1000).long()])
+
+
+def test_a_density_keeps_its_shape_inside_the_zone():
+    """Rejection: the distribution of what is kept is that of the caller's draws that are inside."""
+    scheduler, generator = SCHEDULERS["flow"], torch.Generator().manual_seed(0)
+    zone = SafeZone.paper(512, scheduler)
+
+    def draw(count):
+        return torch.randn(count, generator=generator).sigmoid()
+
+    kept = zone.timesteps(scheduler, 20000, draw) / 1000
+    # u = 0 is pure noise in Diffusers' list, so that sigma is 1 - u, which has the same density.
+    free = draw(60000)
+    free = free[free >= kept.min()]
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert kept.quantile(share).item() == pytest.approx(free.quantile(share).item(), abs=6e-3)
+    pool = zone.timesteps(scheduler, 500, draw(2000)) / 1000
+    assert pool.min() >= kept.min() and pool.median().item() == pytest.approx(kept.median().item(), abs=0.02)
+
+
+def test_a_density_that_never_reaches_the_zone_is_refused():
+    zone, scheduler = SafeZone.paper(512, SCHEDULERS["flow"]), SCHEDULERS["flow"]
+    with pytest.raises(InputError, match="draws no timestep inside"):
+        zone.timesteps(scheduler, 4, lambda count: torch.full((count,), 0.9))
+    with pytest.raises(InputError, match="'power' cannot be used"):
+        SafeZone(t_distribution="power").timesteps(scheduler, 4, torch.rand)
+    with pytest.raises(InputError, match="DDPMWuerstchenScheduler is not known"):
+        SafeZone().timesteps(DDPMWuerstchenScheduler(), 4)
+    with pytest.raises(InputError, match="no timestep from 1000"):
+        SafeZone(t_min=1000).timesteps(DDPM, 4)
+
+
+def test_the_papers_zone_without_a_scheduler_says_that_it_is_stable_diffusions(capsys):
+    notice.cache_clear()
+    SafeZone.paper(512).timesteps(DDPM, 4)
+    assert capsys.readouterr().err == ""
+    SafeZone.paper(512).timesteps(SCHEDULERS["flow"], 4)
+    assert "SafeZone.paper(resolution, scheduler) chooses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_class_images_get_all_timesteps(name):
+    scheduler, zone = SCHEDULERS[name], SafeZone.paper(512, SCHEDULERS[name])
+    for u in (None, torch.rand):
+        ratio = snr_of(name, scheduler, zone.timesteps(scheduler, 2000, u, parts=2))
+        assert ratio[:1000].max() < 0.3825 and ratio[1000:].max() > 1
+
+
 def test_timesteps_are_drawn_from_the_zone_as_upstream_draws_them():
     zone = SafeZone(t_min=500)
-    drawn = zone.timesteps(1000, 1000, generator=torch.Generator().manual_seed(0))
+    drawn = zone.timesteps(DDPM, 1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(drawn, torch.randint(500, 1000, (1000,), generator=torch.Generator().manual_seed(0)))
-    everywhere = SafeZone().timesteps(8, 1000, generator=torch.Generator().manual_seed(0))
+    everywhere = SafeZone().timesteps(DDPM, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(everywhere, torch.randint(0, 1000, (8,), generator=torch.Generator().manual_seed(0)))
     shaped = SafeZone(t_min=2, t_max=6, t_distribution="power", t_power=2.0)
     low, high, weights = shaped.timestep_range(1000)
     assert (low, high) == (2, 6)
     expected = torch.tensor([4, 9, 16, 25], dtype=torch.float64) / 54
     assert torch.allclose(weights, expected)
-    assert set(shaped.timesteps(500, 1000).tolist()) == {2, 3, 4, 5}
+    assert set(shaped.timesteps(DDPM, 500).tolist()) == {2, 3, 4, 5}
 
 
 def test_a_mask_is_prepared_like_its_image_and_grown():
@@ -147,14 +245,109 @@ def test_the_loss_is_equation_7_by_hand():
     mask = (torch.rand(2, 1, 8, 8) < 0.5).double()
     by_hand = sum(error[b, c, y, x].item() for b in range(2) for c in range(4) for y in range(8)
                   for x in range(8) if mask[b, 0, y, x]) / error.numel()
-    assert SafeZone().loss(error, mask).item() == pytest.approx(by_hand)
-    assert SafeZone().loss(error).item() == pytest.approx(error.mean().item())
+    assert SafeZone().mean(error, mask).item() == pytest.approx(by_hand)
+    assert SafeZone().mean(error).item() == pytest.approx(error.mean().item())
     inside = by_hand * error.numel() / (4 * mask.sum().item())
-    assert SafeZone(mask_normalization="area").loss(error, mask).item() == pytest.approx(inside)
+    assert SafeZone(mask_normalization="area").mean(error, mask).item() == pytest.approx(inside)
     for mode, masked in (("loss", True), ("image_and_loss", True), ("image", False), ("latent", False),
                          ("none", False)):
         expected = by_hand if masked else error.mean().item()
-        assert SafeZone(mask_mode=mode).loss(error, mask).item() == pytest.approx(expected), mode
+        assert SafeZone(mask_mode=mode).mean(error, mask).item() == pytest.approx(expected), mode
+
+
+def test_the_loss_takes_masks_of_the_images_size_frames_and_packed_latents():
+    prediction, target = torch.randn(2, 2, 4, 8, 6), torch.randn(2, 2, 4, 8, 6)  # (B, C, F, h, w)
+    masks = torch.zeros(2, 1, 64, 48)
+    masks[0, :, 16:40, 8:32] = masks[1, :, :20] = 1  # the second ends in the middle of a cell, which counts
+    cells = torch.zeros(2, 1, 8, 6)
+    cells[0, :, 2:5, 1:4] = cells[1, :, :3] = 1
+    error = (prediction - target) ** 2
+    expected = (error * cells[:, :, None]).mean()
+    assert torch.allclose(SafeZone().loss(prediction, target, masks), expected)
+    assert torch.allclose(SafeZone().loss(prediction, target, cells), expected)
+    assert SafeZone().loss(prediction.half(), target.half(), masks).dtype == torch.float32
+
+    image, noise = prediction[:, :, 0], target[:, :, 0]
+    tokens = torch.nn.functional.avg_pool2d(masks, 16).ge(0.5).float()  # a token is 2 x 2 cells
+    big = tokens.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    packed = SafeZone().loss(pack(image), pack(noise), masks)
+    assert torch.allclose(packed, ((image - noise) ** 2 * big).mean())
+    with pytest.raises(InputError, match="13 tokens do not fill a grid"):
+        SafeZone().loss(torch.zeros(2, 13, 4), torch.zeros(2, 13, 4), masks)
+
+
+def test_class_images_count_everywhere_and_by_their_weight():
+    prediction, target, mask = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    mask[..., :4, :] = 1
+    error = (prediction - target) ** 2
+    expected = (error[:2] * mask).mean() + 0.5 * error[2:].mean()
+    assert torch.allclose(SafeZone().loss(prediction, target, mask, parts=2, prior_weight=0.5), expected)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)  # as Diffusers has them
+    both = SafeZone().loss(prediction, target, mask.repeat(2, 1, 1, 1), weights, parts=2)
+    weighted = error * weights
+    assert torch.allclose(both, (weighted[:2] * mask).mean() + weighted[2:].mean())
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image of 90 x 60 pixels and its mask: a red square on noise, white where it is red."""
+    pixels = np.random.default_rng(0).integers(0, 100, (60, 90, 3), np.uint8)
+    mask = np.zeros((60, 90), np.uint8)
+    mask[20:40, 10:30] = 255
+    pixels[mask > 0] = (250, 0, 0)
+    for folder, array in (("images", pixels), ("masks", mask)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(array).save(tmp_path / folder / "a.png")
+    return tmp_path / "images" / "a.png", tmp_path / "masks"
+
+
+def test_open_reads_an_image_and_its_mask_as_the_training_sees_them(photo):
+    path, masks = photo
+    zone = SafeZone(jpeg_quality=25, mask_dilation=2)
+    image, mask = zone.open(path, 30, masks)
+    plain = read_image(path).resize((30, 30), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(image), np.asarray(zone.purify(plain)))
+    assert mask.shape == (1, 30, 30) and mask[0, 10:20, 4:9].all() and mask.sum() == 14 * (7 + 4)
+    assert torch.equal(zone.open(path, 30, masks / "a.png")[1], mask)
+    assert torch.equal(zone.open(path, 30)[1], torch.ones(1, 30, 30))
+    cropped, _ = zone.open(path, 30, masks, center_crop=True)
+    assert not np.array_equal(np.asarray(cropped), np.asarray(image))
+    (masks / "a.png").unlink()
+    Image.new("L", (90, 60), 255).save(masks / "b.png")
+    with pytest.raises(InputError, match="no mask in"):
+        zone.open(path, 30, masks)
+
+
+def test_an_image_and_its_mask_are_cropped_and_flipped_together(photo):
+    from torchvision.transforms import v2
+
+    path, masks = photo
+    transform = v2.Compose([v2.Resize((45, 45)), v2.RandomCrop(40), v2.RandomHorizontalFlip()])
+    mirrored = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        image, mask = SafeZone().transform(transform, read_image(path), Image.open(masks / "a.png"))
+        red = torch.from_numpy(np.asarray(image)[None, ..., 0] > 175).float()
+        assert image.size == (40, 40) and mask.shape == (1, 40, 40)
+        assert (red != mask).float().mean() < 0.05  # but for the smoothed edge
+        mirrored.add(bool(mask[..., 20:].sum() > mask[..., :20].sum()))
+        torch.manual_seed(seed)
+        grown, wide = SafeZone(jpeg_quality=5, mask_dilation=3).transform(
+            transform, read_image(path), Image.open(masks / "a.png"))
+        assert wide.sum() > mask.sum() and (wide >= mask).all() and grown.tobytes() != image.tobytes()
+    assert mirrored == {True, False}
+
+
+def test_the_example_of_the_readme_runs(photo):
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"in your own loop.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    path, masks = photo
+    names = {"path": path, "noise_scheduler": DDPM, "batch_size": 2, "device": "cpu",
+             "masks": torch.ones(2, 1, 64, 64), "prediction": torch.ones(2, 4, 8, 8),
+             "target": torch.zeros(2, 4, 8, 8)}
+    code = code.replace('"masks"', f"{str(masks)!r}")
+    exec(code, names)
+    assert names["image"].size == (512, 512) and names["loss"] == 1 and names["timesteps"].min() >= 500
 
 
 def test_samples_can_be_weighted_and_frames_share_the_mask_of_an_image():
@@ -162,15 +355,16 @@ def test_samples_can_be_weighted_and_frames_share_the_mask_of_an_image():
     mask[..., 2:6] = 1
     weights = torch.tensor([0.5, 3.0])
     expected = (error * mask * weights.view(2, 1, 1, 1)).mean()
-    assert torch.allclose(SafeZone().loss(error, mask, weights), expected)
+    residual, nothing = error.sqrt(), torch.zeros_like(error)
+    assert torch.allclose(SafeZone().loss(residual, nothing, mask, weights), expected)
     frames = error.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-    assert torch.allclose(SafeZone().loss(frames, mask, weights), expected)
+    assert torch.allclose(SafeZone().loss(frames.sqrt(), torch.zeros_like(frames), mask, weights), expected)
 
 
 def test_gradients_vanish_outside_the_mask():
     error, mask = torch.rand(1, 4, 8, 8, requires_grad=True), torch.zeros(1, 1, 8, 8)
     mask[..., :3] = 1
-    SafeZone().loss(error, mask).backward()
+    SafeZone().mean(error, mask).backward()
     assert (error.grad[..., :3] > 0).all() and not error.grad[..., 3:].any()
 
 

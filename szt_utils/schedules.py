@@ -1,0 +1,59 @@
+"""How noisy the timesteps of a Diffusers scheduler are: of DDPM, EDM and rectified flow.
+
+A level t counts noise, from 0, almost clean, to T - 1, almost noise, for all of them:
+
+    DDPM   z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) noise   SNR abar / (1 - abar)         t is the timestep
+    flow   z_t = (1 - sigma) z0 + sigma noise               SNR ((1 - sigma) / sigma)^2   t = sigma T - 1
+    EDM    z_t = z0 + sigma noise                           SNR (sigma_data / sigma)^2    t is sigma's rank
+
+where sigma_data is the scale of z0.
+"""
+
+from typing import Any
+
+import torch
+
+from .errors import InputError
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """The schedule of noise of a Diffusers scheduler, with the part of a `Model` that a `SafeZone` asks for.
+
+    `values` (N,) are the scheduler's timesteps as its list has them, the noisiest first, and `levels` (N,)
+    their levels t. `counts` says that the timesteps are whole levels, long, as of DDPM. InputError for a
+    scheduler of another kind.
+    """
+
+    def __init__(self, scheduler: Any):
+        config, listed = scheduler.config, getattr(scheduler, "timesteps", None)
+        sigmas, scale = getattr(scheduler, "sigmas", None), config.get("sigma_data")
+        self.num_timesteps = config.get("num_train_timesteps")
+        self._signal, self._edm = getattr(scheduler, "alphas_cumprod", None), None
+        if self._signal is not None and not config.get("use_flow_sigmas"):
+            self.counts = listed is None or not listed.is_floating_point() or len(listed) > self.num_timesteps
+            self.values = torch.arange(self.num_timesteps - 1, -1, -1) if self.counts else listed.cpu()
+            self.levels = self.values.double()
+            return
+        known = self.num_timesteps is not None and listed is not None and sigmas is not None
+        if not known or self._signal is not None or (scale is None and sigmas.max() > 1):
+            raise InputError(f"The noise schedule of this {type(scheduler).__name__} is not known; use a "
+                             "scheduler of DDPM, EDM or rectified flow.")
+        self.counts, self.values = False, listed[:self.num_timesteps].cpu()
+        sigmas = sigmas[:len(self.values)].cpu().double()
+        if scale is None:
+            self.levels = (sigmas * self.num_timesteps - 1).round(decimals=3)  # sigmas are float32
+        else:
+            self.levels = torch.arange(len(sigmas) - 1, -1, -1).double()
+            self._edm = 2 * (scale / sigmas.flip(0)).log()
+
+    def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """ln(signal / noise) of the variances at whole levels t (B,), float64."""
+        if self._edm is not None:
+            return self._edm[timesteps]
+        if self._signal is not None:
+            signal = self._signal.cpu().double()[timesteps]
+            return signal.log() - (1 - signal).log()
+        sigmas = (timesteps.double() + 1) / self.num_timesteps
+        return 2 * ((1 - sigmas).log() - sigmas.log())
