@@ -1,9 +1,10 @@
-"""Mask the concept in every image of a folder with Segment Anything; the masks are for --loss_mask_dir.
+"""Mask the concept in every image of a folder; the masks are for --loss_mask_dir.
 
     python precompute_masks.py --image_dir images --output_dir masks --sam_checkpoint sam_vit_b.pth --auto
 
-Exactly one of --auto, --point, --box, --points_file, --text and --ui marks the concept. Without a model, the
-bundled one is used; it only works on pocket-world images.
+Exactly one of --auto, --point, --box, --points_file, --text and --ui marks the concept. A Segment Anything
+model makes the masks; the bundled one, used by default, only works on pocket-world images. Without a model
+for photographs, use --grabcut with --box, or paint with --ui.
 
 A mask is `<stem>.png`, white = concept, of the size of its image. The same command again makes the masks that
 are missing or outdated; masks that were saved on the page of --ui are kept.
@@ -33,6 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="A .pth checkpoint of the segment-anything package, of any size.")
     model.add_argument("--sam_model", type=user_path, metavar="NAME",
                        help="SAM, SAM 2 or SAM 3 of transformers: folder or Hub name.")
+    model.add_argument("--grabcut", action="store_true",
+                       help="No model: GrabCut of OpenCV, best with a box; needs opencv-python-headless.")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--auto", action="store_true", help="Segment what all images have in common.")
     way.add_argument("--point", type=number(float, 0, 1), nargs=2, action="append", metavar=("X", "Y"),
@@ -43,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     way.add_argument("--points_file", type=user_path, metavar="FILE",
                      help="JSON of points and boxes per image, as above.")
     way.add_argument("--text", help="Words for the concept; needs a SAM 3 model.")
-    way.add_argument("--ui", action="store_true", help="Click on a page that only this computer can open.")
+    way.add_argument("--ui", action="store_true",
+                     help="Click and paint on a page that only this computer can open.")
     add("--grid", type=number(int, 2, 64), default=12, help="--auto: clicks along each side. (12)")
     add("--preview", action="store_true",
         help="Write a contact sheet, preview/sheet.png in the output folder.")
@@ -56,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.box and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
         parser.error("argument --box: expected LEFT < RIGHT and TOP < BOTTOM")
+    if args.grabcut and (args.auto or args.text is not None):
+        parser.error("argument --grabcut: needs --box, --point, --points_file or --ui")
     return args
 
 

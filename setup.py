@@ -22,7 +22,8 @@ setup(
                 "diagnose_images", "sensitivity_maps", "evaluate", "export_dataset"],
     package_data={"szt_utils": ["*.html", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
-    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image", "peft"],
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image", "peft",
+                             "opencv-python-headless"],
                     "heic": ["pillow-heif"], "grabcut": ["opencv-python-headless"],
                     "metrics": ["torch-fidelity"], "quantize": ["torchao", "bitsandbytes"]},
 )

@@ -1,12 +1,16 @@
-"""A local page for making masks by clicking: what it answers (`local_server` serves it).
+"""A local page for making masks by clicking and painting: what it answers (`local_server` serves it).
 
 GET                  the page
-GET state            the images, their masks' versions, clicks and notes, and the training's settings
+GET state            the images, their masks' versions, clicks and notes, the tools, the training's settings
 GET image/<n>        image n as JPEG
-POST mask            {"image": n, "include": [[x, y]], "exclude": [[x, y]]}: layers of the mask of these
-                     clicks, or of the saved mask if there are none, and of what training makes of it
-POST save            {"images": {"<n>": {"include": ..., "exclude": ..., "version": ...}}}: save the masks of
-                     these clicks; refused when a mask is no longer the version that the browser has seen
+POST mask            {"image": n, ...}: layers of the mask that "..." makes, or of the saved mask if it is
+                     empty, and of what training makes of it
+POST save            {"images": {"<n>": {..., "version": ...}}}: save the masks that "..." makes; refused when
+                     a mask is no longer the version that the browser has seen
+
+"..." is one of three: clicks, {"include": [[x, y]], "exclude": [[x, y]]}; a painted mask, {"painted": PNG};
+or what GrabCut finds, {"concept": PNG, "background": PNG, "box": [left, top, right, bottom]}, each of which
+may be missing. A PNG is a data URL, opaque where it is painted, of any size up to `LARGEST_SIDE`.
 """
 
 import base64
@@ -18,19 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
+from .grabcut import BACKGROUND, CONCEPT, grabcut, is_available, seeds_of
 from .local_server import Conflict
 from .mask_preview import mask_area, trained_masks
 from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json
 from .segment import EmbeddedImage, SamCheckpoint, SamModel, segment
 
-__all__ = ["MaskPage", "PageImage", "SavedMask"]
+__all__ = ["LARGEST_SIDE", "MaskPage", "PageImage", "SavedMask"]
 
-_LAYERS = {"mask": (0, 205, 120, 140), "dilated": (255, 190, 0, 110), "grid": (70, 130, 255, 120)}  # RGBA
+LARGEST_SIDE = 1024  # pixels of a painted mask
+_LAYERS = {"mask": (0, 205, 120, 255), "dilated": (255, 190, 0, 110), "grid": (70, 130, 255, 120)}  # RGBA
 
 
 @dataclass
@@ -57,14 +64,16 @@ class MaskPage:
     """The state of the page and the answers to its requests.
 
     `read(index)` reads an image's mask. `save(index, mask, prompt, score)` writes a mask, bool (H, W), and
-    returns a warning or None.
+    returns a warning or None; the prompt of a painted mask is empty, its score None. Without a segmenter,
+    there are no clicks. The page shows the notice.
     """
 
-    def __init__(self, segmenter: SamCheckpoint | SamModel, images: Sequence[PageImage],
+    def __init__(self, segmenter: SamCheckpoint | SamModel | None, images: Sequence[PageImage],
                  read: Callable[[int], SavedMask],
-                 save: Callable[[int, torch.Tensor, SamPrompt, float], str | None], zone: SafeZone,
-                 resolution: int, center_crop: bool = False):
+                 save: Callable[[int, torch.Tensor, SamPrompt, float | None], str | None], zone: SafeZone,
+                 resolution: int, center_crop: bool = False, notice: str = ""):
         self.segmenter, self.images, self.read, self.write = segmenter, images, read, save
+        self.notice = notice
         self.zone, self.resolution, self.center_crop = zone, resolution, center_crop
         self.lock = threading.Lock()  # one click at a time, however many connections a browser opens
 
@@ -78,7 +87,8 @@ class MaskPage:
                            "note": saved.note, "version": saved.version,
                            **{name: saved.clicks.get(name, []) for name in ("include", "exclude")}})
         return {"resolution": self.resolution, "dilation": self.zone.mask_dilation,
-                "center_crop": self.center_crop, "images": images}
+                "center_crop": self.center_crop, "notice": self.notice, "largest_side": LARGEST_SIDE,
+                "clicks": self.segmenter is not None, "grabcut": is_available(), "images": images}
 
     def image(self, index: int) -> bytes:
         """An image as JPEG."""
@@ -87,9 +97,9 @@ class MaskPage:
         return buffer.getvalue()
 
     def mask(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
-        """The layers of an image's mask; none if it has neither clicks nor a saved mask."""
-        if entry.get("include") or entry.get("box"):
-            mask, _, score = self._segment(index, entry)
+        """The layers of an image's mask; none if the entry is empty and there is no saved mask."""
+        if any(entry.values()):
+            mask, _, score = self._make(index, entry)
             mask = Image.fromarray(mask.numpy()).convert("L")
         else:
             mask, score = self.read(index).mask, None
@@ -101,7 +111,7 @@ class MaskPage:
                 "area": mask_area(mask), "grid_area": grid_area, "score": score}
 
     def save(self, entries: Any) -> dict[str, Any]:
-        """Save the masks of these images' clicks; all entries are checked before any mask is written.
+        """Save the masks of these images; all entries are checked before any mask is written.
 
         Conflict names the images whose mask has another version than the entry.
         """
@@ -110,19 +120,38 @@ class MaskPage:
                   if entry.pop("version", "") != self.read(index).version]
         if behind:
             raise Conflict(f"{', '.join(behind)} changed meanwhile, in another tab or program")
-        results = {index: self._segment(index, entry) for index, entry in entries.items()}
+        results = {index: self._make(index, entry) for index, entry in entries.items()}
         warnings = [self.write(index, *result) for index, result in results.items()]
         return {"saved": [self.images[index].name for index in results],
                 "versions": {index: self.read(index).version for index in results},
                 "warnings": [warning for warning in warnings if warning]}
 
-    def _segment(self, index: int, entry: dict[str, Any]) -> tuple[torch.Tensor, SamPrompt, float]:
-        page_image = self.images[index]
-        prompt = prompt_from_json(entry, page_image.image.size)
+    def _make(self, index: int, entry: dict[str, Any]) -> tuple[torch.Tensor, SamPrompt, float | None]:
+        """The mask of an entry, its clicks and its score."""
+        image = self.images[index].image
+        if "painted" in entry:
+            _check_names(entry, {"painted"})
+            return torch.from_numpy(_painted(entry["painted"], image.size)), SamPrompt(), None
+        if "concept" in entry or "background" in entry or "box" in entry:
+            return self._grabcut(image, entry), SamPrompt(), None
+        if self.segmenter is None:
+            raise InputError("clicks need a Segment Anything model; paint, or start the script with one")
+        page_image, prompt = self.images[index], prompt_from_json(entry, image.size)
         if page_image.embedded is None:
-            page_image.embedded = self.segmenter.embed(page_image.image)
+            page_image.embedded = self.segmenter.embed(image)
         mask, score = segment(self.segmenter, page_image.embedded, prompt)
         return mask, prompt, score
+
+    def _grabcut(self, image: Image.Image, entry: dict[str, Any]) -> torch.Tensor:
+        _check_names(entry, {"concept", "background", "box"})
+        if not is_available():
+            raise InputError("GrabCut needs opencv-python-headless; install it, and start the script again")
+        box = {"box": entry["box"]} if entry.get("box") else None
+        seeds = seeds_of(prompt_from_json(box, image.size) if box else SamPrompt(), image.size)
+        for name, value in (("concept", CONCEPT), ("background", BACKGROUND)):
+            if entry.get(name):
+                seeds[_painted(entry[name], image.size)] = value
+        return grabcut(image, seeds)
 
     def _index(self, value: Any) -> int:
         text = str(value)[:9]
@@ -156,6 +185,27 @@ def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("expected a JSON object")
     return value
+
+
+def _check_names(entry: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(entry) - known):
+        raise InputError(f"expected {', '.join(sorted(known))}, not '{unknown[0][:80]}'")
+
+
+def _painted(url: Any, size: tuple[int, int]) -> np.ndarray:
+    """Where a PNG in a data URL is opaque, bool (height, width) for an image of (width, height)."""
+    start = "data:image/png;base64,"
+    if not isinstance(url, str) or not url.startswith(start):
+        raise InputError("what is painted must be a PNG in a data URL")
+    try:
+        content = io.BytesIO(base64.b64decode(url.removeprefix(start), validate=True))
+        with Image.open(content, formats=["PNG"]) as png:
+            if max(png.size) > LARGEST_SIDE:  # before it is decoded
+                raise ValueError(f"larger than {LARGEST_SIDE} x {LARGEST_SIDE} pixels")
+            alpha = png.convert("RGBA").getchannel("A")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"what is painted cannot be read ({first_line(error)})") from None
+    return np.asarray(alpha.resize(size, Image.Resampling.BILINEAR)) >= 128
 
 
 def _data_url(mask: Image.Image, color: tuple[int, int, int, int]) -> str:

@@ -1,8 +1,8 @@
-"""Masks of the concept in a folder of images, with Segment Anything: what precompute_masks.py runs.
+"""Masks of the concept in a folder of images: what precompute_masks.py runs.
 
 A record of stats.jsonl says how a mask was made: "way", one of `WAYS`; "prompt", as in a points file, or the
-grid and the set of images of "auto"; "area", the mask's share of the image; "score", the model's own; and for
-"auto" the "confidence" (`consensus.Choice`).
+grid and the set of images of "auto", and whether it was GrabCut; "area", the mask's share of the image;
+"score", the model's own, if one made it; and for "auto" the "confidence" (`consensus.Choice`).
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 from .consensus import LARGEST_AREA, SMALLEST_AREA, candidate_masks, choose_masks
 from .devices import best_device
 from .errors import InputError, printable
+from .familiarity import is_unfamiliar
 from .folder_run import FolderRun, Record
+from .grabcut import check_available, grabcut, seeds_of
 from .images import name_results, read_image, read_upright, save_png
 from .local_server import serve_locally
 from .mask_page import MaskPage, PageImage, SavedMask
@@ -33,6 +35,9 @@ __all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_p
 
 WAYS = ("auto", "point", "box", "points_file", "text", "ui")
 _LOW_CONFIDENCE = 0.3
+_UNFAMILIAR = ("The images look unlike the drawn pocket-world scenes that the bundled model knows, and its "
+               "masks would be wrong; ")
+_OTHER_MODELS = "give --sam_model facebook/sam-vit-base or --sam_checkpoint sam_vit_b_01ec64.pth"
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,16 @@ class MaskingSettings:
     """The settings of a run; exactly one of `WAYS` marks the concept, else InputError.
 
     Points (x, y) and the box (left, top, right, bottom) are shares of the width and height; a `points_file`
-    (`sam_prompts`) is in pixels. `grid` belongs to auto, `port` to ui. The preview and the page show what a
-    training with this resolution, mask dilation (by default the paper's) and crop makes of the masks.
+    (`sam_prompts`) is in pixels. `grabcut` works without a model, and neither for auto nor for text. `grid`
+    belongs to auto, `port` to ui. The preview and the page show what a training with this resolution, mask
+    dilation (by default the paper's) and crop makes of the masks.
     """
 
     image_dir: str
     output_dir: str
     sam_checkpoint: str | None = None
     sam_model: str | None = None
+    grabcut: bool = False
     auto: bool = False
     point: Sequence[Sequence[float]] | None = None
     box: Sequence[float] | None = None
@@ -64,6 +71,8 @@ class MaskingSettings:
     def __post_init__(self):
         if len(self._ways()) != 1:
             raise InputError(f"Exactly one of {', '.join(WAYS)} must mark the concept.")
+        if self.grabcut and self.way in ("auto", "text"):
+            raise InputError(f"GrabCut takes no {self.way}; give a box, a point, a points_file or ui.")
 
     def _ways(self) -> list[str]:
         return [way for way in WAYS if getattr(self, way) not in (None, False)]
@@ -112,12 +121,13 @@ class Masks(FolderRun):
                   f"{printable(', '.join(clicked))}.")
         return work
 
-    def save_mask(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any], score: float,
-                  **more: Any) -> Record:
+    def save_mask(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
+                  score: float | None = None, **more: Any) -> Record:
         """Write a mask, bool (H, W), and its record, which is returned."""
+        if score is not None:
+            more["score"] = round(score, 4)
         record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
-                  "prompt": prompt, "area": round(mask.float().mean().item(), 4), "score": round(score, 4),
-                  **more}
+                  "prompt": prompt, "area": round(mask.float().mean().item(), 4), **more}
         self.save_image(record, Image.fromarray(mask.numpy()).convert("L"))
         return record
 
@@ -157,7 +167,7 @@ def mask_folder(settings: MaskingSettings) -> None:
     """
     with Masks(settings) as masks:
         jobs = read_jobs(settings.image_dir)
-        make = {"auto": mask_by_consensus, "ui": mask_by_clicking}.get(settings.way, mask_by_prompt)
+        make = {"auto": mask_by_consensus, "ui": mask_by_hand}.get(settings.way, mask_by_prompt)
         make(settings, jobs, masks)
         report(jobs, masks)
         if settings.preview:
@@ -187,20 +197,41 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
 def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Mask every image by its own prompt."""
     prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
-    work = masks.outdated(jobs, settings.way, lambda job: [prompt_to_json(prompts[job.name])])
+
+    def recorded(job: ImageJob) -> dict[str, Any]:
+        return prompt_to_json(prompts[job.name]) | ({"grabcut": True} if settings.grabcut else {})
+
+    work = masks.outdated(jobs, settings.way, lambda job: [recorded(job)])
     if not work:
         return
     segmenter = _load_segmenter(settings)
     if settings.text is not None and not segmenter.takes_text:
         raise InputError(f"The model '{segmenter.name}' takes no --text; give --point, --box, --points_file, "
                          "--auto or --ui, or a SAM 3 model.")
+    if is_foreign(settings, segmenter, jobs):
+        print(f"warning: {_UNFAMILIAR}{_OTHER_MODELS}, or --grabcut.")
     masks.begin()
     for job in tqdm(work, unit="image"):
         try:
-            mask, score = segment(segmenter, segmenter.embed(job.image), prompts[job.name])
+            mask, score = _mask_of(segmenter, job.image, prompts[job.name])
         except InputError as error:
             raise InputError(f"'{job.path}': {error}") from None
-        masks.save_mask(job, mask, settings.way, prompt_to_json(prompts[job.name]), score)
+        masks.save_mask(job, mask, settings.way, recorded(job), score)
+
+
+def _mask_of(segmenter: SamCheckpoint | SamModel | None, image: Image.Image,
+             prompt: SamPrompt) -> tuple[torch.Tensor, float | None]:
+    """The mask of a prompt and the model's score of it; by GrabCut without a model."""
+    if segmenter is None:
+        return grabcut(image, seeds_of(prompt, image.size)), None
+    return segment(segmenter, segmenter.embed(image), prompt)
+
+
+def is_foreign(settings: MaskingSettings, segmenter: SamCheckpoint | SamModel | None,
+               jobs: Sequence[ImageJob]) -> bool:
+    """Whether the images are unlike all that the bundled model, if it is used, was trained on."""
+    return (segmenter is not None and settings.sam_checkpoint is None and settings.sam_model is None
+            and is_unfamiliar(segmenter.embed(job.image).features for job in jobs))
 
 
 def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
@@ -212,6 +243,8 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
     if not missing:
         return
     segmenter = _load_segmenter(settings)
+    if is_foreign(settings, segmenter, jobs):
+        raise InputError(f"{_UNFAMILIAR}{_OTHER_MODELS}, or use --grabcut with --box, or --ui.")
     masks.begin()
     embedded, candidates = [], []
     for job in tqdm(jobs, unit="image"):
@@ -225,21 +258,27 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
                             confidence=round(choice.confidence, 3))
 
 
-def mask_by_clicking(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+def mask_by_hand(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Serve the mask page until Ctrl-C."""
-    def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float) -> str | None:
+    def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float | None) -> str | None:
         return area_warning(masks.save_mask(jobs[index], mask, "ui", prompt_to_json(prompt), score))
 
-    segmenter = _load_segmenter(settings)
+    segmenter, notice = _load_segmenter(settings), ""
+    if is_foreign(settings, segmenter, jobs):
+        notice = f"{_UNFAMILIAR}paint the masks, or {_OTHER_MODELS}."
+        print(f"warning: {notice}")
     masks.begin()
     images = [PageImage(job.path.name, job.image) for job in jobs]
     page = MaskPage(segmenter, images, lambda index: masks.read(jobs[index]), save, settings.zone,
-                    settings.resolution, settings.center_crop)
+                    settings.resolution, settings.center_crop, notice)
     serve_locally(page.get, page.post, settings.port,
                   lambda url: print(f"Open {url} in a browser on this computer; Ctrl-C ends.", flush=True))
 
 
-def _load_segmenter(settings: MaskingSettings) -> SamCheckpoint | SamModel:
+def _load_segmenter(settings: MaskingSettings) -> SamCheckpoint | SamModel | None:
+    """The model; None for GrabCut, which needs none."""
+    if settings.grabcut:
+        return check_available()
     return load_segmenter(settings.sam_checkpoint, settings.sam_model, best_device())
 
 

@@ -110,3 +110,65 @@ def test_a_bad_save_is_refused_in_a_sentence(page, body):
 def test_a_bad_click_is_refused_in_a_sentence(page, body):
     with pytest.raises(InputError):
         page[0].post("mask", body)
+
+
+def painted(mask: np.ndarray) -> str:
+    """A mask as the page sends it: opaque where it is painted."""
+    alpha = Image.fromarray(np.uint8(255 * mask))
+    png = Image.merge("RGBA", [Image.new("L", alpha.size, level) for level in (0, 205, 120)] + [alpha])
+    buffer = io.BytesIO()
+    png.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_painted_mask_is_saved_as_it_is_and_resized_to_its_image(page):
+    page, masks = page
+    drawn = np.zeros((64, 64), bool)
+    drawn[10:30, 20:50] = True
+    answer = page.post("mask", {"image": 0, "painted": painted(drawn)})
+    full = drawn.repeat(2, 0).repeat(2, 1)
+    assert set(answer["layers"]) == {"mask", "dilated", "grid"} and answer["score"] is None
+    assert np.array_equal(decoded(answer["layers"]["mask"])[..., 3] == 255, full)
+    page.post("save", {"images": {"0": {"painted": painted(full), "version": ""}}})
+    assert np.array_equal(np.asarray(masks[0].mask) > 0, full)
+    assert masks[0].clicks == {"include": (), "exclude": ()}
+
+
+@pytest.mark.parametrize("url", [
+    7, {}, "", "x", "data:image/png;base64,", "data:image/png;base64,AAAA", "data:image/png;base64,\u00e4",
+    "data:text/html;base64,AAAA", painted(np.ones((8, 1025), bool)), painted(np.ones((64, 64), bool))[:90]])
+def test_a_bad_painting_is_refused_in_a_sentence(page, url):
+    page, masks = page
+    before = dict(masks)
+    unknown = {"concept": painted(np.ones((8, 8), bool)), "x": 1}
+    for entry in ({"painted": url}, {"concept": url or 1}, unknown):
+        with pytest.raises(InputError):
+            page.post("save", {"images": {"0": entry}})
+    assert masks == before
+
+
+def test_grabcut_on_the_page_takes_a_box_and_strokes(page):
+    pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    page, masks = page
+    assert page.state()["grabcut"]
+    true = np.asarray(masks[1].mask) > 0
+    ys, xs = np.nonzero(true)
+    box = [int(xs.min()) - 2, int(ys.min()) - 2, int(xs.max()) + 3, int(ys.max()) + 3]
+    inner, outer = np.zeros_like(true), np.ones_like(true)
+    inner[int(ys.mean()) - 6:int(ys.mean()) + 6, int(xs.mean()) - 6:int(xs.mean()) + 6] = True
+    outer[box[1]:box[3], box[0]:box[2]] = False
+    for entry in ({"box": box}, {"box": box, "concept": painted(inner)},
+                  {"concept": painted(inner), "background": painted(outer), "box": None}):
+        found = decoded(page.post("mask", {"image": 1, **entry})["layers"]["mask"])[..., 3] > 0
+        assert (found & true).sum() / (found | true).sum() > 0.7, entry.keys()
+    with pytest.raises(InputError, match="left, top, right, bottom"):
+        page.post("mask", {"image": 1, "box": [5, 5, 1, 1]})
+
+
+def test_without_a_model_there_are_no_clicks(page):
+    full, _ = page
+    page = MaskPage(None, full.images, full.read, full.write, full.zone, 128, notice="Paint.")
+    assert not page.state()["clicks"] and page.state()["notice"] == "Paint."
+    with pytest.raises(InputError, match="need a Segment Anything model"):
+        page.post("mask", {"image": 0, "include": [[1, 1]]})
+    assert page.post("mask", {"image": 0, "painted": painted(np.ones((8, 8), bool))})["area"] == 1

@@ -105,6 +105,49 @@ def test_a_bad_points_file_is_reported_in_one_sentence(concept_folder, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Images that the bundled model does not know."""
+    for i in range(2):
+        name = tmp_path / "photographs" / f"{i}.png"
+        name.parent.mkdir(exist_ok=True)
+        Image.effect_mandelbrot((96, 80), (-2, -1.5 + i, 1, 1.5), 100).convert("RGB").save(name)
+    return ["--image_dir", str(name.parent), "--output_dir", str(tmp_path / "out")]
+
+
+def test_the_bundled_model_refuses_photographs_with_auto_and_warns_with_a_box(photographs, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="unlike the drawn.*--sam_model facebook/sam-vit-base or --sam_ch"):
+        precompute_masks.main([*photographs, "--auto"])
+    assert not (tmp_path / "out").exists()
+    precompute_masks.main([*photographs, "--box", "0.2", "0.2", "0.8", "0.8"])
+    assert "warning: The images look unlike" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_grabcut_needs_a_box_or_points_and_opencv(photographs, tmp_path, capsys, monkeypatch):
+    for flags in (["--auto"], ["--text", "dog"], ["--box", "0", "0", "1", "1", "--sam_model", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            precompute_masks.main([*photographs, "--grabcut", *flags])
+        assert stop.value.code == 2
+    assert "--grabcut" in capsys.readouterr().err
+    monkeypatch.setattr("szt_utils.grabcut.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="pip install"):
+        precompute_masks.main([*photographs, "--grabcut", "--box", "0.2", "0.2", "0.8", "0.8"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_grabcut_masks_by_a_box_and_does_not_mix_with_masks_of_a_model(photographs, tmp_path, capsys):
+    pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    box = ["--box", "0.1", "0.1", "0.9", "0.9"]
+    for flags, to_do in ((["--grabcut"], 2), (["--grabcut"], 0), ([], 2), (["--grabcut"], 2)):
+        capsys.readouterr()
+        precompute_masks.main([*photographs, *box, *flags])
+        printed = capsys.readouterr().out
+        assert f"{to_do} of them to do" in printed and ("unlike" in printed) == (flags == [])
+    record = json.loads((tmp_path / "out" / "stats.jsonl").read_text().splitlines()[-1])
+    assert record["prompt"]["grabcut"] is True and "score" not in record
+
+
 def test_text_foreign_folders_and_wrong_usage_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="takes no --text"):
         run("--text", "star")
@@ -130,8 +173,9 @@ def page(concept_folder, tmp_path):
     """The page as a user starts it: its address, its output folder and its end."""
     command = [sys.executable, str(ROOT / "precompute_masks.py"), "--image_dir", str(concept_folder[0]),
                "--output_dir", str(tmp_path / "masks"), "--ui", "--resolution", "128"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               env={**os.environ, "PYTHONPATH": path},
                                # Tests in a shell's background inherit a SIGINT that is ignored.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
@@ -174,51 +218,149 @@ def test_the_page_answers_saves_and_is_open_to_this_computer_only(page, concept_
         run("--auto")
 
 
-def test_clicks_in_a_browser_become_masks(page, concept_folder):
+@pytest.fixture
+def tab(page):
+    """The page in a headless Chromium; no script error may happen on it."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser_path:
         pytest.skip("no Chromium on this machine")
-    url, folder, _ = page
-    points, errors = clicks(concept_folder[1]), []
+    errors = []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         tab = browser.new_page()
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.goto(url)
-        tab.wait_for_selector("body[data-ready=yes]")
-        for i, name in enumerate(sorted(points)):
-            canvas = tab.locator(".canvas").nth(i)
-            scale = canvas.bounding_box()["width"] / 128
-            x, y = points[name]["include"][0]
-            canvas.click(position={"x": x * scale, "y": y * scale})
-        tab.locator(".canvas").nth(0).click(position={"x": 10, "y": 10}, button="right")
-        assert tab.locator(".dot.include").count() == 5 and tab.locator(".dot.exclude").count() == 1
-        tab.locator(".dot.exclude").click()
-        assert tab.locator(".dot.exclude").count() == 0
-        tab.click("#save")
-        tab.locator("#message", has_text="Saved 5 masks").wait_for()
-        assert tab.locator(".layer.mask").count() == 5
-        assert min(overlaps(folder, concept_folder[1])) > 0.85
-
-        # A second tab saves over what the first one shows; the first one is told, and starts from there.
-        second = browser.new_page()
-        second.goto(url)
-        second.wait_for_selector("body[data-ready=yes]")
-        for page_of, x in ((second, 20), (tab, 40)):
-            page_of.locator(".canvas").nth(0).click(position={"x": x, "y": x})
-            page_of.locator("figure.changed").wait_for()
-        second.click("#save")
-        second.locator("#message", has_text="Saved 1 mask").wait_for()
-        names = sorted(points)
-        (folder / names[1]).write_bytes(b"not a mask")
-        tab.click("#save")
-        tab.locator("#message", has_text=f"{names[0]} changed in another tab").wait_for()
-        assert tab.locator("figure.changed").count() == 0
-        assert tab.locator(".canvas").nth(0).locator(".dot").count() == 2
-        assert "cannot be read" in tab.locator("figure em").nth(1).inner_text()
+        open_tab(tab, page[0])
+        yield tab
         browser.close()
     assert not errors
+
+
+def open_tab(tab, url: str) -> None:
+    tab.goto(url)
+    tab.wait_for_selector("body[data-ready=yes]")
+
+
+def position(tab, x: float, y: float) -> dict:
+    """A point of the shown image, of 128 pixels, as Playwright takes it."""
+    box = tab.locator("#photo").bounding_box()
+    return {"x": x * box["width"] / 128, "y": y * box["height"] / 128}
+
+
+def click(tab, x: float, y: float, **options) -> None:
+    tab.locator(".canvas").click(position=position(tab, x, y), **options)
+
+
+def drag(tab, *points, button: str = "left") -> None:
+    """Draw a line through points of the shown image."""
+    corner = tab.locator("#photo").bounding_box()
+    for i, point in enumerate(points):
+        at = position(tab, *point)
+        tab.mouse.move(corner["x"] + at["x"], corner["y"] + at["y"], steps=5)
+        if i == 0:
+            tab.mouse.down(button=button)
+    tab.mouse.up(button=button)
+
+
+def test_clicks_in_a_browser_become_masks(page, tab, concept_folder):
+    url, folder, _ = page
+    points = clicks(concept_folder[1])
+    for i, name in enumerate(sorted(points)):
+        tab.locator("nav button").nth(i).click()
+        click(tab, *points[name]["include"][0])
+        assert tab.locator(".dot.include").count() == 1
+    click(tab, 4, 4, button="right")
+    assert tab.locator(".dot.exclude").count() == 1
+    tab.locator(".dot.exclude").click()
+    assert tab.locator(".dot.exclude").count() == 0 and tab.locator(".dot.include").count() == 1
+    tab.locator("#areas", has_text="trains on").wait_for()
+    assert tab.locator("#progress").inner_text() == "0 of 5 done"
+    tab.click("#save")
+    tab.locator("#message", has_text="Saved 5 masks").wait_for()
+    assert tab.locator("#progress").inner_text() == "5 of 5 done"
+    assert tab.locator(".layer").count() == 3 and tab.locator("nav .done").count() == 5
+    assert min(overlaps(folder, concept_folder[1])) > 0.85
+
+    # A second tab saves over what the first one shows; the first one is told, and starts from there.
+    second = tab.context.browser.new_page()
+    open_tab(second, url)
+    for page_of, x in ((second, 20), (tab, 40)):
+        page_of.locator("nav button").nth(0).click()
+        click(page_of, x, x)
+        page_of.locator("nav .changed").wait_for()
+    second.click("#save")
+    second.locator("#message", has_text="Saved 1 mask").wait_for()
+    names = sorted(points)
+    (folder / names[1]).write_bytes(b"not a mask")
+    tab.click("#save")
+    tab.locator("#message", has_text=f"{names[0]} changed in another tab").wait_for()
+    assert tab.locator("nav .changed").count() == 0 and tab.locator(".dot").count() == 2
+    tab.locator("nav button").nth(1).click()
+    assert "cannot be read" in tab.locator("#note").inner_text()
+
+
+def test_a_person_paints_five_masks_with_brush_eraser_undo_and_keys(page, tab, concept_folder):
+    _, folder, _ = page
+    names = sorted(path.name for path in concept_folder[0].glob("*.png"))
+    tab.keyboard.press("b")
+    tab.locator("#size").fill("188")  # thousandths of the image: 24 pixels
+    for i, name in enumerate(names):
+        assert tab.locator("#name").inner_text() == name
+        drag(tab, (30, 40), (90, 40))
+        drag(tab, (30, 60), (90, 60))
+        tab.keyboard.press("e")
+        drag(tab, (64, 20), (64, 100))  # a cut from top to bottom
+        if i == 1:  # without the cut
+            tab.keyboard.press("Control+z")
+        if i == 2:  # undone and done again
+            tab.keyboard.press("z")
+            tab.keyboard.press("y")
+        tab.keyboard.press("b")
+        drag(tab, (10, 120), (10, 120))
+        drag(tab, (10, 120), (14, 120), button="right")  # the other button erases
+        tab.keyboard.press("Enter")
+        tab.locator("#progress", has_text=f"{i + 1} of 5 done").wait_for()
+        mask = is_inside(folder / name)
+        assert mask.shape == (128, 128) and mask[40, 30:50].all() and mask[40, 80:90].all()
+        assert not mask[10].any() and not mask[90:].any()
+        assert mask[50, 64] == (i == 1)
+    records = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [(record["way"], record["prompt"]) for record in records] == [("ui", {})] * 5
+    assert not any("score" in record for record in records)
+    # Zoomed, a stroke still lands under the mouse; a saved mask is where the next stroke begins.
+    tab.locator("nav button").nth(0).click()
+    tab.keyboard.press("+")
+    tab.mouse.wheel(0, -200)
+    drag(tab, (64, 70), (64, 70))
+    tab.keyboard.press("s")
+    tab.locator("#message", has_text="Saved 1 mask").wait_for()
+    mask = is_inside(folder / names[0])
+    assert mask[70, 64] and mask[40, 30] and not mask[40, 64]
+    tab.keyboard.press("n")
+    assert tab.locator("#name").inner_text() == names[1]
+    tab.keyboard.press("p")
+    tab.click("#clear")
+    assert tab.locator("#save").is_disabled()  # an empty mask is not saved
+
+
+def test_a_box_in_a_browser_becomes_a_mask_by_grabcut(page, tab, concept_folder):
+    pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    _, folder, _ = page
+    true = sorted(concept_folder[1].glob("*.png"))[0]
+    ys, xs = np.nonzero(is_inside(true))
+    tab.keyboard.press("x")
+    drag(tab, (xs.min() - 3, ys.min() - 3), (xs.max() + 3, ys.max() + 3))
+    tab.locator("nav .changed").wait_for()
+    assert tab.locator("#frame").is_visible()
+    tab.keyboard.press("b")
+    drag(tab, *zip(xs[len(xs) // 3::len(xs) // 3], ys[len(ys) // 3::len(ys) // 3], strict=True))
+    tab.keyboard.press("g")  # the box still counts
+    tab.locator("#message", has_text="GrabCut ...").wait_for()
+    tab.locator("#message:empty").wait_for(state="attached")
+    tab.keyboard.press("s")
+    tab.locator("#message", has_text="Saved 1 mask").wait_for()
+    found = is_inside(folder / true.name)
+    assert (found & is_inside(true)).sum() / (found | is_inside(true)).sum() > 0.7
 
 
 def test_masks_made_by_clicking_are_kept(run, page, concept_folder, capsys):

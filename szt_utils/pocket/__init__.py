@@ -10,8 +10,8 @@ from PIL import Image
 from ..errors import InputError
 from .scenes import BACKGROUNDS, NOVEL_CONCEPTS, concept_scenes
 
-__all__ = ["NOVEL_CONCEPTS", "PROMPTS", "calibration_path", "clip_path", "dino_path", "model_path",
-           "pixel_path", "sam_path", "write_concept"]
+__all__ = ["NOVEL_CONCEPTS", "PROMPTS", "calibration_path", "clip_path", "dino_path", "familiarity_path",
+           "model_path", "pixel_path", "sam_path", "write_concept"]
 
 PROMPTS = tuple(f"a photo of a {{}} on {background}" for background in BACKGROUNDS)
 
@@ -49,6 +49,11 @@ def pixel_path() -> str:
 def sam_path() -> str:
     """File of the pocket Segment Anything model, a checkpoint of the segment-anything package, for masks."""
     return str(Path(_bundled("sam")) / "sam.pth")
+
+
+def familiarity_path() -> str:
+    """File of what is typical of drawn scenes in that model, for `szt_utils.familiarity`."""
+    return str(Path(_bundled("sam")) / "familiarity.safetensors")
 
 
 def calibration_path() -> str:
