@@ -149,8 +149,8 @@ def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
             raise InputError(f"{name}: '{unknown[0]}' cannot be set for one concept, only "
                              f"{', '.join(ConceptSettings.flags())}.")
         if nested := [flag for flag, value in entry.items() if isinstance(value, list | dict)]:
-            raise InputError(f"{name}: '{nested[0]}' must be a text, a number, true or false, not a list or an "
-                             "object.")
+            raise InputError(f"{name}: '{nested[0]}' must be a text, a number, true or false, not a list or "
+                             "an object.")
     return named
 
 

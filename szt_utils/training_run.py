@@ -54,7 +54,7 @@ class Run:
                              f"{settings.report_to} cannot be used here: {error}") from None
         self.process, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != self.num_processes:
+        if started > self.num_processes:
             raise InputError(f"{started} processes were started, but Accelerate sees {self.num_processes}: "
                              "on a CPU, set the environment variable ACCELERATE_USE_CPU=1.")
         self.rank, self.num_ranks = (self.process, self.num_processes) if self.together else (0, 1)

@@ -57,7 +57,7 @@ def test_files_that_repeat_the_templates_train_as_they_do(tiny_model, folder, tm
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
-def test_own_captions_change_what_is_learned_and_long_ones_are_named_once(tiny_model, folder, tmp_path, capfd):
+def test_own_captions_change_what_is_learned_and_long_ones_are_named(tiny_model, folder, tmp_path, capfd):
     notice.cache_clear()
     captions_of(folder, "file", "a {} " + "and a star " * 60, *["a {}, {curly}"] * 4)
     for mode in ("file", "template"):

@@ -59,7 +59,8 @@ def test_customconcept101_has_class_words_and_prompts_of_its_own(folder):
 @pytest.mark.parametrize("content,message", [
     ("[", "not valid JSON"), ("{}]", "not valid JSON"), ('["toy"]', "'instance_data_dir'"), ("3", "a list"),
     ('[{"instance_data_dir": "toy"}]', "'class_prompt'"), ('[{"instance_data_dir": ".."}]', "_data_dir'"),
-    ('[{"instance_data_dir": "toy", "class_prompt": " "}]', "CustomConcept101's list .* needs a text for 'class_prompt'"),
+    ('[{"instance_data_dir": "toy", "class_prompt": " "}]',
+     "CustomConcept101's list .* needs a text for 'class_prompt'"),
     ('[{"instance_data_dir": "toy", "class_prompt": "a", "prompt_filename": 3}]', "'prompt_filename'"),
     ('[{"instance_data_dir": "a\\u0000", "class_prompt": "a"}]', "'instance_data_dir'"),
     ('[{"instance_data_dir": "a/b", "class_prompt": "a"}, {"instance_data_dir": "c/b", "class_prompt": "a"}]',

@@ -72,8 +72,8 @@ class StableDiffusion:
             vae.float()
         for each, encoder in zip(tokenizers, text_encoders, strict=True):
             if len(each) > len(encoder.get_input_embeddings().weight):
-                raise InputError(f"The tokenizer of '{tokenizer or path}' has {len(each)} tokens, more than the "
-                                 "text encoder knows; it belongs to another model.")
+                raise InputError(f"The tokenizer of '{tokenizer or path}' has {len(each)} tokens, more than "
+                                 "the text encoder knows; it belongs to another model.")
             _set_precision(encoder, text_dtype or dtype, text_linear)
         model = cls(path, tokenizers, text_encoders, vae,
                     load_network(network, path, cls.network_name, dtype, quantize, **weights),
