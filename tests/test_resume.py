@@ -199,7 +199,16 @@ def test_a_folder_in_use_is_refused_and_a_killed_runs_leftovers_are_removed(tiny
 
 def test_processes_that_accelerate_does_not_see_are_refused(tiny_model, concept_folder, tmp_path,
                                                             monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does; on a CPU Accelerate wants to be told
+    """As torchrun starts them: on a CPU, some versions of Accelerate want to be told that they are several."""
+    from accelerate import Accelerator
+
+    make = Accelerator.__init__
+
+    def made(self, *arguments, **options):
+        make(self, *arguments, **options)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+    monkeypatch.setattr(Accelerator, "__init__", made)
     with pytest.raises(SystemExit, match="2 processes were started, .*sees 1: .*ACCELERATE_USE_CPU"):
         run_here(flags(tiny_model, concept_folder[0], tmp_path))
 
