@@ -199,7 +199,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_runs_leftovers_are_removed(tiny
 
 def test_processes_that_accelerate_does_not_see_are_refused(tiny_model, concept_folder, tmp_path,
                                                             monkeypatch):
-    """As torchrun starts them: on a CPU, some versions of Accelerate want to be told that they are several."""
+    """As torchrun starts them: on a CPU, some versions of Accelerate want to be told that there are two."""
     from accelerate import Accelerator
 
     make = Accelerator.__init__
