@@ -288,7 +288,7 @@ class Group:
     @property
     def concepts(self) -> list[Concept]:
         """Those that have not failed."""
-        return [each for each in self.members if each.settings.output_dir not in self.run.failures]
+        return self.run.survivors(self.members)
 
     def _caption_ids(self, concept: Concept, caption: str, frozen: list[torch.Tensor],
                      t5: T5 | None) -> list[torch.Tensor]:

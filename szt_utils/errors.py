@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-__all__ = ["InputError", "exit_on_input_error", "first_line", "printable"]
+__all__ = ["InputError", "exit_on_input_error", "file_error", "first_line", "printable"]
 
 
 class InputError(ValueError):
@@ -22,6 +22,11 @@ def printable(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def file_error(error: OSError) -> str:
+    """What the system says of a file that cannot be read or written, with the file's name when it has one."""
+    return f"{error.strerror}{f': {error.filename}' if error.filename else ''}."
 
 
 @contextlib.contextmanager
@@ -43,7 +48,7 @@ def exit_on_input_error() -> Iterator[None]:
         sys.exit(141)
     except Exception as error:
         if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-            _leave(f"{error.strerror}{f': {error.filename}' if error.filename else ''}.")
+            _leave(file_error(error))
         if os.environ.get("SZT_TRACEBACK"):
             raise
         if _out_of_memory(error):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .folder_run import provenance
+from .folder_run import library_versions
 from .models import Model
 
 __all__ = ["compare", "fingerprint", "hash_captions", "hash_weights"]
@@ -36,7 +36,7 @@ def fingerprint(options: dict[str, Any], captions: str, images: list[Path],
     """
     return {**{name: value for name, value in options.items() if name not in _IRRELEVANT},
             "captions": captions, "images": _hash_files(images), "masks": _hash_files(masks),
-            "versions": provenance()["versions"]}
+            "versions": library_versions()}
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from .errors import InputError, printable
 from .files import append_stats, read_json, read_stats, write_bytes, write_json
 from .locks import lock_folder, sweep_leftovers
 
-__all__ = ["FolderRun", "Record", "open_run", "provenance", "sha256_of"]
+__all__ = ["FolderRun", "Record", "library_versions", "open_run", "provenance", "sha256_of"]
 
 Job = TypeVar("Job")
 Record = dict[str, Any]
@@ -203,13 +203,17 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
     return read_stats(stats) if stats.exists() else []
 
 
-def provenance() -> dict[str, Any]:
-    """Versions of the libraries that decide a result,
-    and the commit of this project when it is run from a checkout."""
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
     versions = {}
     for name in ("torch", "diffusers", "transformers", "accelerate", "pillow", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    return versions
+
+
+def provenance() -> dict[str, Any]:
+    """The `library_versions`, and the commit of this project when it is run from a checkout."""
     root = Path(__file__).parent.parent
     commit = None
     if (root / ".git").exists():
@@ -217,4 +221,4 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(OSError):  # no git on this machine
             commit = subprocess.run(command, capture_output=True, text=True,
                                     check=False).stdout.strip() or None
-    return {"versions": versions, "commit": commit}
+    return {"versions": library_versions(), "commit": commit}

@@ -49,7 +49,7 @@ def begin(run: Run, model: Model, concepts: list[Concept]) -> list[Concept]:
             messages = concept.begin(run)
             if run.rank == 0:
                 _describe_start(run, model, concept, messages)
-    concepts = [concept for concept in concepts if concept.settings.output_dir not in run.failures]
+    concepts = run.survivors(concepts)
     if concepts:
         run.start_trackers(run.settings.options(concepts[0].settings, concepts[0].zone))
     return concepts
@@ -129,10 +129,9 @@ def save_all(run: Run, model: Model, group: Group) -> None:
 
 def upload_all(run: Run, model: Model, concepts: list[Concept]) -> None:
     """Upload the output folders to the Hub if asked to, when everything is saved."""
-    for concept in concepts if run.settings.push_to_hub and run.rank == 0 else []:
-        if concept.settings.output_dir not in run.failures:
-            with run.surviving(concept.settings):
-                _push_to_hub(run, model, concept)
+    for concept in run.survivors(concepts) if run.settings.push_to_hub and run.rank == 0 else []:
+        with run.surviving(concept.settings):
+            _push_to_hub(run, model, concept)
 
 
 def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from .checkpoints import find_checkpoint, load_common
 from .devices import dtype_of
-from .errors import InputError
+from .errors import InputError, file_error
 from .fingerprint import hash_weights
 from .models import Condition, Model, find_family
 from .settings import ConceptSettings, TrainingSettings
@@ -111,8 +111,12 @@ class Run:
         except (InputError, OSError) as error:
             if self.together:
                 raise
-            place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-            self.fail(concept, f"{error.strerror}{place}." if place else str(error))
+            named = isinstance(error, OSError) and error.filename
+            self.fail(concept, file_error(error) if named else str(error))
+
+    def survivors(self, concepts: list[Any]) -> list[Any]:
+        """The `Concept`s that have not failed."""
+        return [each for each in concepts if each.settings.output_dir not in self.failures]
 
     def fail(self, concept: ConceptSettings, message: str) -> None:
         """Note that a concept failed; of several, say so at once."""
