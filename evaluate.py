@@ -13,7 +13,8 @@ import argparse
 from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
-METRICS = ("dino", "fid", "kid", "fd_dino", "clip")  # szt_utils.metrics.METRICS, without importing torch
+# szt_utils.metrics.METRICS, without importing torch.
+METRICS = ("dino", "attributes", "fid", "kid", "fd_dino", "clip")
 # --num_inference_steps and --guidance_scale, by whether the model is the pocket model.
 POCKET_SAMPLING, SAMPLING = (25, 5.0), (25, 7.5)
 

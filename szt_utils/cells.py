@@ -27,7 +27,7 @@ from .evaluation import evaluate_embedding
 from .files import atomic_path, write_json
 from .folder_run import provenance
 from .images import contact_sheet, list_images, read_image
-from .metrics import METRICS
+from .metrics import SCORES
 from .poisoning import PoisonSettings, poison_folder
 from .purifying import PurifySettings, purify_folder
 from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
@@ -225,5 +225,5 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
         if table.home(concept.name).exists():  # cells may have come without the images
             write_sheet(table, concept.name, seeds[0])
     table.output_dir.mkdir(parents=True, exist_ok=True)
-    print(write_table(table.output_dir / table.name, table.cells(), METRICS, list(table.rows),
+    print(write_table(table.output_dir / table.name, table.cells(), SCORES, list(table.rows),
                       list(table.columns), table.plain_poisons, sweep=bool(table.swept)))

@@ -162,7 +162,7 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
 def _write(settings: EvaluationSettings, output_dir: Path, prompts: list[str], real: list[Image.Image],
            generated: list[Image.Image], scores: dict[str, float], messages: list[str]) -> None:
     """Write scores.json and contact_sheet.png, and print warnings and scores."""
-    absent = [name for name in ("real_real", *METRICS) if name not in scores
+    absent = [name for name in ("real_real", *METRICS) if name not in scores and name != "attributes"
               and (name in settings.metrics or (name == "real_real" and "dino" in scores))]
     write_json(output_dir / "scores.json", {
         "metrics": {**scores, **dict.fromkeys(absent)}, "generated": len(generated), "real": len(real),

@@ -1,8 +1,9 @@
 """How well generated images show the concept and follow their prompts (paper Sec. 5.1.3).
 
 Similarity is the cosine of image-encoder features; compare it with the similarity of the real images to each
-other, its anchor: more than that is copying. FID, KID and FD-DINOv2 compare the two sets as wholes, CLIP
-score each image with its prompt. Networks are folders or Hub ids; only those named are downloaded.
+other, its anchor: more than that is copying. Attributes are read in the pocket world only. FID, KID and
+FD-DINOv2 compare the two sets as wholes, CLIP score each image with its prompt. Networks are folders or Hub
+ids; only those named are downloaded.
 """
 
 import functools
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .attributes import OF_CONCEPT, attribute_scores, can_read
 from .errors import InputError, first_line
 from .images import from_pil
 from .models.parts import check_weights, quiet_loading
 
-__all__ = ["METRICS", "Networks", "clip_scores", "frechet_distance", "image_features", "inception_features",
-           "kernel_distance", "pairwise_similarity", "score_images", "similarity"]
+__all__ = ["METRICS", "SCORES", "Networks", "clip_scores", "frechet_distance", "image_features",
+           "inception_features", "kernel_distance", "pairwise_similarity", "score_images", "similarity"]
 
-METRICS = ("dino", "fid", "kid", "fd_dino", "clip")
+METRICS = ("dino", "attributes", "fid", "kid", "fd_dino", "clip")
+SCORES = (*METRICS[:2], *OF_CONCEPT, *METRICS[2:])  # the columns of a table
 SET_METRICS = ("fid", "kid", "fd_dino")  # of two sets as wholes
 FEW_IMAGES = 2048  # below the size of Inception's features their covariance has no full rank
 
@@ -191,8 +194,9 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
                  device: torch.device | str = "cpu") -> dict[str, float]:
     """Scores of generated images, one of `texts` for each, against real (clean) images of the concept.
 
-    "dino" is accompanied by "real_real". A score is absent when a set has one image and it needs two. Warns
-    then, and when FID or FD-DINOv2 is of few images. InputError for an unknown metric, and for a score that
+    "dino" is accompanied by "real_real", "attributes" by those of OF_CONCEPT; they are absent for a `dino`
+    that cannot read them. A score is absent when a set has one image and it needs two. Warns then, and when
+    FID or FD-DINOv2 is of few images. InputError for an unknown metric, and for a score that
     is not finite.
     """
     metrics, scores, sets = list(metrics), {}, {"clean image": real, "generated image": generated}
@@ -202,7 +206,7 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
         warnings.warn(f"No {', '.join(alone)}: that needs at least two clean and two generated images, but "
                       f"there are {len(real)} and {len(generated)}.", stacklevel=2)
         metrics = [name for name in metrics if name not in SET_METRICS]
-    if {"dino", "fd_dino"} & set(metrics):
+    if {"dino", "attributes", "fd_dino"} & set(metrics):
         theirs, ours = (image_features(images, networks.dino, device=device, normalized=False, kind=kind)
                         for kind, images in sets.items())
         if "dino" in metrics:
@@ -210,6 +214,8 @@ def score_images(generated: list[Image.Image], real: list[Image.Image], texts: S
             scores["dino"] = similarity(*units)
             if len(real) > 1:
                 scores["real_real"] = pairwise_similarity(units[1])
+        if "attributes" in metrics and can_read(networks.dino):
+            scores |= attribute_scores(ours, theirs, networks.dino)
         if "fd_dino" in metrics:
             scores["fd_dino"] = frechet_distance(ours, theirs)
     if {"fid", "kid"} & set(metrics):

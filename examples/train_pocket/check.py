@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,24 +18,22 @@ import numpy as np
 import torch
 from PIL import Image
 from recipe import HELD_OUT_SEEDS, draw
-from safetensors.torch import load_file
-from train_metrics import accuracy, labels_of
-from transformers import Dinov2Model
 
 import poison_images
 import precompute_masks
 import textual_inversion_szt
 from szt_utils import pocket
 from szt_utils.arguments import command_line, number, script_parser
+from szt_utils.attributes import WORDS, read_attributes
 from szt_utils.evaluation import evaluate_embedding
 from szt_utils.files import write_json
 from szt_utils.generation import generate, load_pipeline
 from szt_utils.images import from_pil, list_images, read_image
 from szt_utils.jpeg import jpeg_tensor
-from szt_utils.metrics import Networks
+from szt_utils.metrics import Networks, image_features
 from szt_utils.models import load_model
 from szt_utils.pgd import pgd
-from szt_utils.pocket.scenes import NOVEL_CONCEPTS, Scene, caption
+from szt_utils.pocket.scenes import NOVEL_CONCEPTS, Scene, caption, concept_scenes
 from szt_utils.poisons import pull_back
 
 Figures = dict[str, float]
@@ -48,7 +45,7 @@ class Settings:
     dino: str
     images: int = 256  # to generate
     steps: int = 600  # of textual inversion
-    count: int = 5  # images of each concept, for masks
+    count: int = 5  # images of each concept, for classifier and masks
 
 
 def run_quietly(script: ModuleType, **flags: object) -> None:
@@ -66,13 +63,11 @@ def as_tensor(scene: Scene) -> torch.Tensor:
     return from_pil(Image.fromarray(scene.image))
 
 
-def read_attributes(settings: Settings, scenes: list[Scene], images: Iterable[np.ndarray]) -> Figures:
-    """Share of images, uint8 (128, 128, 3), in which the attribute reader finds the scenes' attributes."""
-    state = load_file(Path(settings.dino) / "attributes.safetensors")
-    heads = torch.nn.Linear(*reversed(state["weight"].shape))
-    heads.load_state_dict(state)
-    return accuracy(Dinov2Model.from_pretrained(settings.dino).eval(), heads, np.stack(list(images)),
-                    labels_of([scene.attributes for scene in scenes]), "cpu")
+def reader_accuracy(settings: Settings, scenes: list[Scene], images: list[Image.Image]) -> Figures:
+    """Share of images in which the attribute reader finds the words of the scenes that they show."""
+    read = read_attributes(image_features(images, settings.dino, normalized=False), settings.dino)
+    return {kind: np.mean([words[kind] == getattr(scene.attributes, kind)
+                           for words, scene in zip(read, scenes, strict=True)]) for kind in WORDS}
 
 
 @torch.no_grad()
@@ -90,9 +85,19 @@ def check_vae(settings: Settings) -> Figures:
 
 
 def check_classifier(settings: Settings) -> Figures:
-    """Accuracy of the attribute reader on real held-out scenes (>= 97 %)."""
+    """Accuracy of the attribute reader on real held-out scenes (>= 97 %), and on the novel concepts, clean
+    and poisoned (ADM+ and EA, eps 16, 100 steps)."""
     scenes = held_out(512)
-    return read_attributes(settings, scenes, (scene.image for scene in scenes))
+    figures = reader_accuracy(settings, scenes, [Image.fromarray(scene.image) for scene in scenes])
+    with tempfile.TemporaryDirectory() as home:
+        for data in ("clean", "ea", "adm+"):
+            scenes, images = [], []
+            for concept in NOVEL_CONCEPTS:
+                scenes += concept_scenes(concept, settings.count)
+                images += map(read_image, list_images(concept_images(settings, Path(home), data, concept)))
+            accuracy = reader_accuracy(settings, scenes, images)
+            figures |= {f"novel_{data}_{kind}": share for kind, share in accuracy.items()}
+    return figures
 
 
 def check_generation(settings: Settings) -> Figures:
@@ -101,7 +106,7 @@ def check_generation(settings: Settings) -> Figures:
     scenes = held_out(settings.images)
     images = generate(load_pipeline(settings.model), [caption(scene.attributes) for scene in scenes], seed=1,
                       steps=25, guidance_scale=5.0, batch_size=16)
-    return read_attributes(settings, scenes, map(np.asarray, images))
+    return reader_accuracy(settings, scenes, images)
 
 
 def check_inversion(settings: Settings) -> Figures:
@@ -122,6 +127,16 @@ def check_inversion(settings: Settings) -> Figures:
         ratios[concept] = scores["dino"] / scores["real_real"]
         print(f"  {concept}: {ratios[concept]:.3f}", flush=True)
     return {"mean": np.mean(list(ratios.values())), **ratios}
+
+
+def concept_images(settings: Settings, home: Path, data: str, concept: str) -> Path:
+    """Folder of a novel concept's images, clean or poisoned, whose masks are in home/true/<concept>."""
+    clean, folder = home / "clean" / concept, home / data / concept
+    pocket.write_concept(concept, clean, home / "true" / concept, settings.count)
+    if data != "clean":
+        run_quietly(poison_images, pretrained_model_name_or_path=settings.model, image_dir=clean,
+                    output_dir=folder, method=data, resolution=128, batch_size=settings.count)
+    return folder
 
 
 def check_size(settings: Settings) -> Figures:
@@ -166,13 +181,9 @@ def check_masks(settings: Settings) -> Figures:
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
-        for concept in NOVEL_CONCEPTS:
-            pocket.write_concept(concept, home / "clean" / concept, home / "true" / concept, settings.count)
         for data in ("clean", "ea", "adm+"):
-            if data != "clean":
-                run_quietly(poison_images, pretrained_model_name_or_path=settings.model,
-                            image_dir=home / "clean", output_dir=home / data, method=data, resolution=128,
-                            batch_size=5)
+            for concept in NOVEL_CONCEPTS:
+                concept_images(settings, home, data, concept)
             figures |= {f"{data}_{way}": value
                         for way, value in mask_overlaps(home / data, home / "true").items()}
             print(f"  {data}: {figures}", flush=True)
@@ -214,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dino", default=pocket.dino_path())
     add("--images", type=count, default=Settings.images, help="generation: number of images (256)")
     add("--steps", type=count, default=Settings.steps, help="inversion: training steps (600)")
-    add("--count", type=count, default=Settings.count, help="masks: images of each concept (5)")
+    add("--count", type=count, default=Settings.count, help="classifier, masks: images of each concept (5)")
     add("--output", type=Path, default=Path("pocket_check.json"))
     args = parser.parse_args(argv)
     settings = Settings(args.model, args.dino, args.images, args.steps, args.count)

@@ -25,11 +25,9 @@ from transformers import (
     Dinov2Model,
 )
 
-from szt_utils.pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES
+from szt_utils.attributes import WORDS
 from szt_utils.pocket.vocabulary import pocket_tokenizer, training_caption
 
-WORDS = {"shape": list(SHAPES), "color": list(COLORS), "pattern": list(PATTERNS),
-         "background": list(BACKGROUNDS)}
 INPUT = 64  # pixels: images are halved first
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
