@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +33,15 @@ from .purifying import PurifySettings, purify_folder
 from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
 from .tables import Cell, append_cell, read_cells, run_index, write_table
 
-__all__ = ["make_cells", "make_table"]
+__all__ = ["Score", "Train", "make_cells", "make_table", "score", "train", "training_entries"]
 
 # Beside this package, in a checkout and when installed.
 TRAINING = Path(__file__).resolve().parent.parent / "textual_inversion_szt.py"
 BATCH_SIZE = 5  # images poisoned or purified together
+
+# How a method trains the missing cells of a concept, and how it scores one.
+Train = Callable[[Table, DatasetConcept, Sequence[Cell]], None]
+Score = Callable[[Table, DatasetConcept, Cell], dict[str, float]]
 
 
 @contextlib.contextmanager
@@ -98,17 +102,17 @@ def training_flags(table: Table, home: Path, defence: str) -> Flags:
 
 
 def training_entries(table: Table, home: Path, cells: Sequence[Cell]) -> list[Flags]:
-    """The entries of --concepts for the cells without an embedding; poisons and purifies their images."""
+    """The entries of --concepts for the cells to train; poisons and purifies their images."""
     entries, poisoned, purified = [], {}, {}
     for cell in cells:
-        embedding, place = table.embedding(cell), (cell.data, cell.defence)
-        if embedding.exists():
+        learned, place = table.learned(cell), (cell.data, cell.defence)
+        if learned.exists():
             continue
         if cell.data not in poisoned:
             poisoned[cell.data] = poison(table, home, cell.data)
         if place not in purified:
             purified[place] = purify(table, home, poisoned[cell.data], cell.defence)
-        entries.append({"train_data_dir": str(purified[place]), "output_dir": str(embedding.parent),
+        entries.append({"train_data_dir": str(purified[place]), "output_dir": str(learned.parent),
                         "seed": cell.seed, **training_flags(table, home, cell.defence)})
     return entries
 
@@ -152,7 +156,7 @@ def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FID and FD-DINOv2 rest")  # the table's foot says it once
         _, metrics = evaluate_embedding(
-            table.model, table.embedding(cell), clean, concept.prompts, table.networks,
+            table.model, table.learned(cell), clean, concept.prompts, table.networks,
             class_word=concept.class_word, images_per_prompt=settings.images_per_prompt,
             metrics=table.metrics, device=best_device(), folder=table.generated(cell),
             steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
@@ -160,7 +164,8 @@ def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]
     return metrics
 
 
-def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
+def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], train: Train = train,
+               score: Score = score) -> None:
     """Train and score a concept's missing cells, and add them to its file."""
     start, home = time.perf_counter(), table.home(concept.name)
     run = run_index(table.output_dir, {**table.record, **provenance()})
@@ -194,17 +199,18 @@ def write_sheet(table: Table, concept: str, seed: int) -> None:
                 caption += f"   {defence} {scores[data, defence].get('dino', float('nan')):.2f}"
         if images:
             rows.append((caption, images))
-    path = table.output_dir / "sheets" / f"{f'{table.name}-' if table.swept else ''}{concept}.jpg"
+    path = table.output_dir / "sheets" / f"{table.name}-{concept}.jpg"
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         contact_sheet(rows).save(temporary, format="JPEG", quality=85)
 
 
 def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequence[int],
-               dry_run: bool = False) -> None:
+               dry_run: bool = False, train: Train = train, score: Score = score) -> None:
     """Make the missing cells of this process's concepts, then write the table of all that are finished.
 
-    With `dry_run`, print which cells are missing and what they cost instead.
+    With `dry_run`, print which cells are missing and what they cost instead. `train` and `score` are textual
+    inversion's, or another method's.
     """
     finished = set(table.finished())
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
@@ -221,9 +227,12 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     # Seeds of a concept share its poisoned images, and one process writes its file: processes share concepts.
     for concept in list(concepts.values())[rank::processes]:
         if own := [cell for cell in missing if cell.concept == concept.name]:
-            make_cells(table, concept, own)
+            make_cells(table, concept, own, train, score)
         if table.home(concept.name).exists():  # cells may have come without the images
             write_sheet(table, concept.name, seeds[0])
     table.output_dir.mkdir(parents=True, exist_ok=True)
-    print(write_table(table.output_dir / table.name, table.cells(), SCORES, list(table.rows),
+    cells = table.cells()
+    scores = dict.fromkeys(SCORES) | dict.fromkeys(name for cell in cells for name in cell.metrics
+                                                   if name != "real_real")
+    print(write_table(table.output_dir / table.name, cells, list(scores), list(table.rows),
                       list(table.columns), table.plain_poisons, sweep=bool(table.swept)))

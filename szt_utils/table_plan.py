@@ -22,7 +22,7 @@ PURIFY_PASSES = {"regen": 6, "pdmpure": 6, "advclean": 4}
 POCKET_SECONDS = 0.015  # of one pass on two cores, by the quickstart; the rate of earlier cells replaces it
 IMAGES = 5  # of a concept, as a rule
 # What decides each stage and those after it, but not those before it.
-OF_TRAINING = ("steps", "train_batch_size", "learning_rate", "initializer_token")
+OF_TRAINING = ("method", "steps", "train_batch_size", "learning_rate", "initializer_token")
 OF_GENERATION = ("images_per_prompt", "num_inference_steps", "guidance_scale", "prompts")
 OF_SCORES = ("dino", "clip", "inception")
 
@@ -65,6 +65,7 @@ class Table:
     networks: Networks
     mixed_precision: str = "no"
     given: Flags = field(default_factory=dict)  # what else decides the cells, where it is not the default
+    learned_file: str = "learned_embeds.safetensors"  # of every cell's training
 
     @property
     def record(self) -> Flags:
@@ -108,13 +109,13 @@ class Table:
         key = self.key(*OF_TRAINING, *OF_GENERATION, *OF_SCORES)
         return self.output_dir / "data" / f"{concept}-{key}"
 
-    def embedding(self, cell: Cell) -> Path:
-        """The file of a cell's embedding."""
+    def learned(self, cell: Cell) -> Path:
+        """The file of what a cell's training learned."""
         name = f"{cell.name}-{self.key(*OF_GENERATION, *OF_SCORES)}"
-        return self.output_dir / "learned" / name / "learned_embeds.safetensors"
+        return self.output_dir / "learned" / name / self.learned_file
 
     def generated(self, cell: Cell) -> Path:
-        """The folder of the images that are generated with a cell's embedding."""
+        """The folder of the images that are generated for a cell."""
         return self.output_dir / "generated" / f"{cell.name}-{self.key(*OF_SCORES)}"
 
 

@@ -78,8 +78,8 @@ def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(m
     planned = [Cell(data, defence, STAR, seed) for data in ("clean", "ea") for defence in one.defences
                for seed in (0, 1) if (defence, seed) != ("jpeg", 1)]
     for cell in planned[:9]:  # all clean ones
-        one.embedding(cell).parent.mkdir(parents=True)
-        one.embedding(cell).touch()
+        one.learned(cell).parent.mkdir(parents=True)
+        one.learned(cell).touch()
     home = one.home(STAR)
     entries = cells.training_entries(one, home, planned)
     assert [folder for folder, _ in made] == [home / "ea", home / "ea-regen"]
@@ -89,7 +89,7 @@ def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(m
                 "jpeg": ("ea", {"jpeg_quality": 25}), "szt": ("ea", {"szt": True, "loss_mask_dir": masks})}
     assert entries == [
         {"train_data_dir": str(home / expected[cell.defence][0]), "seed": cell.seed,
-         "output_dir": str(one.embedding(cell).parent), **expected[cell.defence][1]}
+         "output_dir": str(one.learned(cell).parent), **expected[cell.defence][1]}
         for cell in planned if cell.data == "ea"]
     assert one.defences["lm8"]["dilation"] == 8 and one.defences["lm"]["loss_mask_dir"] == "masks"
 
@@ -105,8 +105,8 @@ def test_a_concept_whose_embeddings_exist_is_not_trained(made, tmp_path, monkeyp
         1000, 200, "latest")
     assert flags["concepts"].exists() and asdict(one.settings).items() >= {
         name: flags[name] for name in ("resolution", "train_batch_size", "learning_rate")}.items()
-    one.embedding(cell).parent.mkdir(parents=True)
-    one.embedding(cell).touch()
+    one.learned(cell).parent.mkdir(parents=True)
+    one.learned(cell).touch()
     cells.train(one, concept, [cell])
     assert len(made) == 1
 

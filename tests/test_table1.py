@@ -97,10 +97,10 @@ def test_cells_of_other_settings_are_other_cells(tmp_path, capsys):
         assert capsys.readouterr().out.startswith(f"1 cells, {missing} of them to do."), more
     seven = table(*flags, "--steps", "7")
     assert two.cells() == [one] and seven.cells() == []
-    assert two.embedding(one) != seven.embedding(one) and two.generated(one) != seven.generated(one)
+    assert two.learned(one) != seven.learned(one) and two.generated(one) != seven.generated(one)
     assert two.home("a") == seven.home("a") != table(*flags, "--resolution", "64").home("a")
     other = table(*flags, "--guidance_scale", "3")
-    assert two.embedding(one) == other.embedding(one) and two.generated(one) != other.generated(one)
+    assert two.learned(one) == other.learned(one) and two.generated(one) != other.generated(one)
     append_cell(tmp_path, replace(one, metrics={"dino": 0.7}, run=run_index(tmp_path, seven.record)))
     assert [c.metrics["dino"] for c in (*two.cells(), *seven.cells())] == [0.5, 0.7]
     assert table(*flags).settings.steps == 7
@@ -170,7 +170,7 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     assert options["train_data_dir"].endswith("ea") and options["loss_mask_dir"]
     rows = list(csv.DictReader((tmp_path / "out" / "table1.csv").open()))
     assert len(rows) == 3 * 2 * 2 and {row["metric"] for row in rows} == {"dino", "clip"}
-    assert Image.open(tmp_path / "out" / "sheets" / "star.jpg").format == "JPEG"
+    assert Image.open(tmp_path / "out" / "sheets" / "table1-star.jpg").format == "JPEG"
     assert (tmp_path / "out" / "table1.png").exists()
 
     def again() -> str:
