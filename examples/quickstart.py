@@ -20,7 +20,7 @@ from szt_utils.errors import exit_on_input_error
 from szt_utils.evaluation import evaluate_embedding
 from szt_utils.files import write_json
 from szt_utils.images import contact_sheet, list_images, read_image
-from szt_utils.metrics import Networks
+from szt_utils.metrics import Networks, score_images
 
 DESCRIPTIONS = {"real_real": "clean images among themselves",
                 "clean_nominal": "learned from clean images",
@@ -65,19 +65,25 @@ def compare(folder: Path, concept: str, steps: int, eps: int) -> None:
     announce("Generating with each embedding")
     clean_images, poisoned_images = ([read_image(path) for path in list_images(images)]
                                      for images in (clean, poisoned))
-    networks, scores, rows = Networks(pocket.dino_path(), pocket.clip_path()), {}, []
+    networks = Networks(pocket.dino_path(), pocket.clip_path())
+    scores, rows = {}, []
+    own = score_images(clean_images, clean_images, [], networks, ["attributes"])
+    attributes = {"real_real": own["attributes"]}
     for name, embedding in tqdm(embeddings.items()):
         images, metrics = evaluate_embedding(pocket.model_path(), embedding, clean_images, pocket.PROMPTS,
-                                             networks)
+                                             networks, metrics=("dino", "attributes"))
         scores |= {"real_real": metrics["real_real"], name: metrics["dino"]}
-        rows.append((f"{name.replace('_', ', ')}: similarity {scores[name]:.2f}", images))
-    write_json(folder / "scores.json", {"similarity": scores})
+        attributes[name] = metrics["attributes"]
+        rows.append((f"{name.replace('_', ', ')}: similarity {scores[name]:.2f}, attributes "
+                     f"{attributes[name]:.0%}", images))
+    write_json(folder / "scores.json", {"similarity": scores, "attributes": attributes})
     contact_sheet([(f"the clean images of '{concept}': similarity {scores['real_real']:.2f}", clean_images),
                    ("the same, poisoned", poisoned_images), *rows]).save(folder / "comparison.png")
 
-    print("\nSimilarity of the images to the clean concept (image-encoder cosine, higher is better)")
+    print("\nSimilarity to the clean concept (cosine of image features), and the share of images\n"
+          "with its shape, color and pattern")
     for name, text in DESCRIPTIONS.items():
-        print(f"  {text:34s} {scores[name]:.3f}")
+        print(f"  {text:34s} {scores[name]:.3f} {attributes[name]:6.0%}")
     print(f"\nLook at {folder / 'comparison.png'}; the numbers are in {folder / 'scores.json'}.")
 
 
