@@ -1,11 +1,14 @@
-"""Are these images poisoned? Compare each with clean images by five signals of the analysis (paper Sec. 4).
+"""Are these images poisoned? Tested on 81 real poisons of 11 methods (60 found) and 418 clean images.
 
-    python diagnose_images.py --pretrained_model_name_or_path MODEL --image_dir images \
-        --clean_dir known-clean-images --output_dir diagnosis
+    python diagnose_images.py --image_dir images --output_dir diagnosis
 
-writes `diagnosis.json`: for every image a score, its distance from the clean images, and for the set a
-verdict. The signals of the clean images go to `calibration.json`, for --calibration; the bundled pocket model
-has a calibration built in. Works with Stable Diffusion and SDXL.
+looks at the pixels of every image, at its full size and without a model, and writes `diagnosis.json`: for
+every image and for the set "poisoned", "clean" or "cannot tell". Give it the files as you received them. Of
+the 418 clean images it accuses 3; poisons that were saved as JPEG or upscaled afterwards it never finds.
+
+With --pretrained_model_name_or_path, five signals of the analysis (paper Sec. 4) join them under "model":
+each image's distance from known clean images (--clean_dir, whose signals go to `calibration.json`, for
+--calibration). They suit the bundled pocket model and its drawn scenes, whose calibration is built in.
 
 The same command again resumes.
 """
@@ -21,19 +24,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image_dir", type=user_path, required=True,
         help="Folder of images to diagnose, with its sub-folders.")
+    add("--output_dir", type=user_path, required=True,
+        help="Folder for the results, options.json and stats.jsonl.")
+    group = parser.add_argument_group("With a model")
+    add_model_flags(group, "Model in Diffusers format: folder, or id on the Hub.", required=False)
+    add = group.add_argument
     add("--clean_dir", type=user_path,
         help="Folder of clean images to calibrate with, with its sub-folders: at least 10, of the same kind "
              "as the images to diagnose.")
     add("--calibration", type=user_path, help="A calibration.json of an earlier run, instead of --clean_dir.")
-    add("--output_dir", type=user_path, required=True,
-        help="Folder for the results, options.json and stats.jsonl.")
-    add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub.")
     add("--resolution", type=number(int, 8),
         help="Side of the images' central squares, in pixels. (the model's own)")
     add("--seed", type=seed, default=0, help="Seed of the noise. (0)")
     args = parser.parse_args(argv)
     if args.clean_dir and args.calibration:
         parser.error("argument --calibration: not used with --clean_dir")
+    for name in ("clean_dir", "calibration", "resolution"):
+        if getattr(args, name) and not args.pretrained_model_name_or_path:
+            parser.error(f"argument --{name}: needs --pretrained_model_name_or_path")
     return args
 
 

@@ -1,7 +1,9 @@
 """Diagnosis of a folder of images, as `diagnose_images.py` does it.
 
-The output folder gets `diagnosis.json` (`szt_utils.diagnosis.report`), `calibration.json` when clean images
-are given, `options.json`, and `stats.jsonl` with the signals of every image.
+Every image is judged by its pixels (`szt_utils.pixel_score`), at its full size. A model's signals
+(`szt_utils.diagnosis`) join them under "model" where a model is given. The output folder gets
+`diagnosis.json`, `options.json` and, with a model, `stats.jsonl` with the model's signals of every image and
+the `calibration.json` of the clean images.
 """
 
 import math
@@ -10,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from . import pocket
@@ -20,6 +23,8 @@ from .files import write_json
 from .folder_run import FolderRun, Record, sha256_of
 from .images import list_images, read_image
 from .models import load_model
+from .pixel_score import is_coarse_jpeg, read_pixel_calibration, report_pixels
+from .pixel_signals import pixel_signals
 from .square_images import read_square, resolution_for
 
 __all__ = ["DiagnosisSettings", "diagnose_folder"]
@@ -29,8 +34,8 @@ __all__ = ["DiagnosisSettings", "diagnose_folder"]
 class DiagnosisSettings:
     """What decides a diagnosis; a field has the name and the meaning of its flag."""
 
-    pretrained_model_name_or_path: str
     image_dir: str
+    pretrained_model_name_or_path: str | None = None
     clean_dir: str | None = None
     calibration: str | None = None
     resolution: int | None = None
@@ -48,25 +53,34 @@ def diagnose_folder(settings: DiagnosisSettings, output_dir: str | Path) -> dict
     """
     with FolderRun(output_dir, "diagnose_images.py", asdict(settings), settings.image_dir) as run:
         diagnosis = _diagnose(settings, run)
-    for name, image in diagnosis["images"].items():
-        print(f"{printable(name)}: {image['sentence']}")
-    print(diagnosis["sentence"])
+    for title, part in (("", diagnosis), ("by the model, ", diagnosis.get("model"))):
+        for name, image in part["images"].items() if part else ():
+            print(f"{title}{printable(name)}: {image['sentence']}")
+        if part:
+            print(f"{title}{part['sentence']}")
     return diagnosis
 
 
 def _diagnose(settings: DiagnosisSettings, run: FolderRun) -> dict[str, Any]:
-    """Write the diagnosis and its calibration; returns the diagnosis."""
-    calibration = _find_calibration(settings)
+    """Write the diagnosis and, with a model, its calibration; returns the diagnosis."""
     root = Path(settings.image_dir)
+    calibration = _find_calibration(settings)
     clean = list_images(settings.clean_dir, recursive=True) if settings.clean_dir else []
-    paths = list_images(root, recursive=True)
-    if calibration is None:
+    paths = {path.relative_to(root).as_posix(): path for path in list_images(root, recursive=True)}
+    if settings.clean_dir and calibration is None:
         check_clean_count(len(clean))
-    signals = _measure([*clean, *paths], settings, run)
-    if calibration is None:
-        calibration = calibrate([signals[path] for path in clean])
-        write_json(run.folder / "calibration.json", calibration)
-    diagnosis = report(calibration, {path.relative_to(root).as_posix(): signals[path] for path in paths})
+    rows = {name: pixel_signals(np.asarray(read_image(path)))
+            for name, path in tqdm(paths.items(), desc="pixels", unit="image")}
+    coarse = [name for name, path in paths.items() if is_coarse_jpeg(path)]
+    diagnosis = report_pixels(read_pixel_calibration(), rows, coarse)
+    if settings.pretrained_model_name_or_path:
+        signals = _measure([*clean, *paths.values()], settings, run)
+        if calibration is None:
+            calibration = calibrate([signals[path] for path in clean])
+            write_json(run.folder / "calibration.json", calibration)
+        diagnosis["model"] = report(calibration, {name: signals[path] for name, path in paths.items()})
+    else:
+        run.begin()
     write_json(run.folder / "diagnosis.json", diagnosis)
     return diagnosis
 
@@ -79,7 +93,9 @@ def _known_signals(records: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def _find_calibration(settings: DiagnosisSettings) -> dict[str, Any] | None:
-    """The calibration to use, None with a clean_dir; InputError when the model has none."""
+    """The model's calibration, None with a clean_dir or without a model; InputError when it has none."""
+    if not settings.pretrained_model_name_or_path:
+        return None
     if settings.calibration:
         return read_calibration(settings.calibration)
     if settings.clean_dir:

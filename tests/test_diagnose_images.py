@@ -9,6 +9,8 @@ from conftest import build_tiny_sdxl, run_script
 from PIL import Image
 
 from szt_utils import pocket
+from szt_utils.pixel_signals import SIGNALS as PIXEL_SIGNALS
+from szt_utils.pixel_signals import pixel_signals
 
 SCRIPT = "diagnose_images.py"
 
@@ -37,17 +39,19 @@ def test_it_calibrates_on_clean_images_and_finds_the_poisoned(folders, tmp_path)
     """Strong noise shows in every signal."""
     model = ["--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", folders / "set"]
     done = run_script(SCRIPT, *model, "--clean_dir", folders / "clean", "--output_dir", tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    whole = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    report = whole["model"]
     suspects = [image["suspect"] for _, image in sorted(report["images"].items())]
     assert suspects[:3] == [True] * 3 and report["poisoned"] and sum(suspects) == report["suspects"]
     scores = [image["score"] for _, image in sorted(report["images"].items())]
     assert min(scores[:3]) > max(scores[3:])
     lines = done.stdout.splitlines()
-    assert len(lines) == 7 and "looks poisoned" in lines[0] and lines[-1] == report["sentence"]
+    assert len(lines) == 14 and "looks poisoned" in lines[7] and lines[6] == whole["sentence"]
+    assert lines[-1] == f"by the model, {report['sentence']}"
     # The calibration alone gives the same, and the same command computes no signal again.
     here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "diagnosis.json").read_text())
-    assert again == report
+    assert again == whole
     stats = (tmp_path / "again" / "stats.jsonl").read_bytes()
     here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
     assert (tmp_path / "again" / "stats.jsonl").read_bytes() == stats
@@ -57,14 +61,14 @@ def test_it_calibrates_on_clean_images_and_finds_the_poisoned(folders, tmp_path)
     (tmp_path / "again" / "stats.jsonl").write_text(record)
     here(*model, "--calibration", tmp_path / "out" / "calibration.json", "--output_dir", tmp_path / "again")
     assert (tmp_path / "again" / "stats.jsonl").read_text().splitlines()[3:] == lines
-    assert json.loads((tmp_path / "again" / "diagnosis.json").read_text()) == report
+    assert json.loads((tmp_path / "again" / "diagnosis.json").read_text()) == whole
 
 
 def test_the_pocket_models_calibration_is_bundled(tmp_path):
     pocket.write_concept("blue-dotted-cross", tmp_path / "set", count=2, seed=9)
     here("--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", tmp_path / "set",
          "--output_dir", tmp_path / "out")
-    assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["images"]) == 2
+    assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["model"]["images"]) == 2
 
 
 def test_another_model_than_the_pocket_model_needs_clean_images(tiny_model, concept_folder, tmp_path):
@@ -83,9 +87,37 @@ def test_an_sdxl_model_diagnoses_too(folders, tmp_path, capsys):
     model = build_tiny_sdxl(tmp_path / "sdxl")
     here("--pretrained_model_name_or_path", model, "--image_dir", folders / "set" / "5", "--clean_dir",
          folders / "clean", "--output_dir", tmp_path / "out")
-    (image,) = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["images"].values()
+    (image,) = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["model"]["images"].values()
     assert np.isfinite(list(image["signals"].values())).all() and len(image["signals"]) == 5
-    assert capsys.readouterr().out.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_without_a_model_it_looks_at_the_pixels_at_full_size(tmp_path, capsys):
+    """Noise, a flat image and a JPEG file: three verdicts at most, each with a sentence; resumable."""
+    (tmp_path / "set" / "deep").mkdir(parents=True)
+    noise = np.random.default_rng(0).normal(128, 8, (300, 420, 3)).round().astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "set" / "deep" / "noise.png")
+    Image.fromarray(noise).save(tmp_path / "set" / "saved.jpg", quality=75)
+    Image.new("RGB", (300, 300), "gray").save(tmp_path / "set" / "flat.png")
+    for _ in range(2):
+        here("--image_dir", tmp_path / "set", "--output_dir", tmp_path / "out")
+        lines = capsys.readouterr().out.splitlines()
+        report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+        assert lines[-1] == report["sentence"] and len(lines) == 4 and "model" not in report
+    images = report["images"]
+    assert list(images) == ["deep/noise.png", "flat.png", "saved.jpg"]
+    assert images["flat.png"]["verdict"] == "cannot tell" and images["flat.png"]["signals"] is None
+    assert images["deep/noise.png"]["signals"] == dict(zip(PIXEL_SIGNALS, pixel_signals(noise), strict=True))
+    assert images["deep/noise.png"]["verdict"] != "poisoned"
+    assert images["saved.jpg"]["verdict"] == "cannot tell"
+
+
+def test_without_a_model_a_mistake_leaves_no_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "broken.png").write_text("not an image")
+    with pytest.raises(SystemExit, match=r"^error: .*broken.png' cannot be read"):
+        here("--image_dir", tmp_path / "set", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -114,8 +146,11 @@ def test_one_sentence_per_mistake(tiny_model, concept_folder, folders, tmp_path,
     ([], "--image_dir"),
     (["--image_dir", "x", "--clean_dir", "d", "--calibration", "c"], "--calibration: not used"),
     (["--image_dir", "x", "--seed", "-1"], "-1 is not at least 0"),
+    (["--image_dir", "x", "--clean_dir", "c"], "--clean_dir: needs --pretrained_model_name_or_path"),
+    (["--image_dir", "x", "--calibration", "c"], "--calibration: needs --pretrained_model_name_or_path"),
+    (["--image_dir", "x", "--resolution", "64"], "--resolution: needs --pretrained_model_name_or_path"),
 ])
 def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        here("--pretrained_model_name_or_path", "m", "--output_dir", "o", *arguments)
+        here("--output_dir", "o", *arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
     python examples/figures/roc.py --clean diagnosis/clean --poisoned diagnosis/adm+ diagnosis/ea
 
-Takes folders with a diagnosis.json, made with one calibration that contains none of their images. Writes
+Takes folders with a diagnosis.json, made with one calibration that contains none of their images. Scores are
+the model's where a model was given, else those of the pixels; an image without a score is left out. Writes
 roc.json and roc.png, and prints the area per poison, over all images and over photographs alone.
 """
 
@@ -19,9 +20,10 @@ from szt_utils.statistics import bootstrap, roc_auc
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """The score of every image of a diagnosis."""
-    images = json.loads((folder / "diagnosis.json").read_text())["images"]
-    return {name: image["score"] for name, image in images.items()}
+    """The score of every image of a diagnosis that has one."""
+    diagnosis = json.loads((folder / "diagnosis.json").read_text())
+    images = diagnosis.get("model", diagnosis)["images"]
+    return {name: image["score"] for name, image in images.items() if image["score"] is not None}
 
 
 def area(clean: list[float], poisoned: list[float]) -> dict[str, float]:
