@@ -36,9 +36,15 @@ def training_parser(doc: str, steps: int, batch_size: int, lr: float) -> argpars
     return parser
 
 
+def attributes_of(seed: int) -> Attributes:
+    """Random attributes that are no novel concept, by a stream of their own: a scene's own stream starts with
+    the object's size, which would follow its pattern."""
+    return training_attributes(np.random.default_rng([seed, 1]))
+
+
 def draw(seed: int) -> Scene:
-    """The scene of a seed, with random attributes that are no novel concept."""
-    return draw_scene(seed, training_attributes(np.random.default_rng(seed)))
+    """The scene of a seed."""
+    return draw_scene(seed, attributes_of(seed))
 
 
 def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, list[Attributes]]:
@@ -54,7 +60,7 @@ def scenes(count: int, first_seed: int, work_dir: Path) -> tuple[np.ndarray, lis
                 images[i] = scene.image
         images.flush()
         path.with_suffix(".part").rename(path)
-    return np.load(path, mmap_mode="r"), [training_attributes(np.random.default_rng(seed)) for seed in seeds]
+    return np.load(path, mmap_mode="r"), [attributes_of(seed) for seed in seeds]
 
 
 def pixels(images: np.ndarray | list[np.ndarray], device) -> torch.Tensor:
