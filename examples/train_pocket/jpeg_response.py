@@ -1,7 +1,7 @@
-"""How an image encoder answers attacks and JPEG: what is trained in train_encoder.py and measured in check.py.
+"""How images and an image encoder answer attacks and JPEG: train_encoder.py trains it, check.py measures it.
 
-The attack moves the latents away from those of the clean image, by 16 levels. JPEG compresses both images, and
-what is left of their distance is the response.
+The attack moves the latents away from those of the clean image, by 16 levels. JPEG compresses both images,
+and what is left of their distance, in latents or in pixels, is the response.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,23 @@ def left(encode: Encode, attacked: torch.Tensor, images: torch.Tensor, quality: 
     return shift(encode, jpeg_tensor(attacked, quality), jpeg_tensor(images, quality)) / before
 
 
-def left_in_pixels(attacked: torch.Tensor, images: torch.Tensor, quality: int) -> torch.Tensor:
-    """Share of the perturbation d, along itself, that JPEG leaves, (B,): <J(x + d) - J(x), d> / <d, d>."""
-    change = attacked - images
-    kept = jpeg_tensor(attacked, quality) - jpeg_tensor(images, quality)
+def left_in_pixels(attacked: torch.Tensor, images: torch.Tensor, quality: int,
+                   view: Callable[[torch.Tensor], torch.Tensor] = lambda change: change) -> torch.Tensor:
+    """Share of the perturbation d, along itself, that JPEG leaves, (B,): <J(x + d) - J(x), d> / <d, d>.
+
+    `view` selects what is compared of a change, (B, 3, H, W).
+    """
+    change = view(attacked - images)
+    kept = view(jpeg_tensor(attacked, quality) - jpeg_tensor(images, quality))
     return (kept * change).flatten(1).sum(1) / change.square().flatten(1).sum(1)
+
+
+def luminance(change: torch.Tensor) -> torch.Tensor:
+    """The luminance of JPEG (Rec. 601) of (B, 3, H, W), (B, H, W)."""
+    return torch.einsum("bchw,c->bhw", change, torch.tensor([0.299, 0.587, 0.114]))
+
+
+def random_signs(images: torch.Tensor, levels: int, generator: torch.Generator) -> torch.Tensor:
+    """Images (B, 3, H, W), each value changed up or down by `levels`, and clipped."""
+    signs = torch.randint(0, 2, images.shape, generator=generator) * 2 - 1
+    return (images + signs * (levels / 255)).clamp(0, 1)

@@ -2,11 +2,11 @@
 
     python examples/train_pocket/train_encoder.py
 
-An encoder as small as the pocket world's is attacked through low frequencies, which JPEG leaves. Encoders that
-were trained on photographs are moved further, and JPEG heals a part of it. So every step attacks crops, by few
-steps of the attack that check.py measures with many, and compares the shift and what JPEG leaves of it with
-theirs (`jpeg_response.LEFT`). The decoder learns to follow; the latents of clean images stay where they were,
-because the U-Net starts from a trained one.
+An encoder as small as the pocket world's is attacked through low frequencies, which JPEG leaves. Encoders
+that were trained on photographs are moved further, and JPEG heals a part of it. So every step attacks crops,
+by few steps of the attack that check.py measures with many, and compares the shift and what JPEG leaves of it
+with theirs (`jpeg_response.LEFT`). The decoder learns to follow. The latents of clean images stay near the
+first ones, because the U-Net starts from a trained one.
 """
 
 import copy
@@ -25,7 +25,7 @@ ATTACK_STEPS, STEP_SIZE = 8, 4.0  # levels
 
 
 def main() -> None:
-    parser = training_parser(__doc__, steps=800, batch_size=6, lr=1e-3)
+    parser = training_parser(__doc__, steps=400, batch_size=6, lr=1e-3)
     add = parser.add_argument
     add("--name", default="encoder", help="of the state and the model folder, in work_dir")
     add("--shift", type=float, default=1.9, help="of an attack, in standard deviations of the latents")
@@ -53,7 +53,7 @@ def main() -> None:
         size = shift(encode, attacked, x)
         kept = left(encode, attacked, x, quality, size).mean()
         loss = (size.mean() / args.shift).log().square() + ((kept - LEFT[quality]) / 0.1).square() * 0.1
-        return loss, size.mean().detach(), (kept - LEFT[quality]).detach()
+        return loss, size.detach().mean(), kept.detach() - LEFT[quality]
 
     def step_loss(step: int) -> dict[str, torch.Tensor]:
         x = crops(images, args.batch_size, device)
