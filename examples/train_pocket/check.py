@@ -158,8 +158,8 @@ def check_jpeg(settings: Settings) -> Figures:
                     for quality in LEFT}
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
-        for i, image in enumerate(images):
-            save_png(to_pil(image), home / "clean" / f"{i}.png")
+        for i, image in enumerate(to_pil(images)):
+            save_png(image, home / "clean" / f"{i}.png")
         for method in POISONS:
             run_quietly(poison_images, pretrained_model_name_or_path=settings.model, image_dir=home / "clean",
                         output_dir=home / method, method=method, resolution=128, batch_size=8)

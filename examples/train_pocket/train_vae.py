@@ -44,6 +44,16 @@ def psnr(vae, images, device) -> float:
     return (-10 * ((x - y) ** 2).mean(dim=(1, 2, 3)).log10()).mean().item()
 
 
+@torch.no_grad()
+def set_scaling_factor(vae, images, device) -> None:
+    """Give the scaled latents of at most 1024 images a standard deviation of 1, and print the factor."""
+    latents = torch.cat([vae.encode(to_vae_range(pixels(images[i:i + 64], device))).latent_dist.mean
+                         for i in range(0, min(1024, len(images)), 64)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    print(f"scaling factor {vae.config.scaling_factor:.4f}, "
+          f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+
+
 def main() -> None:
     parser = training_parser(__doc__, steps=2900, batch_size=8, lr=5e-3)
     parser.add_argument("--start_from", help="start from the VAE in this folder")
@@ -75,12 +85,7 @@ def main() -> None:
     vae.eval()
     print(f"held-out reconstruction: {psnr(vae, held_out, device):.2f} dB")
     if done:
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(to_vae_range(pixels(images[i:i + 64], device))).latent_dist.mean
-                                 for i in range(0, min(1024, len(images)), 64)])
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
-        print(f"scaling factor {vae.config.scaling_factor:.4f}, "
-              f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+        set_scaling_factor(vae, images, device)
         vae.save_pretrained(args.work_dir / "model" / "vae")
 
 
