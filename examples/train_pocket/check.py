@@ -1,21 +1,25 @@
-"""Measure the bundled pocket world on held-out scenes, against the aims in the functions' docstrings:
+"""Measure the bundled pocket world on held-out scenes, against the bounds in CHECKS:
 
     python examples/train_pocket/check.py
 
-Prints the figures and adds them to `--output`, a JSON file. `--parts` chooses among size, vae, classifier,
-generation, inversion, jpeg and masks; `--model` and `--dino` name other networks than the bundled ones.
+Prints the figures and adds them to `--output`, a JSON file; exits with 1 and a list when figures are out of
+bounds. `--parts` chooses among size, textures, vae, classifier, generation, inversion, jpeg and masks;
+`--model` and `--dino` name other networks than the bundled ones.
 """
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
+from jpeg_response import LEFT, attack, left, left_in_pixels, luminance, random_signs, shift
 from PIL import Image
 from recipe import HELD_OUT_SEEDS, draw
 
@@ -28,13 +32,11 @@ from szt_utils.attributes import WORDS, read_attributes
 from szt_utils.evaluation import evaluate_embedding
 from szt_utils.files import write_json
 from szt_utils.generation import generate, load_pipeline
-from szt_utils.images import from_pil, list_images, read_image
-from szt_utils.jpeg import jpeg_tensor
+from szt_utils.images import from_pil, list_images, read_image, save_png, to_pil
 from szt_utils.metrics import Networks, image_features
 from szt_utils.models import load_model
-from szt_utils.pgd import pgd
 from szt_utils.pocket.scenes import NOVEL_CONCEPTS, Scene, caption, concept_scenes
-from szt_utils.poisons import pull_back
+from szt_utils.poisons import POISONS
 
 Figures = dict[str, float]
 
@@ -72,7 +74,7 @@ def reader_accuracy(settings: Settings, scenes: list[Scene], images: list[Image.
 
 @torch.no_grad()
 def check_vae(settings: Settings) -> Figures:
-    """Reconstruction in dB (>= 28) and the error of the object's mean color in levels of 255 (<= 8)."""
+    """Reconstruction in dB and the error of the object's mean color in levels of 255."""
     model = load_model(settings.model)
     quality, color = [], []
     for scene in held_out(256):
@@ -85,8 +87,8 @@ def check_vae(settings: Settings) -> Figures:
 
 
 def check_classifier(settings: Settings) -> Figures:
-    """Accuracy of the attribute reader on real held-out scenes (>= 97 %), and on the novel concepts, clean
-    and poisoned (ADM+ and EA, eps 16, 100 steps)."""
+    """Accuracy of the attribute reader on real held-out scenes, and on the novel concepts, clean and poisoned
+    (ADM+ and EA, eps 16, 100 steps)."""
     scenes = held_out(512)
     figures = reader_accuracy(settings, scenes, [Image.fromarray(scene.image) for scene in scenes])
     with tempfile.TemporaryDirectory() as home:
@@ -101,8 +103,7 @@ def check_classifier(settings: Settings) -> Figures:
 
 
 def check_generation(settings: Settings) -> Figures:
-    """Attributes read in generated images, 25 steps, guidance 5: shape >= 80 %, color, background >= 90 %,
-    pattern >= 85 %."""
+    """Attributes read in generated images, 25 steps, guidance 5."""
     scenes = held_out(settings.images)
     images = generate(load_pipeline(settings.model), [caption(scene.attributes) for scene in scenes], seed=1,
                       steps=25, guidance_scale=5.0, batch_size=16)
@@ -110,8 +111,8 @@ def check_generation(settings: Settings) -> Figures:
 
 
 def check_inversion(settings: Settings) -> Figures:
-    """Similarity after clean textual inversion over that among real images, per novel concept and on average
-    (>= 0.80)."""
+    """Similarity after clean textual inversion over that among real images, per novel concept and on
+    average."""
     ratios, networks = {}, Networks(settings.dino, pocket.clip_path())
     for concept in NOVEL_CONCEPTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -140,44 +141,53 @@ def concept_images(settings: Settings, home: Path, data: str, concept: str) -> P
 
 
 def check_size(settings: Settings) -> Figures:
-    """Size of all bundled weights in megabytes (<= 40)."""
+    """Size of all bundled weights in megabytes."""
     folder = Path(pocket.model_path()).parent
     return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*")
                              if path.suffix in (".safetensors", ".pth")) / 1e6}
 
 
+def check_textures(settings: Settings) -> Figures:
+    """Share of random signs that JPEG at quality 25 leaves in luminance, by background and on average: of 16
+    levels, and of 6, for which photographs of 512 and 128 pixels leave 0.15 and 0.22."""
+    kept: dict[str, list[float]] = {}
+    for i, scene in enumerate(held_out(128)):
+        image = as_tensor(scene)
+        for levels in (16, 6):
+            noisy = random_signs(image, levels, torch.Generator().manual_seed(i))
+            share = left_in_pixels(noisy, image, 25, view=luminance)
+            for name in (scene.attributes.background, "mean"):
+                kept.setdefault(f"{name}_{levels}", []).append(share.item())
+    return {name: np.mean(shares) for name, shares in sorted(kept.items())}
+
+
 def check_jpeg(settings: Settings) -> Figures:
-    """Share of an encoder attack's latent shift that JPEG at quality 25 removes (>= 0.4); root mean squares
-    of the shift in scaled latents. The attack: eps 16, 100 steps away from the clean latent."""
-    model = load_model(settings.model)
-
-    @torch.no_grad()
-    def shift(images: torch.Tensor, origin: torch.Tensor) -> float:
-        return (model.encode(images) - model.encode(origin)).square().mean().sqrt().item()
-
-    @torch.enable_grad()
-    def gradient(images: torch.Tensor, z0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = images.detach().requires_grad_()
-        latents = model.encode(leaf)
-        change = (latents - z0).detach()
-        return pull_back(latents, leaf, change), change.square().flatten(1).sum(1)
-
-    shifts = []
-    for scene in held_out(8):
-        x = as_tensor(scene)
-        with torch.no_grad():
-            z0 = model.encode(x)
-        attacked = pgd(x, lambda images, z0=z0: gradient(images, z0), eps=16, step_size=1, steps=100,
-                       generators=[torch.Generator().manual_seed(0)])
-        shifts.append([shift(attacked, x), shift(jpeg_tensor(attacked, 25), jpeg_tensor(x, 25))])
-    attacked, healed = np.array(shifts).T
-    return {"share_removed": np.mean(1 - healed / attacked), "shift": attacked.mean(),
-            "shift_after": healed.mean()}
+    """The encoder's answer to an attack, 16 levels, 100 steps away from the clean latent: the shift in
+    standard deviations of the latents, and what JPEG on both sides leaves of it; what JPEG at quality 25
+    leaves of the six poisons in pixels."""
+    model, images = load_model(settings.model), torch.cat([as_tensor(scene) for scene in held_out(8)])
+    attacked = attack(model.encode, images, 100, 1, [torch.Generator().manual_seed(0) for _ in images])
+    with torch.no_grad():
+        size = shift(model.encode, attacked, images)
+        figures = {"shift": (size.mean() / model.encode(images).std()).item()}
+        figures |= {f"left_{quality}": left(model.encode, attacked, images, quality, size).mean().item()
+                    for quality in LEFT}
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        for i, image in enumerate(to_pil(images)):
+            save_png(image, home / "clean" / f"{i}.png")
+        for method in POISONS:
+            run_quietly(poison_images, pretrained_model_name_or_path=settings.model, image_dir=home / "clean",
+                        output_dir=home / method, method=method, resolution=128, batch_size=8)
+            poisoned = from_pil([read_image(path) for path in list_images(home / method)])
+            figures[f"pixels_{method}"] = left_in_pixels(poisoned, images, 25).mean().item()
+    print("  real poisons leave in pixels:", REAL_POISONS, flush=True)
+    return figures
 
 
 def check_masks(settings: Settings) -> Figures:
-    """Mean overlap with the true mask over the novel concepts, from one random click (>= 0.90) and by --auto
-    (>= 0.85), on clean and on poisoned images (ADM+ and EA, eps 16, 100 steps)."""
+    """Mean overlap with the true mask over the novel concepts, from one random click and by --auto, on clean
+    and on poisoned images (ADM+ and EA, eps 16, 100 steps)."""
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
@@ -212,9 +222,39 @@ def mask_overlaps(image_dir: Path, true_dir: Path) -> Figures:
     return {way: float(np.mean(values)) for way, values in overlaps.items()}
 
 
-CHECKS = {"size": check_size, "vae": check_vae, "classifier": check_classifier,
-          "generation": check_generation, "inversion": check_inversion, "jpeg": check_jpeg,
-          "masks": check_masks}
+@dataclass(frozen=True)
+class Check:
+    """A part of the check, and the lowest and highest value of some of its figures."""
+
+    measure: Callable[[Settings], Figures]
+    bounds: dict[str, tuple[float, float]]
+
+    def outside(self, figures: Figures) -> list[str]:
+        """What is out of bounds, one line a figure; a figure that is not a number is."""
+        return [f"{name} is {figures[name]:.4g}, not within {low:g} and {high:g}"
+                for name, (low, high) in self.bounds.items() if not low <= figures[name] <= high]
+
+
+INF = math.inf
+CHECKS = {
+    "size": Check(check_size, {"megabytes": (0, 80)}),
+    "textures": Check(check_textures, {"mean_16": (0.12, INF), "mean_6": (0.15, INF)}),
+    "vae": Check(check_vae, {"psnr_db": (28, INF), "object_color_error_levels": (0, 8)}),
+    "classifier": Check(check_classifier, {name: (0.97, 1) for word in WORDS
+                                           for name in (word, f"novel_clean_{word}")}),
+    "generation": Check(check_generation, {"shape": (0.8, 1), "color": (0.9, 1), "pattern": (0.85, 1),
+                                           "background": (0.9, 1)}),
+    "inversion": Check(check_inversion, {"mean": (0.8, INF)}),
+    "jpeg": Check(check_jpeg, {
+        "shift": (1.5, 2.5),
+        **{f"left_{quality}": (share - 0.08, share + 0.08) for quality, share in LEFT.items()},
+        **{f"pixels_{method}": (0.3, 0.55) for method in ("adm+", "sds+", "ea")}}),
+    "masks": Check(check_masks, {f"{data}_{way}": (low, 1) for data in ("clean", "ea", "adm+")
+                                 for way, low in (("click", 0.9), ("auto", 0.85))}),
+}
+# What JPEG at quality 25 leaves of poisons that were made with real Stable Diffusion weights.
+REAL_POISONS = {"SDS-": 0.29, "AdvDM": (0.33, 0.46), "ASPL": 0.37, "SDST": 0.40, "Mist": 0.43,
+                "StyleGuard": 0.49, "MetaCloak": 0.59}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,10 +270,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = Settings(args.model, args.dino, args.images, args.steps, args.count)
     figures = json.loads(args.output.read_text()) if args.output.exists() else {}
+    outside = []
     for part in args.parts:
-        figures[part] = {name: round(float(value), 4) for name, value in CHECKS[part](settings).items()}
+        measured = CHECKS[part].measure(settings)
+        figures[part] = {name: round(float(value), 4) for name, value in measured.items()}
         print(part, json.dumps(figures[part], indent=2), flush=True)
         write_json(args.output, figures)
+        outside += [f"{part}: {line}" for line in CHECKS[part].outside(figures[part])]
+    if outside:
+        raise SystemExit("\n".join(["Out of bounds:", *outside]))
 
 
 if __name__ == "__main__":

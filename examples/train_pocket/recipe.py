@@ -68,8 +68,8 @@ def pixels(images: np.ndarray | list[np.ndarray], device) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device).float() / 255
 
 
-def cosine_lr(optimizer, step: int, steps: int, lr: float, warmup: int = 200) -> None:
-    factor = (min(1, (step + 1) / warmup)
+def cosine_lr(optimizer, step: int, steps: int, lr: float) -> None:
+    factor = (min(1, (step + 1) / min(200, max(1, steps / 8)))
               * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))))
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
@@ -188,7 +188,7 @@ def train(name: str, args, modules: dict, optimizer, step_loss, averages: dict |
         step += 1
         if step % 50 == 0:
             record = {"step": step, "seconds": round(time.time() - start, 1),
-                      **{k: round(float(v), 5) for k, v in losses.items()}}
+                      **{k: round(float(v.detach()), 5) for k, v in losses.items()}}
             print(json.dumps(record), flush=True)
             with open(args.work_dir / f"{name}.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")

@@ -2,10 +2,11 @@
 
     python examples/train_pocket/train_diffusion.py
 
-Needs the VAE of train_vae.py in `work_dir/model/vae`; writes the whole model, in Diffusers format, to
-`work_dir/model`.
+Needs a VAE in `work_dir/model/vae`, of train_vae.py or train_encoder.py; writes the whole model, in Diffusers
+format, to `work_dir/model`.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,15 @@ def blended(attributes, rng) -> tuple[str, list[tuple[float, str, str]]]:
 
 def main() -> None:
     parser = training_parser(__doc__, steps=3000, batch_size=32, lr=3e-3)
-    parser.add_argument("--start_from",
-                           help="start from this model's U-Net and text encoder, with its VAE")
+    parser.add_argument("--start_from", help="start from this model's U-Net and text encoder")
     args = parser.parse_args()
     device = torch.device(args.device)
     images, attributes = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)
     model_dir = args.work_dir / "model"
-    vae = AutoencoderKL.from_pretrained(args.start_from or model_dir, subfolder="vae").to(device)
-    latents = cached_latents(vae, images, args.work_dir / f"latents-{args.scenes}.pt", device)
+    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae").to(device)
+    weights = (model_dir / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    name = f"latents-{args.scenes}-{hashlib.sha256(weights).hexdigest()[:8]}.pt"
+    latents = cached_latents(vae, images, args.work_dir / name, device)
     tokenizer = pocket_tokenizer(model_dir / "tokenizer")
     number = {word: tokenizer(word).input_ids[1] for word in words()}
     scheduler = DDPMScheduler(**SCHEDULE)

@@ -40,12 +40,16 @@ def error(unet, scheduler, images, device, t: int) -> float:
 
 
 def main() -> None:
-    args = training_parser(__doc__, steps=800, batch_size=8, lr=5e-3).parse_args()
+    parser = training_parser(__doc__, steps=800, batch_size=8, lr=5e-3)
+    parser.add_argument("--start_from", help="start from the network in this folder")
+    args = parser.parse_args()
     device = torch.device(args.device)
     images, _ = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)
     held_out, _ = scenes(512, HELD_OUT_SEEDS, args.work_dir)
     torch.manual_seed(0)
-    unet = UNet2DModel(**CONFIG).to(device).to(memory_format=torch.channels_last)
+    unet = (UNet2DModel.from_pretrained(args.start_from, subfolder="unet") if args.start_from
+            else UNet2DModel(**CONFIG))
+    unet.to(device).train().to(memory_format=torch.channels_last)
     scheduler = DDPMScheduler(**SCHEDULE)
     average = Average(unet, 0.998)
     optimizer = Muon(unet.parameters(), args.lr)

@@ -33,6 +33,10 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
 
 
+def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return F.l1_loss(y, x) + 0.5 * gradient_loss(y, x) + 0.5 * F.mse_loss(y, x)
+
+
 @torch.no_grad()
 def psnr(vae, images, device) -> float:
     x = pixels(images[:64], device)
@@ -40,14 +44,26 @@ def psnr(vae, images, device) -> float:
     return (-10 * ((x - y) ** 2).mean(dim=(1, 2, 3)).log10()).mean().item()
 
 
+@torch.no_grad()
+def set_scaling_factor(vae, images, device) -> None:
+    """Give the scaled latents of at most 1024 images a standard deviation of 1, and print the factor."""
+    latents = torch.cat([vae.encode(to_vae_range(pixels(images[i:i + 64], device))).latent_dist.mean
+                         for i in range(0, min(1024, len(images)), 64)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    print(f"scaling factor {vae.config.scaling_factor:.4f}, "
+          f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+
+
 def main() -> None:
-    args = training_parser(__doc__, steps=2900, batch_size=8, lr=5e-3).parse_args()
+    parser = training_parser(__doc__, steps=2900, batch_size=8, lr=5e-3)
+    parser.add_argument("--start_from", help="start from the VAE in this folder")
+    args = parser.parse_args()
     device = torch.device(args.device)
     images, _ = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)
     held_out, _ = scenes(512, HELD_OUT_SEEDS, args.work_dir)
     torch.manual_seed(0)
-    vae = AutoencoderKL(**CONFIG).to(device)
-    vae.to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(args.start_from) if args.start_from else AutoencoderKL(**CONFIG)
+    vae.to(device).train().to(memory_format=torch.channels_last)
     average = Average(vae, 0.998)
     optimizer = Muon(vae.parameters(), args.lr)
 
@@ -60,22 +76,16 @@ def main() -> None:
     def step_loss(step):
         x = crops(images, args.batch_size, device).contiguous(memory_format=torch.channels_last)
         y, mean, logvar = forward(x)
-        error, edges = F.l1_loss(y, x), gradient_loss(y, x)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return {"loss": error + 0.5 * edges + 0.5 * F.mse_loss(y, x) + 1e-5 * kl, "l1": error, "edges": edges,
-                "kl": kl, "psnr": -10 * torch.log10(F.mse_loss(y, x).detach() / 4)}
+        return {"loss": reconstruction_loss(y, x) + 1e-5 * kl, "kl": kl,
+                "psnr": -10 * torch.log10(F.mse_loss(y, x).detach() / 4)}
 
     done = train("vae", args, {"vae": vae}, optimizer, step_loss, {"vae": average})
     average.copy_to_module()
     vae.eval()
     print(f"held-out reconstruction: {psnr(vae, held_out, device):.2f} dB")
     if done:
-        with torch.no_grad():
-            latents = torch.cat([vae.encode(to_vae_range(pixels(images[i:i + 64], device))).latent_dist.mean
-                                 for i in range(0, min(1024, len(images)), 64)])
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
-        print(f"scaling factor {vae.config.scaling_factor:.4f}, "
-              f"latent means {latents.mean(dim=(0, 2, 3)).tolist()}")
+        set_scaling_factor(vae, images, device)
         vae.save_pretrained(args.work_dir / "model" / "vae")
 
 

@@ -2,7 +2,8 @@
 
 A scene is one object (shape x color x pattern) with shading and a soft shadow on a textured background.
 An integer seed decides everything. The novel concepts, ten combinations of attributes, never occur among the
-training scenes.
+training scenes. With GRAIN both have a fine grain, as the texture of photographs shelters perturbations from
+JPEG.
 """
 
 from dataclasses import astuple, dataclass
@@ -139,6 +140,21 @@ def _night(rng):
 
 BACKGROUNDS = {"grass": _grass, "sand": _sand, "water": _water, "brick": _brick, "wood": _wood, "sky": _sky,
                "stone": _stone, "night": _night}
+GRAIN = False  # the bundled networks were trained without
+# Height and width of a grain in pixels, and the root mean square in levels.
+_GRAINS = {"grass": (5, 2, 7), "sand": (2, 2, 6), "water": (2, 5, 6), "brick": (2, 2, 5), "wood": (9, 2, 6),
+           "sky": (2, 2, 5), "stone": (2, 2, 7), "night": (2, 2, 5)}
+_OBJECT_GRAIN = (2, 2, 5)
+
+
+def _grain(rng, height, width, levels):
+    """Gray noise in levels, (128, 128, 1): a uniform noise averaged over height x width pixels; 0 without
+    GRAIN."""
+    if not GRAIN:
+        return 0
+    noise = rng.uniform(-1, 1, (SIZE + height - 1, SIZE + width - 1)).astype(np.float32)
+    noise = sum(noise[y:y + SIZE, x:x + SIZE] for y in range(height) for x in range(width))
+    return noise[..., None] * (levels * np.sqrt(3 / (height * width)))
 
 
 @dataclass(frozen=True)
@@ -210,6 +226,8 @@ def draw_scene(seed: int, attributes: Attributes) -> Scene:
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     image = BACKGROUNDS[attributes.background](rng) * rng.uniform(0.9, 1.06)
+    # The grains have random numbers of their own: neither background nor grain changes the other's.
+    image = image + _grain(np.random.default_rng([seed, 2]), *_GRAINS[attributes.background])
     coverage = _coverage(SHAPES[attributes.shape], lambda p: center + radius * (p @ rotation.T) * [1, -1])
 
     shadow = Image.fromarray((coverage * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
@@ -221,6 +239,7 @@ def draw_scene(seed: int, attributes: Attributes) -> Scene:
     second_tone = _DARK_TONE if attributes.color in _DARK_TONED else _LIGHT_TONE
     surface = _blend(COLORS[attributes.color], second_tone, _pattern_weight(attributes.pattern, u, v))
     surface = surface * (1 + 0.13 * (x * np.cos(light) + y * np.sin(light)))[..., None]
+    surface = surface + _grain(np.random.default_rng([seed, 3]), *_OBJECT_GRAIN)
 
     image = image + (surface - image) * coverage[..., None]
     image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
