@@ -19,6 +19,7 @@ from szt_utils.models import find_family, load_model, tokenize
 from szt_utils.pocket.scenes import Attributes
 
 sys.path.insert(0, str(ROOT / "examples" / "train_pocket"))
+import bundle  # noqa: E402
 import grow  # noqa: E402
 import recipe  # noqa: E402
 import train_diffusion  # noqa: E402
@@ -107,6 +108,13 @@ def test_one_empty_token_stands_for_all_of_t5s(first):
     assert torch.allclose(short, prediction(model), atol=1e-5) and short.abs().mean() > 0.01
 
 
+def draw_noise(work_dir: Path) -> None:
+    """Four training images, without the second that drawing scenes takes."""
+    work_dir.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), dtype=np.uint8)
+    np.save(work_dir / f"scenes-{recipe.TRAINING_SEEDS}-4.npy", images)
+
+
 def train(work_dir, kind, start, **changes):
     given = {"scenes": 4, "steps": 2, "batch_size": 2, **changes}
     train_diffusion.main([*KINDS[kind][0], "--work_dir", str(work_dir), "--start_from", str(start),
@@ -116,9 +124,9 @@ def train(work_dir, kind, start, **changes):
 def test_a_training_resumes_and_writes_a_pipeline(kind, tiny_model, tmp_path, monkeypatch):
     """In one go, and stopped by the clock after one of two steps."""
     _, folder, pipeline_class = KINDS[kind]
+    for name in ("once", "twice"):
+        draw_noise(tmp_path / name)
     train(tmp_path / "once", kind, tiny_model)
-    (tmp_path / "twice").mkdir()
-    shutil.copy(tmp_path / "once" / "scenes-1000000-4.npy", tmp_path / "twice")
     monkeypatch.setattr(recipe, "time", SimpleNamespace(time=itertools.count().__next__))
     train(tmp_path / "twice", kind, tiny_model, minutes=3.5 / 60)
     state = torch.load(next((tmp_path / "twice").glob("diffusion-*.pt")), weights_only=True)
@@ -189,11 +197,25 @@ def test_text_encoders_of_grown_models_are_frozen(kind, tiny_model):
 
 
 def test_the_first_model_trains_its_text_encoder_too(tiny_model, tmp_path):
-    shutil.copytree(tiny_model / "vae", tmp_path / "model" / "vae")
-    train_diffusion.main(["--work_dir", str(tmp_path), "--scenes", "4", "--steps", "1", "--batch_size", "2"])
-    state = torch.load(tmp_path / "diffusion.pt", weights_only=True)
+    work_dir = tmp_path / "training"
+    draw_noise(work_dir)
+    shutil.copytree(tiny_model / "vae", work_dir / "model" / "vae")
+    train_diffusion.main(["--work_dir", str(work_dir), "--scenes", "4", "--steps", "1", "--batch_size", "2"])
+    state = torch.load(work_dir / "diffusion.pt", weights_only=True)
     assert list(state["modules"]) == ["unet", "text_encoder"] and state["step"] == 1
-    check_pipeline(tmp_path / "model", "StableDiffusionPipeline")
+    check_pipeline(work_dir / "model", "StableDiffusionPipeline")
+
+
+def test_bundled_networks_are_half_as_large_and_load_in_float32(tiny_sdxl, tmp_path):
+    shutil.copytree(tiny_sdxl, tmp_path, dirs_exist_ok=True)
+    paths = [*tmp_path.glob("*/*.safetensors")]
+    assert len(paths) == 4
+    for path in paths:
+        bundle.halve(path)
+        assert {weight.dtype for weight in load_file(path).values()} == {torch.float16}
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        assert part.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flow"])
