@@ -72,9 +72,10 @@ def test_the_wider_text_encoder_holds_the_normalized_states_and_pools_the_end(fi
     states = first.condition(tokenize(first, PROMPTS))["states"]
     condition = grown.condition(tokenize(grown, PROMPTS))
     assert condition["states"].shape == (3, 24, 384)
-    assert torch.allclose(condition["states"][..., 256:], states, atol=1e-5)
+    assert torch.allclose(condition["states"][..., 256:], grow.STREAM_SCALE * states, atol=1e-4)
     ends = [len(first.tokenizers[0](prompt).input_ids) - 1 for prompt in PROMPTS]
-    assert torch.allclose(condition["pooled"], states[range(3), ends], atol=0.02)
+    similarity = torch.cosine_similarity(condition["pooled"][:, None], states, dim=2)
+    assert similarity.argmax(1).tolist() == ends and similarity.amax(1).min() > 0.99
 
 
 def test_new_inputs_of_a_grown_sdxl_learn_from_the_first_steps(first):

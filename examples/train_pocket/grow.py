@@ -36,6 +36,9 @@ from szt_utils.pocket.vocabulary import pocket_tokenizer
 
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                 steps_offset=1, clip_sample=False)
+# The normalized states are as large as the stream beside them. A learned embedding is part of that stream,
+# and so remains small beside what the text encoder makes of it.
+STREAM_SCALE = 16
 # Of Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed".
 VELOCITY = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
@@ -89,7 +92,7 @@ def deepened(encoder: CLIPTextModel, layers: int) -> CLIPTextModelWithProjection
 @torch.no_grad()
 def widened(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
     """The text encoder, twice as wide: the second half of its second-to-last hidden states is the last hidden
-    state of the given one, after its last normalization, which Stable Diffusion XL skips.
+    state of the given one times STREAM_SCALE, after its last normalization, which SDXL skips.
 
     The first half is the stream of the given one, centered, so that zeros beside it change the normalizations
     by a factor sqrt(2) only. A layer of its own then writes the normalized stream into the second half: with
@@ -111,11 +114,11 @@ def widened(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
             weight = weight / 2**0.5
         state[name][tuple(slice(size) for size in weight.shape)] = weight
     layer, norm = _inner(grown).encoder.layers[layers], _inner(encoder).final_layer_norm
-    identity = torch.eye(width)
+    identity, gain = torch.eye(width), STREAM_SCALE * norm.weight[:, None]
     layer.layer_norm2.weight.fill_(0.5**0.5)
     layer.mlp.fc1.weight[:2 * width, :width] = torch.cat([identity, -identity])
-    layer.mlp.fc2.weight[width:, :2 * width] = torch.cat([identity, -identity], 1) * norm.weight[:, None]
-    layer.mlp.fc2.bias[width:] = norm.bias
+    layer.mlp.fc2.weight[width:, :2 * width] = torch.cat([identity, -identity], 1) * gain
+    layer.mlp.fc2.bias[width:] = STREAM_SCALE * norm.bias
     grown.text_projection.weight[:, :width] = identity
     return grown
 
@@ -176,7 +179,7 @@ def grow_sdxl(first: StableDiffusion) -> SDXL:
     state = unet.state_dict()
     for name, weight in first.network.state_dict().items():
         if weight.shape != state[name].shape:  # reads the text's states: of the first, raw, normalized
-            state[name].zero_()[:, 2 * width:] = weight
+            state[name].zero_()[:, 2 * width:] = weight / STREAM_SCALE
         else:
             state[name].copy_(weight)
     torch.nn.init.zeros_(unet.add_embedding.linear_2.weight)
