@@ -2,8 +2,8 @@
 
     python examples/train_pocket/bundle.py --work_dir pocket_training
 
-The U-Nets and the VAE are stored in float16, which Diffusers loads as float32. Transformers would keep
-float16, so the text encoder and the metric networks stay float32.
+The networks of pipelines are stored in float16, which Diffusers loads as float32, and transformers too where
+the config says float32. The metric networks stay float32.
 """
 
 import shutil
@@ -28,16 +28,17 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("pocket_training"))
     args = parser.parse_args()
-    for name, source in {"diffusion": "model", "dino": "dino", "clip": "clip",
-                         "pixel": "pixel"}.items():
+    for name, source in {"diffusion": "model", "sdxl": "model-sdxl", "flow": "model-flow", "dino": "dino",
+                         "clip": "clip", "pixel": "pixel"}.items():
         if (args.work_dir / source).is_dir():
             shutil.rmtree(WEIGHTS / name, ignore_errors=True)
             shutil.copytree(args.work_dir / source, WEIGHTS / name)
     if (args.work_dir / "sam.pth").exists():
         (WEIGHTS / "sam").mkdir(exist_ok=True)
         shutil.copy(args.work_dir / "sam.pth", WEIGHTS / "sam")
-    for part in ("diffusion/unet", "diffusion/vae", "pixel/unet"):
-        halve(WEIGHTS / part / "diffusion_pytorch_model.safetensors")
+    for name in ("diffusion", "sdxl", "flow", "pixel"):
+        for path in (WEIGHTS / name).glob("*/*.safetensors"):
+            halve(path)
     for path in WEIGHTS.rglob("config.json"):  # without paths of the machine that trained them
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))

@@ -1,51 +1,34 @@
-"""Train the pocket U-Net and text encoder together on cached latents:
+"""Train the network of a pocket model on cached latents, and the first model's text encoder with it:
 
-    python examples/train_pocket/train_diffusion.py
+    python examples/train_pocket/train_diffusion.py                                  # the first model
+    python examples/train_pocket/train_diffusion.py --family sdxl --lr 1e-3          # grown from it (grow.py)
+    python examples/train_pocket/train_diffusion.py --family flow
+    python examples/train_pocket/train_diffusion.py --prediction_type v_prediction --lr 1e-3
 
-Needs a VAE in `work_dir/model/vae`, of train_vae.py or train_encoder.py; writes the whole model, in Diffusers
-format, to `work_dir/model`.
+The first model needs the VAE of train_vae.py in `work_dir/model/vae`; the others take all that they grow from
+from `--start_from`. The whole model, in Diffusers format, is written to `work_dir/model`, `model-sdxl`,
+`model-flow` or `model-v`.
 """
 
+import argparse
+import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+import grow
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler
 from recipe import TRAINING_SEEDS, Average, Muon, pixels, scenes, train, training_parser
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from szt_utils import pocket
 from szt_utils.images import to_vae_range
-from szt_utils.models import residual
+from szt_utils.models import Model, load_model, residual
+from szt_utils.models.flow import Flow
 from szt_utils.models.stable_diffusion import StableDiffusion
-from szt_utils.pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES
-from szt_utils.pocket.vocabulary import OBJECT_WORD, pocket_tokenizer, training_caption, words
-
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                steps_offset=1, clip_sample=False)
-
-
-def new_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(80, 160),
-        norm_num_groups=16, cross_attention_dim=128,
-        attention_head_dim=5,  # Diffusers takes this for the number of heads
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
-
-
-def new_text_encoder(tokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+from szt_utils.pocket.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES, Attributes
+from szt_utils.pocket.vocabulary import END_OF_WORD, OBJECT_WORD, pocket_tokenizer, training_caption
 
 
 @torch.no_grad()
@@ -93,75 +76,135 @@ def blended(attributes, rng) -> tuple[str, list[tuple[float, str, str]]]:
     return caption, changes
 
 
-def main() -> None:
-    parser = training_parser(__doc__, steps=3000, batch_size=32, lr=3e-3)
-    parser.add_argument("--start_from", help="start from this model's U-Net and text encoder")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    images, attributes = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)
-    model_dir = args.work_dir / "model"
-    vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae").to(device)
-    weights = (model_dir / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    name = f"latents-{args.scenes}-{hashlib.sha256(weights).hexdigest()[:8]}.pt"
-    latents = cached_latents(vae, images, args.work_dir / name, device)
-    tokenizer = pocket_tokenizer(model_dir / "tokenizer")
-    number = {word: tokenizer(word).input_ids[1] for word in words()}
-    scheduler = DDPMScheduler(**SCHEDULE)
+def draw_captions(model: Model, attributes: list[Attributes], rng) -> tuple[torch.Tensor, Callable]:
+    """Token ids (B, L) of `blended` captions, and a hook that changes the embeddings of their words."""
+    tokenizer, device = model.tokenizers[0], model.device
+    captions, changes = zip(*(blended(each, rng) for each in attributes), strict=True)
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
 
+    def number(word):
+        return tokenizer.convert_tokens_to_ids(f"{word}{END_OF_WORD}")
+    rows, places, weights, added_words = [], [], [], []
+    for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True)):
+        for weight, word, place in own:
+            rows.append(row)
+            places.append(tokens.index(number(place)))
+            weights.append(weight)
+            added_words.append(number(word))
+
+    def blend(module, inputs, embedded):
+        where = torch.tensor([rows, places], device=device)
+        added = module.weight[added_words] * torch.tensor(weights, device=device)[:, None]
+        return embedded.index_put(tuple(where), added, accumulate=True)
+    return ids, blend
+
+
+def draw_timesteps(model: Model, count: int) -> torch.Tensor:
+    """Timesteps (count,), stratified over the batch.
+
+    A U-Net gets more high ones: they decide shape and layout. The sigma of a flow model is logit-normal
+    (Esser et al. 2024, "Scaling rectified flow transformers").
+    """
+    u = (torch.arange(count, device=model.device) + torch.rand(count, device=model.device)) / count
+    share = torch.special.ndtri(u).sigmoid() if isinstance(model, Flow) else u**0.75
+    return (share * 1000).long().clamp(max=999)
+
+
+def loss_weight(model: Model, timesteps: torch.Tensor) -> torch.Tensor:
+    """Weights (B, 1, 1, 1): 1 for velocities.
+
+    For noise, half way between its loss (weight 1) and that of velocity (1 / alpha_bar), to learn outlines,
+    not only texture.
+    """
+    if isinstance(model, Flow) or model.scheduler.config.prediction_type == "v_prediction":
+        return torch.ones(len(timesteps), 1, 1, 1, device=timesteps.device)
+    return model.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].rsqrt().view(-1, 1, 1, 1)
+
+
+def batch_loss(model: Model, z0: torch.Tensor, attributes: list[Attributes], rng) -> dict[str, torch.Tensor]:
+    """The loss of latents (B, 4, 16, 16) of scenes with these attributes, and what to log beside it."""
+    ids, blend = draw_captions(model, attributes, rng)
+    timesteps = draw_timesteps(model, len(z0))
+    with contextlib.ExitStack() as stack:
+        for encoder in model.text_encoders:
+            stack.enter_context(encoder.get_input_embeddings().register_forward_hook(blend))
+        condition = model.condition([ids] * len(model.tokenizers))
+    error = residual(model, z0, torch.randn_like(z0), timesteps, condition).square()
+    return {"loss": (loss_weight(model, timesteps) * error).mean(), "unweighted": error.mean().detach(),
+            "high_t": error[timesteps >= 500].mean().detach()}
+
+
+def build(args: argparse.Namespace, folder: Path) -> tuple[StableDiffusion, dict[str, torch.nn.Module]]:
+    """The model to train, and those of its networks that are trained, by name."""
+    if args.family == "sd" and args.prediction_type == "epsilon":
+        tokenizer = pocket_tokenizer(folder / "tokenizer")
+        modules = {"unet": grow.new_unet(), "text_encoder": grow.new_text_encoder(tokenizer)}
+        if args.start_from:
+            for name, module in modules.items():
+                module.load_state_dict(
+                    type(module).from_pretrained(args.start_from, subfolder=name).state_dict())
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        return StableDiffusion(str(folder), [tokenizer], [modules["text_encoder"]], vae, modules["unet"],
+                               DDPMScheduler(**grow.SCHEDULE)), modules
+    first = load_model(args.start_from or pocket.model_path())
+    if args.family == "sd":
+        model = grow.grow_velocity(first)
+    else:
+        model = {"sdxl": grow.grow_sdxl, "flow": grow.grow_flow}[args.family](first)
+        grow.balance(model)
+    for part in (*model.text_encoders, model.network):
+        part.requires_grad_(part is model.network)
+    return model, {model.network_name: model.network}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = training_parser(__doc__, steps=3000, batch_size=32, lr=3e-3)
+    add = parser.add_argument
+    add("--family", choices=("sd", "sdxl", "flow"), default="sd")
+    add("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon",
+        help="v_prediction: on a noise schedule that ends in pure noise, from a trained model (sd only)")
+    add("--start_from", help="start from this Stable Diffusion model (default for all but the first model: "
+                             "the bundled one)")
+    args = parser.parse_args(argv)
+    if args.family != "sd" and args.prediction_type != "epsilon":
+        parser.error(f"--prediction_type is of --family sd; a model of --family {args.family} has its own")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = torch.device(args.device)
+    kind = {"sd": "" if args.prediction_type == "epsilon" else "-v"}.get(args.family, f"-{args.family}")
+    folder = args.work_dir / f"model{kind}"
+    images, attributes = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)
     torch.manual_seed(0)
-    unet = new_unet().to(device, memory_format=torch.channels_last)
-    text_encoder = new_text_encoder(tokenizer).to(device)
-    modules = {"unet": unet, "text_encoder": text_encoder}
-    model = StableDiffusion(str(model_dir), [tokenizer], [text_encoder], vae, unet, scheduler)
-    if args.start_from:
-        for name, module in modules.items():
-            module.load_state_dict(
-                type(module).from_pretrained(args.start_from, subfolder=name).state_dict())
-    tables = [p for name, p in text_encoder.named_parameters() if "embedding" in name]
-    others = [p for m in modules.values() for p in m.parameters() if not any(p is table for table in tables)]
+    model, modules = build(args, folder)
+    for part in (*model.text_encoders, model.vae):
+        part.to(device)
+    model.network.to(device, memory_format=torch.channels_last)
+    weights = Path(model.path, "vae", "diffusion_pytorch_model.safetensors").read_bytes()
+    name = f"latents-{args.scenes}-{hashlib.sha256(weights).hexdigest()[:8]}.pt"
+    latents = cached_latents(model.vae, images, args.work_dir / name, device)
+    trained = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
+    # Rows of a table of tokens or positions are no matrix.
+    tables = [p for name, p in trained if "token_embedding" in name or "position_embedding" in name]
+    others = [p for _, p in trained if not any(p is table for table in tables)]
     optimizer = Muon([{"params": others}, {"params": tables, "adam": True}], args.lr)
     averages = {name: Average(module, 0.998) for name, module in modules.items()}
     if args.compile:
-        unet.compile()
+        model.network.compile()
 
     def step_loss(step):
         rng = np.random.default_rng([step, 1])
         index = rng.integers(len(latents), size=args.batch_size)
-        captions, changes = zip(*(blended(attributes[i], rng) for i in index), strict=True)
-        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
-        rows, places, weights, added_words = [], [], [], []
-        for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True)):
-            for weight, word, place in own:
-                rows.append(row)
-                places.append(tokens.index(number[place]))
-                weights.append(weight)
-                added_words.append(number[word])
-
-        def blend(module, inputs, embedded):
-            where = torch.tensor([rows, places], device=device)
-            added = module.weight[added_words] * torch.tensor(weights, device=device)[:, None]
-            return embedded.index_put(tuple(where), added, accumulate=True)
         z0 = latents[index].to(device).float().contiguous(memory_format=torch.channels_last)
-        # Stratified over the batch, with more high timesteps: they decide shape and layout.
-        u = (torch.arange(len(z0), device=device) + torch.rand(len(z0), device=device)) / len(z0)
-        timesteps = (u**0.75 * 1000).long().clamp(max=999)
-        with text_encoder.get_input_embeddings().register_forward_hook(blend):
-            condition = model.condition([ids])
-        error = residual(model, z0, torch.randn_like(z0), timesteps, condition).square()
-        # Half way between the losses of noise (weight 1) and velocity (1 / alpha_bar), to learn outlines, not
-        # only texture.
-        weight = scheduler.alphas_cumprod.to(device)[timesteps].rsqrt().view(-1, 1, 1, 1)
-        return {"loss": (weight * error).mean(), "unweighted": error.mean().detach(),
-                "high_t": error[timesteps >= 500].mean().detach()}
+        return batch_loss(model, z0, [attributes[i] for i in index], rng)
 
-    train("diffusion", args, modules, optimizer, step_loss, averages)
+    train(f"diffusion{kind}", args, modules, optimizer, step_loss, averages)
     for average in averages.values():
         average.copy_to_module()
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, safety_checker=None,
-        feature_extractor=None, scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False))
-    pipeline.save_pretrained(model_dir)
-    pocket_tokenizer(model_dir / "tokenizer")  # vocab.json and merges.txt, for readers of older transformers
+    grow.merge(model.network)
+    grow.write(model, folder)
 
 
 if __name__ == "__main__":

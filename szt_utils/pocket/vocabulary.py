@@ -15,7 +15,7 @@ __all__ = ["CONTEXT_LENGTH", "pocket_tokenizer", "training_caption", "words"]
 
 CONTEXT_LENGTH = 24  # tokens
 OBJECT_WORD = "object"  # names a shape without saying which
-_END_OF_WORD = "</w>"
+END_OF_WORD = "</w>"  # ends the token of a whole word
 
 
 def words() -> list[str]:
@@ -46,12 +46,12 @@ def pocket_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     characters = string.ascii_lowercase + string.digits + string.punctuation
-    single = [*characters, *(c + _END_OF_WORD for c in characters)]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
+    single = [*characters, *(c + END_OF_WORD for c in characters)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # The trainer breaks ties by number: number the ends of words too, or it does so in the order of a hash.
     bpe.train_from_iterator(words(), trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix=_END_OF_WORD,
+        vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix=END_OF_WORD,
         special_tokens=single))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = single + [a + b for a, b in merges]
