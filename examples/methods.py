@@ -10,11 +10,12 @@ images, and `--method textual_inversion` is the training script. The table goes 
 DreamBooth trains the whole U-Net, Custom Diffusion the keys and values of its cross-attention and a token;
 both add as many images of the class, which get all timesteps and no mask. `low_t` and `high_t` are the
 denoising losses of held-out scenes below and above the timestep 500, divided by those before the training.
-`--preset drift` compares what keeps low timesteps as they were. Needs peft: pip install peft.
+`--preset drift` compares what keeps low timesteps as they were. LoRA needs peft: pip install peft.
 """
 
 import argparse
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,7 +33,7 @@ from szt_utils.cells import Score, Train, make_table, training_entries
 from szt_utils.datasets import DatasetConcept, read_concepts
 from szt_utils.devices import best_device
 from szt_utils.embeddings import NewRows, add_placeholder, train_rows
-from szt_utils.errors import exit_on_input_error
+from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.evaluation import evaluate_token
 from szt_utils.files import atomic_path
 from szt_utils.generation import use_dpm_solver
@@ -297,6 +298,8 @@ def read_table(args: argparse.Namespace) -> Table:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with exit_on_input_error():
+        if args.method == "lora" and not importlib.util.find_spec("peft"):
+            raise InputError("LoRA needs peft: pip install peft.")
         concepts = read_concepts("pocket", names=args.concepts)
         make = {} if args.method == "textual_inversion" else {
             "train": trainer(args.method), "score": scorer(args.method)}

@@ -150,6 +150,14 @@ def test_methods_share_poisoned_images_but_no_results(methods, tmp_path):
     assert len({table.generated(cell) for table in (lora, dreambooth, inversion)}) == 3
 
 
+def test_a_missing_peft_is_told(methods, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        methods.main(["--method", "lora", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 1 and "pip install peft" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_drift_preset_is_for_lora(methods, capsys):
     with pytest.raises(SystemExit) as stop:
         methods.parse_args(["--method", "dreambooth", "--preset", "drift"])
