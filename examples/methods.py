@@ -16,32 +16,30 @@ denoising losses of held-out scenes below and above the timestep 500, divided by
 import argparse
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from szt_utils import pocket
 from szt_utils.arguments import number, script_parser, seed, user_path
-from szt_utils.cells import Score, Train, make_table, training_entries
+from szt_utils.cells import Score, Train, make_table, score_token, training_entries
 from szt_utils.datasets import DatasetConcept, read_concepts
 from szt_utils.devices import best_device
 from szt_utils.embeddings import NewRows, add_placeholder, train_rows
 from szt_utils.errors import InputError, exit_on_input_error
-from szt_utils.evaluation import evaluate_token
 from szt_utils.files import atomic_path
 from szt_utils.generation import use_dpm_solver
-from szt_utils.images import from_pil, list_images, read_image
+from szt_utils.images import from_pil, list_images
 from szt_utils.metrics import Networks
 from szt_utils.models import Model, expand, load_model, residual, tokenize
-from szt_utils.pocket.scenes import draw_scene, training_attributes
-from szt_utils.safe_zone import PAPER_T_MIN, SafeZone
+from szt_utils.pocket.scenes import attributes_of, draw_scene
+from szt_utils.safe_zone import PAPER_T_MIN
+from szt_utils.settings import ConceptSettings
 from szt_utils.table_plan import CellSettings, Flags, Table
 from szt_utils.tables import Cell
 
@@ -129,8 +127,9 @@ class Trained:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
+        parameters = self.parameters
         for name, tensor in load_file(path).items():
-            self.parameters[name].copy_(tensor)
+            parameters[name].copy_(tensor)
 
     def pipeline(self, off_below: int | None = None) -> Any:
         """The pipeline, with an adapter that is off below a timestep, if one is given."""
@@ -149,8 +148,7 @@ class Trained:
 
 def drawn(first_seed: int, count: int) -> torch.Tensor:
     """Scenes of the class, none of them a novel concept, (count, 3, 128, 128) in [0, 1]."""
-    scenes = [draw_scene(seed, training_attributes(np.random.default_rng([seed, 1])))
-              for seed in range(first_seed, first_seed + count)]
+    scenes = [draw_scene(seed, attributes_of(seed)) for seed in range(first_seed, first_seed + count)]
     return torch.cat([from_pil(Image.fromarray(scene.image)) for scene in scenes])
 
 
@@ -160,20 +158,11 @@ def encoded(model: Model, images: torch.Tensor) -> torch.Tensor:
     return model.encode(torch.cat([images, images.flip(-1)]).to(model.device))
 
 
-def to_device(ids: list[torch.Tensor], model: Model) -> list[torch.Tensor]:
-    return [each.to(model.device) for each in ids]
-
-
-def zone_of(entry: Flags, model: Model, resolution: int) -> SafeZone:
-    """The zone of a defence's flags."""
-    given = {each.name: entry[each.name] for each in fields(SafeZone) if each.name in entry}
-    return SafeZone.paper(resolution, model, **given) if entry.get("szt") else SafeZone(**given)
-
-
 def train_one(trained: Trained, settings: CellSettings, entry: Flags) -> None:
     """Train a method on the images of an entry, in the zone of its flags."""
     model, method = trained.model, trained.method
-    zone, masks = zone_of(entry, model, settings.resolution), entry.get("loss_mask_dir")
+    flags = ConceptSettings.from_flags({"placeholder_token": method.token, "initializer_token": "", **entry})
+    zone, masks = flags.zone(settings.resolution, model), flags.loss_mask_dir
     parts = 2 if method.prior or entry.get("prior") else 1
     images, masks = zip(*(zone.open(path, settings.resolution, masks)
                           for path in list_images(entry["train_data_dir"])), strict=True)
@@ -182,7 +171,7 @@ def train_one(trained: Trained, settings: CellSettings, entry: Flags) -> None:
     masks = torch.cat([masks, masks.flip(-1)]).to(model.device)
     of_class = encoded(model, drawn(CLASS_SEED, CLASS_IMAGES)) if parts == 2 else None
     prompts = [f"a photo of a {method.token}"] + [CLASS_PROMPT] * (parts - 1)
-    ids = to_device(tokenize(model, prompts), model)
+    ids = tokenize(model, prompts)
     optimizer = torch.optim.AdamW(trained.parameters.values(), settings.learning_rate)
     torch.manual_seed(entry["seed"])
     for _ in range(settings.steps):
@@ -207,7 +196,7 @@ def class_losses(model: Model) -> tuple[float, float]:
     z0 = model.encode(drawn(HELD_OUT_SEED, HELD_OUT_IMAGES).to(model.device))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(z0.shape, generator=generator).to(z0)
-    condition = expand(model.condition(to_device(tokenize(model, CLASS_PROMPT), model)), len(z0))
+    condition = expand(model.condition(tokenize(model, CLASS_PROMPT)), len(z0))
     halves = []
     for low in (0, PAPER_T_MIN):
         timesteps = low + torch.arange(len(z0), device=z0.device) * (PAPER_T_MIN // len(z0))
@@ -233,19 +222,13 @@ def trainer(name: str) -> Train:
 def scorer(name: str) -> Score:
     """Scores a cell of a method: the images' metrics, and how the losses of the class have changed."""
     def score_cell(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]:
-        trained, settings = Trained(METHODS[name], table.model), table.settings
+        trained = Trained(METHODS[name], table.model)
         before = untrained_losses(table.model)
         trained.load(table.learned(cell))
         after = class_losses(trained.model)
         above = table.defences[cell.defence].get("above")
-        clean = [read_image(path) for path in list_images(table.home(concept.name) / "clean")]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="FID and FD-DINOv2 rest")
-            _, metrics = evaluate_token(
-                trained.pipeline(PAPER_T_MIN if above else None), METHODS[name].token, clean, concept.prompts,
-                table.networks, class_word=concept.class_word, images_per_prompt=settings.images_per_prompt,
-                metrics=table.metrics, folder=table.generated(cell), steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale)
+        pipeline = trained.pipeline(PAPER_T_MIN if above else None)
+        metrics = score_token(table, concept, cell, pipeline, METHODS[name].token)
         return metrics | {half: new / old for half, new, old in zip(("low_t", "high_t"), after, before,
                                                                     strict=True)}
     return score_cell

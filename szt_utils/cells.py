@@ -16,16 +16,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .arguments import command_line
 from .datasets import DatasetConcept, write_images
 from .devices import best_device, dtype_of
+from .embeddings import load_into
 from .errors import InputError
-from .evaluation import evaluate_embedding
+from .evaluation import evaluate_token
 from .files import atomic_path, write_json
 from .folder_run import provenance
+from .generation import load_pipeline
 from .images import contact_sheet, list_images, read_image
 from .metrics import SCORES
 from .poisoning import PoisonSettings, poison_folder
@@ -33,7 +36,7 @@ from .purifying import PurifySettings, purify_folder
 from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
 from .tables import Cell, append_cell, read_cells, run_index, write_table
 
-__all__ = ["Score", "Train", "make_cells", "make_table", "score", "train", "training_entries"]
+__all__ = ["Score", "Train", "make_cells", "make_table", "score", "score_token", "train", "training_entries"]
 
 # Beside this package, in a checkout and when installed.
 TRAINING = Path(__file__).resolve().parent.parent / "textual_inversion_szt.py"
@@ -151,16 +154,22 @@ def train_apart(**flags: object) -> None:
 
 def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]:
     """Generate with a cell's embedding and compare with the clean images."""
+    pipeline = load_pipeline(table.model, device=best_device(), torch_dtype=dtype_of(table.mixed_precision))
+    return score_token(table, concept, cell, pipeline, load_into(pipeline, table.learned(cell)))
+
+
+def score_token(table: Table, concept: DatasetConcept, cell: Cell, pipeline: Any,
+                token: str) -> dict[str, float]:
+    """Generate with the token of a cell's pipeline and compare with the clean images."""
     settings = table.settings
     clean = [read_image(path) for path in list_images(table.home(concept.name) / "clean")]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FID and FD-DINOv2 rest")  # the table's foot says it once
-        _, metrics = evaluate_embedding(
-            table.model, table.learned(cell), clean, concept.prompts, table.networks,
-            class_word=concept.class_word, images_per_prompt=settings.images_per_prompt,
-            metrics=table.metrics, device=best_device(), folder=table.generated(cell),
-            steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            pipeline_options={"torch_dtype": dtype_of(table.mixed_precision)})
+        _, metrics = evaluate_token(
+            pipeline, token, clean, concept.prompts, table.networks, class_word=concept.class_word,
+            images_per_prompt=settings.images_per_prompt, metrics=table.metrics,
+            folder=table.generated(cell), steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale)
     return metrics
 
 

@@ -69,6 +69,8 @@ def _diagnose(settings: DiagnosisSettings, run: FolderRun) -> dict[str, Any]:
     paths = {path.relative_to(root).as_posix(): path for path in list_images(root, recursive=True)}
     if settings.clean_dir and calibration is None:
         check_clean_count(len(clean))
+    for path in clean:
+        read_image(path)  # an unreadable file must not stop the run half-way
     rows = {name: pixel_signals(np.asarray(read_image(path)))
             for name, path in tqdm(paths.items(), desc="pixels", unit="image")}
     coarse = [name for name, path in paths.items() if is_coarse_jpeg(path)]
@@ -109,8 +111,6 @@ def _find_calibration(settings: DiagnosisSettings) -> dict[str, Any] | None:
 
 def _measure(paths: Sequence[Path], settings: DiagnosisSettings, run: FolderRun) -> dict[Path, list[float]]:
     """The signals of every image; those of an image in the run's records are taken from there."""
-    for path in paths:
-        read_image(path)  # an unreadable file must not stop the run half-way
     model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
                        variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
                        device=best_device())

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from szt_utils import pocket
 from szt_utils.models import load_model, residual, tokenize
+from szt_utils.safe_zone import SafeZone
 from szt_utils.tables import read_cells
 
 pytest.importorskip("peft")
@@ -82,8 +83,8 @@ def test_what_is_learned_is_what_is_loaded(methods, entry, name, tmp_path):
     ("lora", {}, False), ("lora", {"prior": True}, True), ("dreambooth", {}, True)])
 def test_class_images_have_all_timesteps_and_no_mask(methods, entry, name, flags, everywhere, monkeypatch):
     drawn, losses = [], []
-    timesteps, loss = methods.SafeZone.timesteps, methods.SafeZone.loss
-    monkeypatch.setattr(methods.SafeZone, "timesteps", lambda *given, **options: (
+    timesteps, loss = SafeZone.timesteps, SafeZone.loss
+    monkeypatch.setattr(SafeZone, "timesteps", lambda *given, **options: (
         drawn.append(timesteps(*given, **options)) or drawn[-1]))
 
     def record(zone, prediction, target, masks, parts):
@@ -91,7 +92,7 @@ def test_class_images_have_all_timesteps_and_no_mask(methods, entry, name, flags
         losses.append((prediction, masks))
         return loss(zone, prediction, target, masks, parts=parts)
 
-    monkeypatch.setattr(methods.SafeZone, "loss", record)
+    monkeypatch.setattr(SafeZone, "loss", record)
     masks = {"loss_mask_dir": str(Path(entry["train_data_dir"]).parent / "masks")}
     methods.train_one(methods.Trained(methods.METHODS[name], pocket.model_path()),
                       settings(methods, name, train_batch_size=16), {**entry, **flags, **masks, "szt": True})

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from train_metrics import labels_of
 
 from szt_utils import pocket
 from szt_utils.arguments import number, script_parser, user_path
@@ -38,10 +39,8 @@ def any_scene(seed: int, novel: bool) -> Scene:
 def examples(dino: str, first_seed: int, count: int, novel: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (count, D) of scenes and the indices of their words, long (count, 4)."""
     scenes = [any_scene(first_seed + i, novel) for i in range(count)]
-    labels = [[words.index(getattr(scene.attributes, kind)) for kind, words in WORDS.items()]
-              for scene in scenes]
     features = image_features([Image.fromarray(scene.image) for scene in scenes], dino, normalized=False)
-    return features, torch.tensor(labels)
+    return features, labels_of([scene.attributes for scene in scenes])
 
 
 def fit(state: dict[str, torch.Tensor], features: torch.Tensor, labels: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from szt_utils.arguments import script_parser
-from szt_utils.pocket.scenes import SIZE, Attributes, Scene, draw_scene, training_attributes
+from szt_utils.pocket.scenes import SIZE, Attributes, Scene, attributes_of, draw_scene
 
 TRAINING_SEEDS = 1_000_000  # scene seeds from here on are for training
 HELD_OUT_SEEDS = 9_000_000  # and from here on for checks
@@ -34,12 +34,6 @@ def training_parser(doc: str, steps: int, batch_size: int, lr: float) -> argpars
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true")
     return parser
-
-
-def attributes_of(seed: int) -> Attributes:
-    """Random attributes that are no novel concept, by a stream of their own: a scene's own stream starts with
-    the object's size, which would follow its pattern."""
-    return training_attributes(np.random.default_rng([seed, 1]))
 
 
 def draw(seed: int) -> Scene:

@@ -15,7 +15,7 @@ from ..errors import InputError
 
 __all__ = [
     "BACKGROUNDS", "COLORS", "NOVEL_CONCEPTS", "PATTERNS", "SHAPES", "SIZE",
-    "Attributes", "Scene", "caption", "concept_scenes", "draw_scene", "training_attributes",
+    "Attributes", "Scene", "attributes_of", "caption", "concept_scenes", "draw_scene", "training_attributes",
 ]
 
 SIZE = 128  # pixels
@@ -253,6 +253,12 @@ def training_attributes(rng: np.random.Generator) -> Attributes:
             words[rng.integers(len(words))] for words in map(list, (COLORS, PATTERNS, SHAPES, BACKGROUNDS)))
         if (color, pattern, shape) not in NOVEL_CONCEPTS.values():
             return Attributes(color, pattern, shape, background)
+
+
+def attributes_of(seed: int) -> Attributes:
+    """Attributes of the training scene of a seed, by a stream of their own: that of `draw_scene` starts with
+    the object's size, which would follow its pattern."""
+    return training_attributes(np.random.default_rng([seed, 1]))
 
 
 def concept_scenes(concept: str, count: int = 5, seed: int = 0) -> list[Scene]:
