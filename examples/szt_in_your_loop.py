@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -25,6 +23,12 @@ from szt_utils.errors import exit_on_input_error
 from szt_utils.images import list_images, read_image
 from szt_utils.masks import find_masks, read_mask
 from szt_utils.safe_zone import SafeZone
+
+try:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+except ImportError:
+    raise SystemExit("This example needs peft: pip install peft") from None
 
 
 class Images(Dataset):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .files import read_json
+from .files import read_fitting_json
 from .jpeg import jpeg_tensor
 from .models import Model, expand, residual, tokenize
 from .statistics import excess_kurtosis, high_frequency_share
@@ -100,22 +100,16 @@ def calibrate(rows: np.ndarray | Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def read_calibration(path: str | Path) -> dict[str, Any]:
     """Read a calibration from its JSON file; InputError when it is something else."""
-    count, reason = len(SIGNALS), ""
-    try:
-        calibration = read_json(path, "calibration")
+    count = len(SIGNALS)
+
+    def fits(calibration: Any) -> bool:
         mean, covariance, scores = (np.asarray(calibration[name], np.float64)
                                     for name in ("mean", "covariance", "scores"))
-        np.linalg.cholesky(covariance)  # LinAlgError unless distances can be measured with it
-        fits = (tuple(calibration["signals"]) == SIGNALS and mean.shape == (count,) and scores.ndim == 1
-                and covariance.shape == (count, count) and len(scores) and (np.diff(scores) >= 0).all())
-    except InputError as error:
-        fits, reason = False, f" ({str(error).rstrip('.')})"
-    except (ValueError, LookupError, TypeError, np.linalg.LinAlgError):
-        fits = False
-    if not fits:
-        raise InputError(f"The file '{path}' is not a calibration of these signals{reason}; make it with "
-                         "--clean_dir.")
-    return calibration
+        np.linalg.cholesky(covariance)  # LinAlgError, a ValueError, unless distances can be measured with it
+        return bool(tuple(calibration["signals"]) == SIGNALS and mean.shape == (count,) and scores.ndim == 1
+                    and covariance.shape == (count, count) and len(scores) and (np.diff(scores) >= 0).all())
+    return read_fitting_json(path, "calibration", fits,
+                             "a calibration of these signals; make it with --clean_dir")
 
 
 def score(calibration: dict[str, Any], rows: np.ndarray) -> np.ndarray:

@@ -11,15 +11,16 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 from .errors import InputError, first_line
 
-__all__ = ["append_stats", "atomic_path", "parse_json", "read_json", "read_stats", "read_text", "read_torch",
-           "truncate_stats", "write_bytes", "write_json", "write_text", "write_torch"]
+__all__ = ["append_stats", "atomic_path", "parse_json", "read_fitting_json", "read_json", "read_stats",
+           "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json", "write_text",
+           "write_torch"]
 
 MEGABYTES = 64  # the largest text or JSON file that is read
 
@@ -50,6 +51,18 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         return parse_json(text)
     except ValueError as error:
         raise InputError(f"The {what} '{path}' is not valid JSON ({error}).") from None
+
+
+def read_fitting_json(path: str | Path, what: str, fits: Callable[[Any], bool], advice: str) -> Any:
+    """What a JSON file holds (`read_json`), if `fits` says so; else InputError: it is not `advice`.
+
+    `fits` may raise ValueError, LookupError or TypeError about content of another shape.
+    """
+    content = read_json(path, what)
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        if fits(content):
+            return content
+    raise InputError(f"The file '{path}' is not {advice}.")
 
 
 def parse_json(text: str | bytes) -> Any:

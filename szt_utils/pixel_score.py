@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
-from .files import read_json
+from .files import read_fitting_json
 from .pixel_signals import SIGNALS
 
 __all__ = ["PARTS", "VERDICTS", "explain_pixels", "fit_score", "is_coarse_jpeg", "pixel_calibration_path",
@@ -71,23 +70,17 @@ def score_pixels(part: Mapping[str, Any], rows: np.ndarray) -> np.ndarray:
 def read_pixel_calibration(path: str | Path | None = None) -> dict[str, Any]:
     """Read a calibration from its JSON file, by default the bundled one; InputError if it is none."""
     path = path or pixel_calibration_path()
-    count, reason = len(SIGNALS), ""
+    count = len(SIGNALS)
     terms = count + count * (count + 1) // 2 + 1
-    try:
-        calibration = read_json(path, "calibration")
-        fits = tuple(calibration["signals"]) == SIGNALS and all(
+
+    def fits(calibration: Any) -> bool:
+        return tuple(calibration["signals"]) == SIGNALS and all(
             len(part["mean"]) == len(part["deviation"]) == count and len(part["coefficients"]) == terms
             and min(part["deviation"]) > 0 and math.isfinite(part["threshold"])
             and np.isfinite(score_pixels(part, np.zeros(count))).all()
             for part in (calibration[name] for name in PARTS))
-    except InputError as error:
-        fits, reason = False, f" ({str(error).rstrip('.')})"
-    except (ValueError, LookupError, TypeError):
-        fits = False
-    if not fits:
-        raise InputError(f"The file '{path}' is not a calibration of the pixel signals{reason}; make it with "
-                         "examples/calibrate_pixels.py.")
-    return calibration
+    return read_fitting_json(path, "calibration", fits,
+                             "a calibration of the pixel signals; make it with examples/calibrate_pixels.py")
 
 
 def is_coarse_jpeg(path: str | Path) -> bool:
