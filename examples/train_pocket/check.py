@@ -48,6 +48,7 @@ class Settings:
     images: int = 256  # to generate
     steps: int = 600  # of textual inversion
     count: int = 5  # images of each concept, for classifier and masks
+    home: Path = Path("concepts")  # folder for the concepts' images, clean and poisoned
 
 
 def run_quietly(script: ModuleType, **flags: object) -> None:
@@ -91,14 +92,13 @@ def check_classifier(settings: Settings) -> Figures:
     (ADM+ and EA, eps 16, 100 steps)."""
     scenes = held_out(512)
     figures = reader_accuracy(settings, scenes, [Image.fromarray(scene.image) for scene in scenes])
-    with tempfile.TemporaryDirectory() as home:
-        for data in ("clean", "ea", "adm+"):
-            scenes, images = [], []
-            for concept in NOVEL_CONCEPTS:
-                scenes += concept_scenes(concept, settings.count)
-                images += map(read_image, list_images(concept_images(settings, Path(home), data, concept)))
-            accuracy = reader_accuracy(settings, scenes, images)
-            figures |= {f"novel_{data}_{kind}": share for kind, share in accuracy.items()}
+    for data in ("clean", "ea", "adm+"):
+        scenes, images = [], []
+        for concept in NOVEL_CONCEPTS:
+            scenes += concept_scenes(concept, settings.count)
+            images += map(read_image, list_images(concept_images(settings, data, concept)))
+        accuracy = reader_accuracy(settings, scenes, images)
+        figures |= {f"novel_{data}_{kind}": share for kind, share in accuracy.items()}
     return figures
 
 
@@ -130,8 +130,12 @@ def check_inversion(settings: Settings) -> Figures:
     return {"mean": np.mean(list(ratios.values())), **ratios}
 
 
-def concept_images(settings: Settings, home: Path, data: str, concept: str) -> Path:
-    """Folder of a novel concept's images, clean or poisoned, whose masks are in home/true/<concept>."""
+def concept_images(settings: Settings, data: str, concept: str) -> Path:
+    """Folder of a novel concept's images, clean or poisoned, whose masks are in home/true/<concept>.
+
+    Images that are there already are not poisoned again.
+    """
+    home = settings.home
     clean, folder = home / "clean" / concept, home / data / concept
     pocket.write_concept(concept, clean, home / "true" / concept, settings.count)
     if data != "clean":
@@ -189,14 +193,11 @@ def check_masks(settings: Settings) -> Figures:
     """Mean overlap with the true mask over the novel concepts, from one random click and by --auto, on clean
     and on poisoned images (ADM+ and EA, eps 16, 100 steps)."""
     figures = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        home = Path(temporary)
-        for data in ("clean", "ea", "adm+"):
-            for concept in NOVEL_CONCEPTS:
-                concept_images(settings, home, data, concept)
-            figures |= {f"{data}_{way}": value
-                        for way, value in mask_overlaps(home / data, home / "true").items()}
-            print(f"  {data}: {figures}", flush=True)
+    for data in ("clean", "ea", "adm+"):
+        folders = [concept_images(settings, data, concept) for concept in NOVEL_CONCEPTS]
+        figures |= {f"{data}_{way}": value for way, value
+                    in mask_overlaps(folders[0].parent, settings.home / "true").items()}
+        print(f"  {data}: {figures}", flush=True)
     return figures
 
 
@@ -268,15 +269,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--count", type=count, default=Settings.count, help="classifier, masks: images of each concept (5)")
     add("--output", type=Path, default=Path("pocket_check.json"))
     args = parser.parse_args(argv)
-    settings = Settings(args.model, args.dino, args.images, args.steps, args.count)
     figures = json.loads(args.output.read_text()) if args.output.exists() else {}
     outside = []
-    for part in args.parts:
-        measured = CHECKS[part].measure(settings)
-        figures[part] = {name: round(float(value), 4) for name, value in measured.items()}
-        print(part, json.dumps(figures[part], indent=2), flush=True)
-        write_json(args.output, figures)
-        outside += [f"{part}: {line}" for line in CHECKS[part].outside(figures[part])]
+    with tempfile.TemporaryDirectory() as home:
+        settings = Settings(args.model, args.dino, args.images, args.steps, args.count, Path(home))
+        for part in args.parts:
+            measured = CHECKS[part].measure(settings)
+            figures[part] = {name: round(float(value), 4) for name, value in measured.items()}
+            print(part, json.dumps(figures[part], indent=2), flush=True)
+            write_json(args.output, figures)
+            outside += [f"{part}: {line}" for line in CHECKS[part].outside(figures[part])]
     if outside:
         raise SystemExit("\n".join(["Out of bounds:", *outside]))
 
