@@ -1,0 +1,57 @@
+"""examples/compare_tables.py: rank correlation, the paper's rows, and the cells that folders share."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from szt_utils.errors import InputError
+from szt_utils.tables import Cell, append_cell
+
+pytest.importorskip("scipy")
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "compare_tables.py"))
+
+
+def write(folder, values, concepts=("one", "two")):
+    """Cells of ADM+, whose defences have the values, and clean ones of 0.6."""
+    for concept in concepts:
+        for defence, value in values.items():
+            append_cell(folder, Cell("adm+", defence, concept, 0, {"dino": value}))
+            append_cell(folder, Cell("clean", defence, concept, 0, {"dino": 0.6}))
+
+
+def test_the_papers_own_table_agrees_with_itself_and_its_reverse_does_not(compare):
+    paper = dict(zip(compare["DEFENCES"], compare["PAPER"]["ea"], strict=True))
+    assert compare["rank_correlation"](paper, paper) == pytest.approx(1)
+    assert compare["rank_correlation"](paper, {d: -v for d, v in paper.items()}) == pytest.approx(-1)
+    assert paper["jpeg"] == 0.33 and paper["szt"] == 0.46  # as in the paper
+    assert all(len(row) == len(compare["DEFENCES"]) == 10 for row in compare["PAPER"].values())
+
+
+def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare, tmp_path, capsys):
+    write(tmp_path / "a", {"nominal": 0.2, "jpeg": 0.3, "szt": 0.6})
+    write(tmp_path / "b", {"nominal": 0.2, "jpeg": 0.5, "szt": 0.4}, ["one"])
+    write(tmp_path / "b", {"nominal": 0.0, "jpeg": 0.0, "szt": 0.0}, ["three"])
+    compare["main"]([str(tmp_path / "a"), str(tmp_path / "b")])
+    printed = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")]
+                                              for line in printed.splitlines() if "|" in line)}
+    assert printed.startswith("1 concepts, 1 seeds\n")
+    columns = {defence: i for i, defence in enumerate(compare["DEFENCES"])}
+    first, second = (rows[f"{tmp_path / name}, recovered"] for name in "ab")
+    assert (first[columns["jpeg"]], first[columns["szt"]]) == ("25%", "100%")
+    assert (second[columns["jpeg"]], second[columns["szt"]]) == ("75%", "50%")
+    assert rows["the paper, poisons"][columns["szt"]] == "0.46"
+    # The paper orders nominal, JPEG and SZT as the first folder does.
+    assert (rows[str(tmp_path / "a")][0], rows[str(tmp_path / "b")][0]) == ("1.00", "0.50")
+
+
+def test_folders_without_common_concepts_are_refused(compare, tmp_path):
+    write(tmp_path / "a", {"szt": 0.5}, ["one"])
+    write(tmp_path / "b", {"szt": 0.5}, ["two"])
+    with pytest.raises(InputError, match="no cells of poisons of the same concepts"):
+        compare["read_folders"]([tmp_path / "a", tmp_path / "b"])
