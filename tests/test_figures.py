@@ -123,7 +123,7 @@ def test_the_area_under_the_roc_curve_of_two_diagnoses(module, tmp_path, capsys)
 @pytest.mark.parametrize("folder,name", [(".", "fig4"), (".", "fig5"), (".", "fig6"), ("five", "fig4"),
                                          ("five", "spectra")])
 def test_the_committed_claims_follow_from_the_committed_json(folder, name, module, tmp_path, capsys):
-    home = ROOT / "results" / "figures" / folder
+    home = ROOT / "results" / "world-0.1" / "figures" / folder
     (tmp_path / f"{name}.json").write_text((home / f"{name}.json").read_text())
     run_figure(name, "--redraw", "--output_dir", tmp_path)
     found, committed = (json.loads((where / f"{name}_claims.json").read_text()) for where in (tmp_path, home))
