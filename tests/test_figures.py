@@ -3,17 +3,21 @@
 import importlib
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, build_tiny_sd3
 from PIL import Image
 
-from szt_utils.embedding_files import save_embedding
+from szt_utils.embedding_files import save_embedding, save_rows
+from szt_utils.errors import InputError
+from szt_utils.files import write_json
 from szt_utils.pocket import write_concept
+from szt_utils.tables import Cell, append_cell
 
 FIGURES = {"fig2": ["--timesteps", 500, "--replacements", 2, "--images", 1],
            "fig3": ["--timesteps", 300, 700, "--replacements", 2, "--images", 1],
@@ -26,8 +30,14 @@ CONCEPTS = ("teal-striped-star", "red-dotted-heart")
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "figures"))
     yield importlib.import_module
-    for name in ("common", "make_data", "roc", *FIGURES):
+    for name in ("common", "make_data", "roc", "snr", *FIGURES):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def short_sd3(tmp_path_factory):
+    """Stable Diffusion 3 without T5."""
+    return build_tiny_sd3(tmp_path_factory.mktemp("sd3"), t5=False)
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +156,42 @@ def test_without_clean_images_there_is_nothing_to_compare_with(module, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_rows_of_the_added_token_are_what_it_means(module, tiny_model):
+@pytest.mark.parametrize("family, encoders", [("tiny_model", 1), ("tiny_sdxl", 2), ("short_sd3", 2)])
+def test_the_rows_of_the_added_token_are_what_it_means(module, family, encoders, request):
     from szt_utils.models import load_model, tokenize
 
     common = module("common")
-    model = load_model(tiny_model)
+    model = load_model(request.getfixturevalue(family))
     plain = model.condition(tokenize(model, "a photo of a star"))["states"]
-    star = common.word_row(model, "star")
-    embedding = common.add_token(model)
-    embedding.rows = torch.nn.Parameter(star)
+    star = common.word_rows(model, "star")
+    embeddings = common.add_token(model)
+    assert len(embeddings) == len(star) == encoders
+    common.set_rows(embeddings, star)
     ids = tokenize(model, f"a photo of a {common.TOKEN}")
-    assert (ids[0] == len(embedding.frozen)).sum() == 1
+    assert all((each == len(embedding.frozen)).sum() == 1
+               for each, embedding in zip(ids, embeddings, strict=True))
     assert torch.equal(model.condition(ids)["states"], plain)
     assert torch.equal(model.condition(tokenize(model, "a photo of a star"))["states"], plain)
-    embedding.rows = torch.nn.Parameter(-star)
-    assert not torch.allclose(model.condition(ids)["states"], plain)
+    for i in range(encoders):  # every encoder reads its own row
+        common.set_rows(embeddings, [-row if k == i else row for k, row in enumerate(star)])
+        assert not torch.allclose(model.condition(ids)["states"], plain)
+
+
+@pytest.mark.parametrize("name", ["fig4", "fig5", "fig6"])
+def test_figures_take_models_of_several_text_encoders(name, module, data_dir, short_sd3, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    for path in (folder / "learned").rglob("*.safetensors"):
+        save_rows(path, {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 24)})
+    run_figure(name, "--pretrained_model_name_or_path", short_sd3, "--data_dir", folder,
+               "--output_dir", tmp_path, *FIGURES[name])
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert list(results) == ["clean", "adm+"]
+    if name != "fig6":  # the last timestep of a flow model is pure noise
+        first, middle, last = results["clean"]["log_snr"]
+        assert first == pytest.approx(2 * np.log(999)) and last is None
+        sigma = (results["clean"]["timesteps"][1] + 1) / 1000
+        assert middle == pytest.approx(2 * np.log((1 - sigma) / sigma), abs=1e-9)
 
 
 def make_data(module, model: Path, output_dir: Path, *arguments) -> None:
@@ -201,3 +232,52 @@ def test_images_of_ones_own_become_squares_with_masks(module, tiny_model, tmp_pa
     assert set(sizes.values()) == {(64, 64)}
     with pytest.raises(SystemExit):
         make_data(module, tiny_model, tmp_path / "out", "--clean_dir", tmp_path / "photos")
+
+
+def write_model(folder: Path, log_snr: list, thresholds: dict[str, float]) -> None:
+    """Two timesteps and pure noise: losses and norms of fig4 and fig5, and a table of two concepts."""
+    losses = {"clean": [[1.0, 2.0, 3.0]] * 2, "ea": [[3.0, 2.5, 3.0], [5.0, 2.5, 3.0]]}
+    norms = {"clean": [[1.0, 4.0, 9.0]] * 2, "ea": [[6.0, 3.0, 9.0]] * 2}
+    folder.mkdir()
+    for name, key, values in (("fig4", "losses", losses), ("fig5", "norms", norms)):
+        write_json(folder / f"{name}.json", {"settings": {}, "results": {
+            data: {"timesteps": [0, 500, 999], "log_snr": log_snr, key: rows, "names": ["a", "b"]}
+            for data, rows in values.items()}})
+    for concept, shift in (("one", 0.0), ("two", 0.1)):
+        for defence, value in {"nominal": 0.1, **thresholds}.items():
+            append_cell(folder, Cell("ea", defence, concept, 0, {"dino": value + shift}))
+        append_cell(folder, Cell("clean", "t250", concept, 0, {"dino": 0.9}))
+
+
+def test_models_are_compared_at_the_same_signal_to_noise_ratio(module, tmp_path):
+    write_model(tmp_path / "a", [4.0, -2.0, None], {"t250": 0.5, "t500": 0.3})
+    write_model(tmp_path / "b", [8.0, 0.0, -8.0], {"t250": 0.2, "t500": 0.6})
+    module("snr").main(["--labels", "A", "B", "--folders", *(str(tmp_path / name) for name in "ab"),
+                        "--tables", *(str(tmp_path / name) for name in "ab"), "--output_dir", str(tmp_path)])
+    found = json.loads((tmp_path / "snr_claims.json").read_text())
+
+    def value(sentence):
+        return found[sentence]["value"] if isinstance(found[sentence], dict) else found[sentence]
+    # At timestep 0 the loss is 4 instead of 1, at 500 2.5 instead of 2; the paper's log-SNR is -0.96.
+    assert value("A, ea: mean relative loss increase above the paper's SNR") == pytest.approx(3)
+    assert value("A, ea: the same below it") == pytest.approx(0.25)
+    assert value("B, ea: mean relative loss increase above the paper's SNR") == pytest.approx((3 + 0.25) / 2)
+    assert value("A, clean: log-SNR of the peak of the gradient") == -2  # not pure noise
+    assert value("A, ea: log-SNR of the peak of the gradient") == 4
+    assert value("B, clean: log-SNR of the peak of the gradient") == -8
+    assert value("A: log-SNR of the best threshold") == pytest.approx(1)  # t = 250
+    assert value("A: similarity with the best threshold") == pytest.approx(0.55)
+    assert value("B: log-SNR of the best threshold") == 0  # t = 500
+    share = (1 + 0.9625) / 3  # of the way from t = 250 to t = 500
+    assert value("A: similarity with the threshold of the paper's SNR") == pytest.approx(0.55 - 0.2 * share)
+    assert Image.open(tmp_path / "snr.png").size[1] > 600
+
+
+def test_a_table_without_thresholds_and_figures_without_snr_are_refused(module, tmp_path):
+    write_model(tmp_path / "a", [4.0, -2.0, None], {})
+    curves = module("snr").read_curves
+    with pytest.raises(InputError, match="no thresholds"):
+        curves(tmp_path / "a", tmp_path / "a")
+    write_json(tmp_path / "a" / "fig5.json", {"results": {"clean": {"norms": []}}})
+    with pytest.raises(InputError, match="no log_snr"):
+        curves(tmp_path / "a", tmp_path / "a")

@@ -6,6 +6,7 @@ the PNG. `run_figure` makes a command line of them.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.arguments import script_parser
+from szt_utils.embedding_files import ANY_ENCODER, read_embedding
 from szt_utils.embeddings import NewRows
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.files import write_json
@@ -80,24 +82,44 @@ def load_mask(path: Path, resolution: int, grid: tuple[int, int]) -> torch.Tenso
     return F.adaptive_avg_pool2d(mask, grid)[0, 0]
 
 
-def add_token(model: Model) -> NewRows:
-    """Add TOKEN to a model with one text encoder; its vectors are the `rows` (n, D) of what is returned.
+def add_token(model: Model) -> list[NewRows]:
+    """Add TOKEN to a model; its vectors are the `rows` (n, D) of what is returned for each text encoder.
 
     Set `rows` before use; TOKEN itself is the first of them.
     """
-    (tokenizer,), (encoder,) = model.tokenizers, model.text_encoders
-    weight = encoder.get_input_embeddings().weight[:len(tokenizer)]
-    embedding = NewRows(weight, torch.zeros_like(weight[:1]))
-    tokenizer.add_tokens([TOKEN])
-    encoder.set_input_embeddings(embedding)
-    return embedding
+    embeddings = []
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        weight = encoder.get_input_embeddings().weight[:len(tokenizer)]
+        embeddings.append(NewRows(weight, torch.zeros_like(weight[:1])))
+        tokenizer.add_tokens([TOKEN])
+        encoder.set_input_embeddings(embeddings[-1])
+    return embeddings
 
 
-def word_row(model: Model, word: str) -> torch.Tensor:
-    """The embedding (1, D) of a word's first token."""
-    (tokenizer,), (encoder,) = model.tokenizers, model.text_encoders
-    token = tokenizer(word, add_special_tokens=False).input_ids[0]
-    return encoder.get_input_embeddings().weight[token:token + 1].detach()
+def set_rows(embeddings: Sequence[NewRows], rows: Sequence[torch.Tensor], copies: int = 1) -> None:
+    """Give TOKEN the rows (1, D) of each text encoder, several times for a gradient of each copy."""
+    for embedding, row in zip(embeddings, rows, strict=True):
+        embedding.rows = torch.nn.Parameter(row.expand(copies, -1))
+
+
+def word_rows(model: Model, word: str) -> list[torch.Tensor]:
+    """The embedding (1, D) of a word's first token in each text encoder."""
+    rows = []
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        token = tokenizer(word, add_special_tokens=False).input_ids[0]
+        rows.append(encoder.get_input_embeddings().weight[token:token + 1].detach())
+    return rows
+
+
+def learned_rows(model: Model, path: Path) -> list[torch.Tensor]:
+    """The first vector (1, D) of an embedding's file for each text encoder."""
+    of_encoder = read_embedding(path)[1]
+    return [of_encoder.get(key, of_encoder.get(ANY_ENCODER))[:1] for key in model.embedding_keys]
+
+
+def log_snr(model: Model, timesteps: torch.Tensor) -> list[float | None]:
+    """The logarithm of the signal-to-noise ratio at timesteps, None for pure noise."""
+    return [value if math.isfinite(value) else None for value in model.log_snr(timesteps).tolist()]
 
 
 def sensitivity(model: Model, latents: torch.Tensor, prompt: TokenizedPrompt, timesteps: Sequence[int], *,

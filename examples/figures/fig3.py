@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embedding_files import load_embedding
 from szt_utils.plots import map_grid
 from szt_utils.sensitivity import tokenize_words
 from szt_utils.statistics import mass_inside
@@ -39,18 +38,18 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
     and the maps of the first image of the first concept."""
     model, resolution = settings.load_model()
     rows, shown = [], None
-    before = common.word_row(model, settings.initializer)
-    embedding = common.add_token(model)
+    before = common.word_rows(model, settings.initializer)
+    embeddings = common.add_token(model)
     prompt = tokenize_words(model, settings.prompt.replace("{}", TOKEN), [TOKEN])
     for concept in settings.concepts_in(data):
-        after = load_embedding(settings.embedding_path(data, concept))[1][:1]
+        after = common.learned_rows(model, settings.embedding_path(data, concept))
         for path in settings.image_paths(data, concept)[:settings.images]:
             with torch.no_grad():
                 latents = model.encode(common.load_images([path], resolution))
             mask = common.load_mask(settings.mask_path(concept, path), resolution, latents.shape[-2:])
             row, maps = {"concept": concept, "area": mask.mean().item()}, []
-            for when, vector in (("before", before), ("after", after)):
-                embedding.rows = torch.nn.Parameter(vector)
+            for when, vectors in (("before", before), ("after", after)):
+                common.set_rows(embeddings, vectors)
                 (of_word,), _ = common.sensitivity(
                     model, latents, prompt, settings.timesteps, replacements=settings.replacements,
                     noise_draws=settings.noise_draws, seed=settings.seed)

@@ -46,7 +46,8 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                                  noise.expand(len(timesteps), -1, -1, -1), timesteps, condition)
                 losses.append([round(value, 6) for value in error.square().flatten(1).mean(1).tolist()])
                 names.append(f"{folder.name}/{concept}/{path.stem}")
-    return {"timesteps": timesteps.tolist(), "losses": losses, "names": names}
+    return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "losses": losses,
+            "names": names}
 
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embedding_files import load_embedding
 from szt_utils.models import residual, tokenize
 from szt_utils.plots import COLORS, save_figure, subplots
 
@@ -29,17 +28,18 @@ class Settings(common.Settings):
 
 
 def measure(settings: Settings, data: str) -> dict[str, Any]:
-    """Gradient norms (concepts, timesteps), means over images and draws."""
+    """Gradient norms (concepts, timesteps) over all text encoders, means over images and draws."""
     model, resolution = settings.load_model()
     timesteps = torch.linspace(0, model.num_timesteps - 1, settings.timesteps).round().long()
-    embedding = common.add_token(model)
+    embeddings = common.add_token(model)
     # One row per sample, so that one backward pass gives the gradient of each sample alone.
-    (prompt,) = tokenize(model, settings.prompt.replace("{}", TOKEN))
-    own_row = (prompt == len(embedding.frozen)) * torch.arange(len(timesteps)).unsqueeze(1)
+    ids = tokenize(model, settings.prompt.replace("{}", TOKEN))
+    for i, embedding in enumerate(embeddings):
+        ids[i] = ids[i] + (ids[i] == len(embedding.frozen)) * torch.arange(len(timesteps)).unsqueeze(1)
     norms = []
     for concept in settings.concepts_in(data):
-        vector = load_embedding(settings.embedding_path(data, concept))[1][0]
-        embedding.rows = torch.nn.Parameter(vector.expand(len(timesteps), -1))
+        common.set_rows(embeddings, common.learned_rows(model, settings.embedding_path(data, concept)),
+                        len(timesteps))
         paths, of_concept = settings.image_paths(data, concept), []
         for i in range(settings.draws):
             generator = torch.Generator().manual_seed(settings.seed + i)
@@ -47,11 +47,12 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                 latents = model.encode(common.load_images([paths[i % len(paths)]], resolution))
             noise = torch.randn((len(timesteps), *latents.shape[1:]), generator=generator)
             error = residual(model, latents.expand_as(noise), noise, timesteps,
-                             model.condition([prompt + own_row])).square()
-            (gradient,) = torch.autograd.grad(error.flatten(1).mean(1).sum(), embedding.rows)
-            of_concept.append(gradient.norm(dim=1))
+                             model.condition(ids)).square()
+            gradients = torch.autograd.grad(error.flatten(1).mean(1).sum(),
+                                            [embedding.rows for embedding in embeddings])
+            of_concept.append(torch.cat(gradients, 1).norm(dim=1))
         norms.append(torch.stack(of_concept).mean(0).tolist())
-    return {"timesteps": timesteps.tolist(), "norms": norms}
+    return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "norms": norms}
 
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:

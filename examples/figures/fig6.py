@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from common import TOKEN, estimate
 
-from szt_utils.embedding_files import load_embedding
 from szt_utils.masks import masked_mean
 from szt_utils.models import expand, residual, tokenize
 from szt_utils.plots import COLORS, save_figure, subplots
@@ -37,8 +36,8 @@ class Settings(common.Settings):
 def measure(settings: Settings, data: str) -> dict[str, Any]:
     """Mean losses inside and outside the concept, (concepts, steps, 2); step 0 is before training."""
     model, resolution = settings.load_model()
-    initial = common.word_row(model, settings.initializer)
-    embedding = common.add_token(model)
+    initial = common.word_rows(model, settings.initializer)
+    embeddings = common.add_token(model)
     ids = tokenize(model, settings.prompt.replace("{}", TOKEN))
     steps, losses = [0, *settings.saved_steps], []
     for concept in settings.concepts_in(data):
@@ -48,8 +47,8 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                                               latents.shape[-2:]) for path in paths]).unsqueeze(1)
         masks = (masks >= 0.5).float()
         for step in steps:
-            embedding.rows = torch.nn.Parameter(initial if step == 0 else load_embedding(
-                settings.embedding_path(data, concept, f"learned_embeds-steps-{step}"))[1][:1])
+            common.set_rows(embeddings, initial if step == 0 else common.learned_rows(
+                model, settings.embedding_path(data, concept, f"learned_embeds-steps-{step}")))
             condition = expand(model.condition(ids), len(paths))
             generator, totals = torch.Generator().manual_seed(settings.seed), torch.zeros(2)
             for _ in range(settings.draws):
