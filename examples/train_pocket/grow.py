@@ -251,9 +251,11 @@ def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5) -> SD3:
 
 def write(model: StableDiffusion, folder: Path) -> None:
     """Save a model as a pipeline in Diffusers format."""
-    text = {f"{kind}{suffix}": part for kind, parts in (("tokenizer", model.tokenizers),
-                                                        ("text_encoder", model.text_encoders))
-            for suffix, part in zip(("", "_2"), parts, strict=False)}
+    text = {}
+    for suffix, encoder in zip(("", "_2"), model.text_encoders, strict=False):
+        # A new tokenizer: a used one would be saved with the padding of its last texts.
+        text |= {f"tokenizer{suffix}": pocket_tokenizer(folder / f"tokenizer{suffix}"),
+                 f"text_encoder{suffix}": encoder}
     parts = {"vae": model.vae, model.network_name: model.network, **text}
     if isinstance(model, SD3):
         pipeline = StableDiffusion3Pipeline(**parts, tokenizer_3=None, text_encoder_3=None,
@@ -267,6 +269,3 @@ def write(model: StableDiffusion, folder: Path) -> None:
         else:
             pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
     pipeline.save_pretrained(folder)
-    for name in text:
-        if "tokenizer" in name:  # vocab.json and merges.txt, for readers of older transformers
-            pocket_tokenizer(folder / name)

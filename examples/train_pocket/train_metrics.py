@@ -169,8 +169,8 @@ def train_clip(args, device):
     average.copy_to_module()
     folder = args.work_dir / "clip"
     clip.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    pocket_tokenizer(folder)  # vocab.json and merges.txt, for readers of older transformers
+    # A new tokenizer: a used one would be saved with the padding of its last texts.
+    pocket_tokenizer(folder).save_pretrained(folder)
     save_processor(folder)
 
 
