@@ -11,14 +11,13 @@ of one folder is a part of an image of the other.
 
 from pathlib import Path
 
-import numpy as np
 import skimage
 from PIL import Image
 
 from szt_utils.arguments import number, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import read_image, save_png
-from szt_utils.pocket.scenes import draw_scene, training_attributes
+from szt_utils.pocket.scenes import attributes_of, draw_scene
 
 PHOTOGRAPHS = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
                "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -30,7 +29,7 @@ def write_images(output_dir: Path, scenes: int) -> list[Path]:
     """Write `scenes` drawn scenes and all photographs; returns the two folders."""
     halves = [output_dir / name for name in ("calibrate", "test")]
     for i in range(scenes):
-        scene = draw_scene(FIRST_SEED + i, training_attributes(np.random.default_rng(FIRST_SEED + i)))
+        scene = draw_scene(FIRST_SEED + i, attributes_of(FIRST_SEED + i))
         save_png(Image.fromarray(scene.image), halves[i % 2] / "scenes" / f"{i:03d}.png")
     for i, name in enumerate(PHOTOGRAPHS):
         photograph = read_image(Path(skimage.__file__).parent / "data" / name)

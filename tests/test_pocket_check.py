@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from szt_utils.images import from_pil
-from szt_utils.pocket import scenes
 from szt_utils.pocket.scenes import BACKGROUNDS, Attributes, draw_scene
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "train_pocket"
@@ -110,8 +109,7 @@ def test_what_jpeg_leaves_in_pixels_is_the_projection_on_the_perturbation(respon
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_a_grain_of_background_and_object_shelters_noise(response, background, monkeypatch):
-    monkeypatch.setattr(scenes, "GRAIN", True)
+def test_a_grain_of_background_and_object_shelters_noise(response, background):
     scene = draw_scene(3, Attributes("red", "plain", "square", background))
     image = from_pil(Image.fromarray(scene.image))
     noisy = response.random_signs(image, 6, torch.Generator().manual_seed(0))

@@ -1,9 +1,8 @@
 """The pocket world: scenes drawn by code, each with its caption, attributes and exact concept mask.
 
-A scene is one object (shape x color x pattern) with shading and a soft shadow on a textured background.
-An integer seed decides everything. The novel concepts, ten combinations of attributes, never occur among the
-training scenes. With GRAIN both have a fine grain, as the texture of photographs shelters perturbations from
-JPEG.
+A scene is one object (shape x color x pattern) with shading and a soft shadow on a textured background. Both
+have a fine grain: the texture of photographs, too, shelters perturbations from JPEG. An integer seed decides
+everything. The novel concepts, ten combinations of attributes, never occur among the training scenes.
 """
 
 from dataclasses import astuple, dataclass
@@ -140,7 +139,6 @@ def _night(rng):
 
 BACKGROUNDS = {"grass": _grass, "sand": _sand, "water": _water, "brick": _brick, "wood": _wood, "sky": _sky,
                "stone": _stone, "night": _night}
-GRAIN = False  # the bundled networks were trained without
 # Height and width of a grain in pixels, and the root mean square in levels.
 _GRAINS = {"grass": (5, 2, 7), "sand": (2, 2, 6), "water": (2, 5, 6), "brick": (2, 2, 5), "wood": (9, 2, 6),
            "sky": (2, 2, 5), "stone": (2, 2, 7), "night": (2, 2, 5)}
@@ -148,10 +146,7 @@ _OBJECT_GRAIN = (2, 2, 5)
 
 
 def _grain(rng, height, width, levels):
-    """Gray noise in levels, (128, 128, 1): a uniform noise averaged over height x width pixels; 0 without
-    GRAIN."""
-    if not GRAIN:
-        return 0
+    """Gray noise in levels, (128, 128, 1): a uniform noise averaged over height x width pixels."""
     noise = rng.uniform(-1, 1, (SIZE + height - 1, SIZE + width - 1)).astype(np.float32)
     noise = sum(noise[y:y + SIZE, x:x + SIZE] for y in range(height) for x in range(width))
     return noise[..., None] * (levels * np.sqrt(3 / (height * width)))
