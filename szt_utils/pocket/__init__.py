@@ -1,4 +1,4 @@
-"""The bundled pocket world: a small, trained latent diffusion model, and the drawn scenes that it knows.
+"""The bundled pocket world: small, trained latent diffusion models, and the drawn scenes that they know.
 
     StableDiffusionPipeline.from_pretrained(szt_utils.pocket.model_path())
 """
@@ -26,9 +26,9 @@ def _bundled(name: str) -> str:
     return str(path)
 
 
-def model_path() -> str:
-    """Folder of the pocket Stable Diffusion model, in Diffusers format."""
-    return _bundled("diffusion")
+def model_path(network: str = "diffusion") -> str:
+    """Folder of a pocket model in Diffusers format: "diffusion", a Stable Diffusion model, or "sdxl"."""
+    return _bundled(network)
 
 
 def dino_path() -> str:
