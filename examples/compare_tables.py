@@ -57,7 +57,7 @@ def read_folders(folders: Sequence[Path]) -> dict[str, Rows]:
                                 for cells in tables.values()))
     if not shared:
         raise InputError("The folders have no cells of poisons of the same concepts and seeds.")
-    print(f"{len({concept for concept, _ in shared})} concepts, {len({seed for _, seed in shared})} seeds\n")
+    print(f"concepts: {len({concept for concept, _ in shared})}, seeds: {len({s for _, s in shared})}\n")
     return {name: read_rows([cell for cell in cells if (cell.concept, cell.seed) in shared])
             for name, cells in tables.items()}
 

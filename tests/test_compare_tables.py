@@ -40,7 +40,7 @@ def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare,
     printed = capsys.readouterr().out
     rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")]
                                               for line in printed.splitlines() if "|" in line)}
-    assert printed.startswith("1 concepts, 1 seeds\n")
+    assert printed.startswith("concepts: 1, seeds: 1\n")
     columns = {defence: i for i, defence in enumerate(compare["DEFENCES"])}
     first, second = (rows[f"{tmp_path / name}, recovered"] for name in "ab")
     assert (first[columns["jpeg"]], first[columns["szt"]]) == ("25%", "100%")

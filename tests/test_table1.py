@@ -16,7 +16,7 @@ from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell, read_cells, run_index
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
-RESULTS = ROOT / "results" / "table1"
+RESULTS = ROOT / "results" / "world-0.1" / "table1"
 
 
 def table(*flags) -> Table:
