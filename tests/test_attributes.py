@@ -1,15 +1,26 @@
 """The reader of attributes on scenes whose attributes are known, and shares against a count by hand."""
 
+import runpy
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from szt_utils import pocket
 from szt_utils.attributes import OF_CONCEPT, WORDS, attribute_scores, can_read, read_attributes
 from szt_utils.metrics import Networks, image_features, score_images
-from szt_utils.pocket.scenes import NOVEL_CONCEPTS, concept_scenes, draw_scene, training_attributes
+from szt_utils.pocket.scenes import (
+    NOVEL_CONCEPTS,
+    attributes_of,
+    concept_scenes,
+    draw_scene,
+    training_attributes,
+)
 
 
 def features_of(scenes):
@@ -42,6 +53,31 @@ def test_the_bundled_reader_reads_drawn_scenes():
         right = sum(words[kind] == getattr(scene.attributes, kind)
                     for words, scene in zip(read, scenes, strict=True))
         assert right >= 62, kind
+
+
+def test_features_of_drawn_scenes_are_centered():
+    """So images with nothing in common are about 0 similar."""
+    scenes = [draw_scene(seed, attributes_of(seed)) for seed in range(9_600_000, 9_600_128)]
+    unit = torch.nn.functional.normalize(features_of(scenes), dim=1)
+    similarity = unit @ unit.T
+    assert abs(similarity.sum() - len(scenes)) / (len(scenes) * (len(scenes) - 1)) < 0.05
+
+
+def test_centering_moves_all_features_and_leaves_what_the_heads_read(tmp_path, monkeypatch):
+    folder = ROOT / "examples" / "train_pocket"
+    monkeypatch.syspath_prepend(str(folder))
+    center = runpy.run_path(str(folder / "fit_reader.py"))["center"]
+    shutil.copytree(pocket.dino_path(), tmp_path / "moved")
+    mean = torch.randn(128)
+    center(tmp_path / "moved", mean)
+    images = [Image.fromarray(draw_scene(seed, attributes_of(seed)).image) for seed in range(3)]
+    before, after = (image_features(images, path, normalized=False)
+                     for path in (pocket.dino_path(), tmp_path / "moved"))
+    assert torch.allclose(after, before - mean, atol=1e-4)
+    (old, new) = (load_file(Path(path) / "attributes.safetensors")
+                  for path in (pocket.dino_path(), tmp_path / "moved"))
+    assert torch.allclose(after @ new["weight"].T + new["bias"], before @ old["weight"].T + old["bias"],
+                          atol=1e-3)
 
 
 @pytest.mark.parametrize("concept", NOVEL_CONCEPTS)

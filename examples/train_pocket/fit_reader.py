@@ -4,7 +4,8 @@
 
 train_metrics.py trains encoder and heads without the novel concepts. Their judge has to know them: so the
 heads, and they alone, are fitted once more to scenes of all combinations and of the novel concepts. Replaces
-`attributes.safetensors` in the folder of --dino, and prints the accuracy on scenes with other seeds.
+`attributes.safetensors` in the folder of --dino, and prints the accuracy on scenes with other seeds. Then it
+centers the encoder's features: the similarity of images that have nothing in common is then about 0.
 """
 
 from pathlib import Path
@@ -59,6 +60,15 @@ def fit(state: dict[str, torch.Tensor], features: torch.Tensor, labels: torch.Te
     optimizer.step(loss)
 
 
+def center(folder: Path, mean: torch.Tensor) -> None:
+    """Subtract a mean (D,) from all features of an encoder by its last bias; the heads read the same."""
+    dino, heads = (load_file(folder / name) for name in ("model.safetensors", "attributes.safetensors"))
+    dino["layernorm.bias"] -= mean
+    heads["bias"] += heads["weight"] @ mean
+    save_file(dino, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(heads, folder / "attributes.safetensors")
+
+
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--dino", type=user_path, default=pocket.dino_path())
@@ -78,6 +88,7 @@ def main() -> None:
         print(f"{name}:", ", ".join(f"{kind} {share:.1%}"
                                     for kind, share in zip(WORDS, right, strict=True)))
     save_file(state, path)
+    center(path.parent, parts[0][0].mean(0))
 
 
 if __name__ == "__main__":
