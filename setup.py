@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["szt_utils", "szt_utils.*"]),
     py_modules=["textual_inversion_szt", "poison_images", "purify_images", "precompute_masks",
                 "diagnose_images", "sensitivity_maps", "evaluate", "export_dataset"],
-    package_data={"szt_utils": ["*.html", "*.json", "py.typed"], "szt_utils.pocket": ["weights/**/*"]},
+    package_data={"szt_utils": ["*.html", "*.json", "py.typed"], "szt_utils.pocket": ["weights-0.2/**/*"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={"test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scikit-image", "peft",
                              "opencv-python-headless"],

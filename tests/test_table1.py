@@ -141,7 +141,7 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     """Real scripts on a tiny model: poison, purify, train in one run, generate, score, tabulate."""
     for source, folder in zip(concept_folder, ("images", "masks"), strict=True):
         shutil.copytree(source, tmp_path / folder / "star")
-    pocket = ROOT / "szt_utils" / "pocket" / "weights"
+    pocket = ROOT / "szt_utils" / "pocket" / "weights-0.2"
     flags = ["--output_dir", tmp_path / "out", "--dataset", "dreambooth",
              "--dataset_dir", tmp_path / "images", "--mask_dir", tmp_path / "masks",
              "--pretrained_model_name_or_path", tiny_model,

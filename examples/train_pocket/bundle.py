@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from szt_utils.arguments import script_parser
-
-WEIGHTS = Path(__file__).resolve().parents[2] / "szt_utils" / "pocket" / "weights"
+from szt_utils.pocket import WEIGHTS
 
 
 def halve(path: Path) -> None:

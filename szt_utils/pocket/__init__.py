@@ -15,11 +15,12 @@ __all__ = ["NOVEL_CONCEPTS", "PROMPTS", "calibration_path", "clip_path", "dino_p
 
 PROMPTS = tuple(f"a photo of a {{}} on {background}" for background in BACKGROUNDS)
 
-_FOLDER = Path(__file__).parent
+# Another generation of weights gets another name, so that a path always means the same model.
+WEIGHTS = Path(__file__).parent / "weights-0.2"
 
 
 def _bundled(name: str) -> str:
-    path = _FOLDER / "weights" / name
+    path = WEIGHTS / name
     if not path.is_dir():
         raise InputError(f"The bundled {name} is missing from '{path}'; "
                          "reinstall the package or train it (examples/train_pocket).")
@@ -58,7 +59,7 @@ def familiarity_path() -> str:
 
 def calibration_path() -> str:
     """File with the signals of clean images in the pocket model, for `diagnose_images.py`."""
-    return str(_FOLDER / "weights" / "calibration.json")
+    return str(WEIGHTS / "calibration.json")
 
 
 def write_concept(concept: str, output_dir: str | Path, mask_dir: str | Path | None = None, count: int = 5,
