@@ -4,7 +4,7 @@
 
 Prints the similarity by defence, on clean images and on average over the poisons, and the recovered share of
 what the poisons took, for each folder and for the paper; then Spearman's rank correlation with the paper over
-the defences. Only concepts and seeds that all folders have count. Needs scipy: pip install scipy.
+the defences. Only data, concepts and seeds that all folders have count. Needs scipy: pip install scipy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,32 +40,35 @@ def with_mean(rows: dict[str, Row]) -> Rows:
                                 for defence in DEFENCES if defence in defences}}
 
 
-def read_rows(cells: Sequence[Cell]) -> Rows:
-    """Mean similarities of cells."""
-    places = averages(cells, "dino")
+def read_rows(cells: Sequence[Cell], metric: str) -> Rows:
+    """Means of a metric of cells."""
+    places = averages(cells, metric)
     return with_mean({name: {d: places[name, d].mean for d in DEFENCES if (name, d) in places}
                       for name in PAPER if any((name, d) in places for d in DEFENCES)})
 
 
-def read_folders(folders: Sequence[Path]) -> dict[str, Rows]:
-    """The rows of each folder over the concepts and seeds that all of them have.
+def read_folders(folders: Sequence[Path], metric: str = "dino") -> dict[str, Rows]:
+    """The rows of each folder over the data, concepts and seeds that all of them have.
 
-    InputError when they have none, or no poison, in common.
+    InputError when they have no concept or no poison in common.
     """
-    tables = {str(folder): read_cells(folder) for folder in folders}
+    tables = {str(folder): [cell for cell in read_cells(folder) if metric in cell.metrics]
+              for folder in folders}
+    data = set.intersection(*({cell.data for cell in cells} for cells in tables.values()))
     shared = set.intersection(*({(cell.concept, cell.seed) for cell in cells if cell.data in POISONS}
                                 for cells in tables.values()))
-    if not shared:
-        raise InputError("The folders have no cells of poisons of the same concepts and seeds.")
+    if not shared or not data & set(POISONS):
+        raise InputError(f"The folders have no cells with {metric} of the same poisons, concepts and seeds.")
     print(f"concepts: {len({concept for concept, _ in shared})}, seeds: {len({s for _, s in shared})}\n")
-    return {name: read_rows([cell for cell in cells if (cell.concept, cell.seed) in shared])
-            for name, cells in tables.items()}
+    return {name: read_rows([cell for cell in cells if (cell.concept, cell.seed) in shared
+                             and cell.data in data], metric) for name, cells in tables.items()}
 
 
-def rank_correlation(row: Row, other: Row) -> float:
-    """Spearman's rank correlation of the defences that both rows have."""
+def rank_correlation(row: Row, other: Row) -> float | None:
+    """Spearman's rank correlation of the defences that both rows have, None where one row does not vary."""
     both = [defence for defence in row if defence in other]
-    return float(spearmanr([row[d] for d in both], [other[d] for d in both]).statistic)
+    first, second = ([values[defence] for defence in both] for values in (row, other))
+    return float(spearmanr(first, second).statistic) if len({*first}) > 1 < len({*second}) else None
 
 
 def report(tables: Mapping[str, Rows]) -> str:
@@ -87,17 +90,19 @@ def report(tables: Mapping[str, Rows]) -> str:
     lines += ["", line("rank correlation with the paper", "poisons", *PAPER),
               "| --- |" + " --- |" * (len(PAPER) + 1)]
     for name, rows in tables.items():
-        lines.append(line(name, *(f"{rank_correlation(rows[data], paper[data]):.2f}" if data in rows else ""
-                                  for data in ("poisons", *PAPER))))
+        ranks = [rank_correlation(rows.get(data, {}), paper[data]) for data in ("poisons", *PAPER)]
+        lines.append(line(name, *("" if rank is None else f"{rank:.2f}" for rank in ranks)))
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=user_path, help="output folders of examples/table1.py")
+    parser.add_argument("--metric", choices=("dino", "attributes"), default="dino",
+                        help="similarity (dino), which is the paper's, or attributes")
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        print(report(read_folders([Path(folder) for folder in args.folders])))
+        print(report(read_folders([Path(folder) for folder in args.folders], args.metric)))
 
 
 if __name__ == "__main__":

@@ -53,5 +53,5 @@ def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare,
 def test_folders_without_common_concepts_are_refused(compare, tmp_path):
     write(tmp_path / "a", {"szt": 0.5}, ["one"])
     write(tmp_path / "b", {"szt": 0.5}, ["two"])
-    with pytest.raises(InputError, match="no cells of poisons of the same concepts"):
+    with pytest.raises(InputError, match="no cells with dino of the same poisons"):
         compare["read_folders"]([tmp_path / "a", tmp_path / "b"])
