@@ -48,6 +48,24 @@ def test_batches_seeds_and_embeddings(model_and_embedding):
     assert np.abs(together[:2] - without[:2]).max() <= 1 < np.abs(together[2] - without[2]).max()
 
 
+def test_zero_terminal_snr_rescales_the_guidance(tiny_model, tiny_velocity_model, tmp_path):
+    """Without it, images of these schedules are too bright and too dark."""
+    shutil.copytree(tiny_velocity_model, tmp_path / "zero")
+    path = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    path.write_text(json.dumps(config))
+    pipeline = load_pipeline(tmp_path / "zero")
+    made = arrays(generate(pipeline, PROMPTS[:1], steps=3))
+    for rescale, same in ((0.7, True), (0.0, False)):
+        own = pipeline(PROMPTS[:1], num_inference_steps=3, guidance_scale=5.0, guidance_rescale=rescale,
+                       generator=[torch.Generator().manual_seed(0)]).images
+        assert (np.abs(made - arrays(own)).max() <= 1) == same
+    plain = load_pipeline(tiny_model)
+    own = plain(PROMPTS[:1], num_inference_steps=3, guidance_scale=5.0,
+                generator=[torch.Generator().manual_seed(0)]).images
+    assert np.abs(arrays(generate(plain, PROMPTS[:1], steps=3)) - arrays(own)).max() <= 1
+
+
 def test_a_pipeline_has_the_models_own_class_and_no_filters(model_and_embedding):
     pipeline = load_pipeline(model_and_embedding[0], torch_dtype=torch.bfloat16)
     xl = hasattr(pipeline, "text_encoder_2")
