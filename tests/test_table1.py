@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from szt_utils import pocket
 from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell, read_cells, run_index
 
@@ -130,6 +131,25 @@ def test_the_committed_cells_give_the_committed_tables(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
 
 
+@pytest.mark.parametrize("folder, cells, flags", [
+    ("table1", 80, ["--data", "clean", "adm+", "sds+", "ea"]),
+    ("first_encoder", 32, ["--data", "clean", "adm+", "sds+", "ea", "--defences", "nominal", "jpeg",
+                           "jpeg+t600", "szt"]),
+    ("sdxl", 40, ["--data", "clean", "adm+", "--defences", "nominal", "szt",
+                  "--pretrained_model_name_or_path", pocket.model_path("sdxl")])])
+def test_other_committed_cells_give_their_tables(folder, cells, flags, tmp_path, capsys):
+    home = ROOT / "results" / folder
+    shutil.copytree(home / "cells", tmp_path / "cells")
+    shutil.copy(home / "run.json", tmp_path)
+    runs = json.loads((home / "run.json").read_text())
+    assert all(run["versions"] and run["commit"] for run in runs)
+    TABLE1["main"](["--output_dir", str(tmp_path), *flags, "--concepts",
+                    *{cell.concept for cell in read_cells(home)}])
+    assert capsys.readouterr().out.startswith(f"{cells} cells, 0 of them to do.\n")
+    for suffix in (".csv", ".md"):
+        assert (tmp_path / f"table1{suffix}").read_bytes() == (home / f"table1{suffix}").read_bytes()
+
+
 def test_the_committed_cells_refer_to_their_runs():
     runs = json.loads((RESULTS / "run.json").read_text())
     cells = read_cells(RESULTS)
@@ -141,11 +161,10 @@ def test_a_dreambooth_folder_runs_whole_and_is_not_run_again(tmp_path, tiny_mode
     """Real scripts on a tiny model: poison, purify, train in one run, generate, score, tabulate."""
     for source, folder in zip(concept_folder, ("images", "masks"), strict=True):
         shutil.copytree(source, tmp_path / folder / "star")
-    pocket = ROOT / "szt_utils" / "pocket" / "weights-0.2"
     flags = ["--output_dir", tmp_path / "out", "--dataset", "dreambooth",
              "--dataset_dir", tmp_path / "images", "--mask_dir", tmp_path / "masks",
              "--pretrained_model_name_or_path", tiny_model,
-             "--dino", pocket / "dino", "--clip", pocket / "clip", "--initializer_token", "star",
+             "--dino", pocket.dino_path(), "--clip", pocket.clip_path(), "--initializer_token", "star",
              "--max_train_steps", "2", "--resolution", "64", "--images_per_prompt", "1",
              "--num_inference_steps", "1", "--metrics", "dino", "clip", "--data", "clean", "ea",
              "--defences", "nominal", "advclean", "lm"]
