@@ -136,7 +136,9 @@ class Run:
                 self.stopped = self.stopped or signal.Signals(number)
                 print(f"{self.stopped.name}: stopping after this step.", file=sys.stderr)
             else:
-                signal.signal(number, before[number])
+                # A shell's background jobs ignore Ctrl-C: a second one that is sent to them counts as well.
+                ignored = before[number] == signal.SIG_IGN
+                signal.signal(number, signal.default_int_handler if ignored else before[number])
                 signal.raise_signal(number)
 
         try:

@@ -163,15 +163,22 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny_model, conc
     assert [record["step"] for record in read_stats(tmp_path / "out" / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_second_signal_ends_the_run_at_once(tiny_model, concept_folder, tmp_path, at_step):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_signal_ends_the_run_at_once(tiny_model, concept_folder, tmp_path, at_step, before):
+    """Also in a shell's background job, which ignores SIGINT."""
     def twice():
         for _ in range(2):  # os.kill may reach another thread first
             signal.raise_signal(signal.SIGINT)
-            time.sleep(0.1)  # Python handles a signal a little later, and two of them as one
+            time.sleep(0.1)  # Python handles a signal a little later
 
     at_step(3, twice)
-    with pytest.raises(SystemExit) as caught:
-        run_here(flags(tiny_model, concept_folder[0], tmp_path))
+    handler = signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_here(flags(tiny_model, concept_folder[0], tmp_path))
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert caught.value.code == 130 and list_checkpoints(tmp_path) == []
 
 
