@@ -34,11 +34,10 @@ DASHES = {"adm+": "-", "sds+": "--", "ea": "-."}
 class Curves:
     """What was measured of a model. The log-SNR falls with the timesteps; pure noise is left out."""
 
-    timesteps: np.ndarray  # (T,)
     log_snr: np.ndarray  # (T,)
     increase: Mapping[str, np.ndarray]  # poison: (T,) mean loss over that of clean images, less 1
     gradient: Mapping[str, np.ndarray]  # data: (concepts, T)
-    thresholds: np.ndarray  # (K,), timesteps
+    thresholds: np.ndarray  # (K,), log-SNR, interpolated
     similarity: np.ndarray  # (concepts, K), means over the poisons
 
 
@@ -50,14 +49,14 @@ def read_curves(folder: Path, table: Path) -> Curves:
     losses, norms = (read_json(folder / f"{name}.json")["results"] for name in ("fig4", "fig5"))
     if "log_snr" not in losses["clean"] or "log_snr" not in norms["clean"]:
         raise InputError(f"The figures in '{folder}' have no log_snr; measure them again.")
-    log_snr = losses["clean"]["log_snr"]
-    known = [i for i, value in enumerate(log_snr) if value is not None]
+    known = [i for i, value in enumerate(losses["clean"]["log_snr"]) if value is not None]
+    timesteps, log_snr = (np.array(losses["clean"][name], float)[known] for name in ("timesteps", "log_snr"))
     means = {data: np.array(result["losses"])[:, known].mean(0) for data, result in losses.items()}
     thresholds, similarity = read_thresholds(read_cells(table))
-    return Curves(np.array(losses["clean"]["timesteps"])[known], np.array(log_snr, float)[known],
+    return Curves(log_snr,
                   {data: mean / means["clean"] - 1 for data, mean in means.items() if data in DASHES},
                   {data: np.array(result["norms"])[:, known] for data, result in norms.items()},
-                  thresholds, similarity)
+                  np.interp(thresholds, timesteps, log_snr), similarity)
 
 
 def read_thresholds(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,8 +67,8 @@ def read_thresholds(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
     scores: dict[tuple[int, str], dict[tuple[str, int], float]] = {}
     for cell in cells:
         t_min = re.fullmatch(r"t(\d+)", cell.defence)
-        if cell.data != "clean" and (t_min or cell.defence == "nominal"):
-            place = int(t_min[1]) if t_min else 0, cell.concept
+        if cell.data != "clean" and t_min:
+            place = int(t_min[1]), cell.concept
             scores.setdefault(place, {})[cell.data, cell.seed] = cell.metrics["dino"]
     thresholds = sorted({t for t, _ in scores})
     concepts = [name for name in sorted({name for _, name in scores})
@@ -84,24 +83,17 @@ def read_thresholds(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(thresholds), np.array(rows)
 
 
-def snr_of(curves: Curves, timesteps: Any) -> np.ndarray:
-    """The log-SNR at timesteps, interpolated."""
-    return np.interp(timesteps, curves.timesteps, curves.log_snr)
-
-
 def claims(models: Mapping[str, Curves]) -> dict[str, Any]:
     found = {}
     for label, curves in models.items():
+        noisy, snr, rows = curves.log_snr < PAPER_LOG_SNR, curves.thresholds, curves.similarity
         for data, increase in curves.increase.items():
-            noisy = curves.log_snr < PAPER_LOG_SNR
             found[f"{label}, {data}: mean relative loss increase above the paper's SNR"] = increase[
                 ~noisy].mean()
             found[f"{label}, {data}: the same below it"] = increase[noisy].mean()
         for data, norms in curves.gradient.items():
             found[f"{label}, {data}: log-SNR of the peak of the gradient"] = estimate(
                 norms, lambda rows, c=curves: c.log_snr[rows.mean(0).argmax()])
-        swept = curves.thresholds > 0
-        snr, rows = snr_of(curves, curves.thresholds[swept]), curves.similarity[:, swept]
         found |= {f"{label}: log-SNR of the best threshold": estimate(
                       rows, lambda rows, snr=snr: snr[rows.mean(0).argmax()]),
                   f"{label}: similarity with the best threshold": estimate(
@@ -121,11 +113,10 @@ def plot(models: Mapping[str, Curves], path: Path) -> None:
             mean = norms.mean(0)
             gradient.plot(curves.log_snr, mean / mean.max(), DASHES.get(data, ":"), color=color,
                           label=f"{label}, {data}")
-        swept = curves.thresholds > 0
-        rows = curves.similarity[:, swept]
+        rows = curves.similarity
         error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else None
-        similarity.errorbar(snr_of(curves, curves.thresholds[swept]), rows.mean(0), error, marker="o",
-                            capsize=2, color=color, label=label)
+        similarity.errorbar(curves.thresholds, rows.mean(0), error, marker="o", capsize=2, color=color,
+                            label=label)
     increase.set(ylabel="loss increase by the poison", yscale="symlog")
     gradient.set(ylabel="gradient norm over its peak")
     similarity.set(ylabel="similarity, by threshold",

@@ -146,8 +146,7 @@ def concept_images(settings: Settings, data: str, concept: str) -> Path:
 
 def check_size(settings: Settings) -> Figures:
     """Size of all bundled weights in megabytes."""
-    folder = Path(pocket.model_path()).parent
-    return {"megabytes": sum(path.stat().st_size for path in folder.rglob("*")
+    return {"megabytes": sum(path.stat().st_size for path in pocket.WEIGHTS.rglob("*")
                              if path.suffix in (".safetensors", ".pth")) / 1e6}
 
 
