@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .files import read_fitting_json
+from .files import read_calibration_json
 from .jpeg import jpeg_tensor
 from .models import Model, expand, residual, tokenize
 from .statistics import excess_kurtosis, high_frequency_share
@@ -108,8 +108,7 @@ def read_calibration(path: str | Path) -> dict[str, Any]:
         np.linalg.cholesky(covariance)  # LinAlgError, a ValueError, unless distances can be measured with it
         return bool(tuple(calibration["signals"]) == SIGNALS and mean.shape == (count,) and scores.ndim == 1
                     and covariance.shape == (count, count) and len(scores) and (np.diff(scores) >= 0).all())
-    return read_fitting_json(path, "calibration", fits,
-                             "a calibration of these signals; make it with --clean_dir")
+    return read_calibration_json(path, fits, "these signals", "make it with --clean_dir")
 
 
 def score(calibration: dict[str, Any], rows: np.ndarray) -> np.ndarray:

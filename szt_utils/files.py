@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .errors import InputError, first_line
 
-__all__ = ["append_stats", "atomic_path", "parse_json", "read_fitting_json", "read_json", "read_stats",
+__all__ = ["append_stats", "atomic_path", "parse_json", "read_calibration_json", "read_json", "read_stats",
            "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json", "write_text",
            "write_torch"]
 
@@ -53,16 +53,21 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         raise InputError(f"The {what} '{path}' is not valid JSON ({error}).") from None
 
 
-def read_fitting_json(path: str | Path, what: str, fits: Callable[[Any], bool], advice: str) -> Any:
-    """What a JSON file holds (`read_json`), if `fits` says so; else InputError: it is not `advice`.
+def read_calibration_json(path: str | Path, fits: Callable[[Any], bool], of: str, advice: str) -> Any:
+    """A calibration from its JSON file, if `fits` says so; else InputError: it is none `of` these, `advice`.
 
     `fits` may raise ValueError, LookupError or TypeError about content of another shape.
     """
-    content = read_json(path, what)
-    with contextlib.suppress(ValueError, LookupError, TypeError):
+    reason = ""
+    try:
+        content = read_json(path, "calibration")
         if fits(content):
             return content
-    raise InputError(f"The file '{path}' is not {advice}.")
+    except InputError as error:
+        reason = f" ({str(error).rstrip('.')})"
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise InputError(f"The file '{path}' is not a calibration of {of}{reason}; {advice}.")
 
 
 def parse_json(text: str | bytes) -> Any:

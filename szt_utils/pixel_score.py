@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import read_fitting_json
+from .files import read_calibration_json
 from .pixel_signals import SIGNALS
 
 __all__ = ["PARTS", "VERDICTS", "explain_pixels", "fit_score", "is_coarse_jpeg", "pixel_calibration_path",
@@ -79,8 +79,7 @@ def read_pixel_calibration(path: str | Path | None = None) -> dict[str, Any]:
             and min(part["deviation"]) > 0 and math.isfinite(part["threshold"])
             and np.isfinite(score_pixels(part, np.zeros(count))).all()
             for part in (calibration[name] for name in PARTS))
-    return read_fitting_json(path, "calibration", fits,
-                             "a calibration of the pixel signals; make it with examples/calibrate_pixels.py")
+    return read_calibration_json(path, fits, "the pixel signals", "make it with examples/calibrate_pixels.py")
 
 
 def is_coarse_jpeg(path: str | Path) -> bool:

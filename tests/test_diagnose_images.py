@@ -123,7 +123,7 @@ def test_without_a_model_a_mistake_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--clean_dir", "few"], "at least 10 clean images, but there are 5"),
     (["--clean_dir", "none"], "'none' does not exist"),
-    (["--calibration", "none.json"], "The calibration 'none.json' does not exist"),
+    (["--calibration", "none.json"], "'none.json' is not a calibration"),
     (["--clean_dir", "enough", "--resolution", 100], "multiple of 8"),
     (["--clean_dir", "enough", "--pretrained_model_name_or_path", "no/such"], "no usable"),
     (["--clean_dir", "broken"], "broken.png' cannot be read"),

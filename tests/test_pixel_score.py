@@ -108,7 +108,7 @@ def test_a_coarse_jpeg_is_one_below_quality_90(tmp_path):
 
 def test_what_is_no_calibration_is_refused(simple, tmp_path):
     path = tmp_path / "c.json"
-    with pytest.raises(InputError, match="The calibration .* does not exist"):
+    with pytest.raises(InputError, match="not a calibration of the pixel signals .*does not exist"):
         read_pixel_calibration(path)
     write_json(path, simple)
     assert read_pixel_calibration(path) == simple
