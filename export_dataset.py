@@ -11,7 +11,7 @@ template; {} in it, or else the word of --initializer_token, becomes --placehold
 --check says what is wrong with such a data set and its config files, whoever wrote them, and exits with 1 if
 anything is:
 
-    python export_dataset.py --trainer kohya --model sdxl --check exported --config dataset.toml train.sh
+    python export_dataset.py --trainer kohya --model sdxl --check images --config dataset.toml train.sh
 """
 
 import argparse

@@ -22,7 +22,8 @@ METHODS = ("adm+", "adm-", "sds+", "sds-", "ea", "da")
 # The flags that only some methods use: ignoring them silently would hide a mistake.
 USED_BY = {"target_image": ("ea", "da"), "chain_steps": ("da",), "strength": ("da",),
            "guidance_scale": ("da",), "t_min": METHODS[:4], "t_max": METHODS[:4],
-           "draws": METHODS[:4] + ("da",), "prompt": METHODS[:4] + ("da",)}
+           "draws": METHODS[:4] + ("da",), "prompt": METHODS[:4] + ("da",),
+           "one_graph": METHODS[:2] + ("da",)}
 # Where published code differs from the defaults; eps is rounded down to whole levels.
 PRESETS = {
     # Xue et al. 2024: the defaults.
@@ -82,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Do not crop: attack the whole image at --resolution, enlarge the change, add it to the "
              "original.")
     add("--batch_size", type=number(int, 1), help="Images attacked together. (1)")
-    add("--one_graph", action="store_true",
+    add("--one_graph", action="store_true", default=None,
         help="adm+, adm-, da: hold the graphs of encoder and network together; saves one encoding a step, "
              "for more memory.")
     add("--seed", type=seed, help="Seed of the start, noise and timesteps. (0)")

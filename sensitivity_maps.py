@@ -5,7 +5,7 @@
 
 writes `maps.safetensors` - `ssm` (tokens, timesteps, h, w) on the latent grid, with --cross_attention also
 `cross_attention`, and both axes' labels in its metadata - and `grid.png`, the maps over the image. Each of
-several images gets a folder. Works with Stable Diffusion and SDXL; --embeddings loads learned tokens.
+several images gets a folder. Takes models of every family; --embeddings loads learned tokens.
 
 The same command again resumes.
 """

@@ -16,7 +16,7 @@ from szt_utils import pocket
 from szt_utils.arguments import command_line, script_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the README's three lines import.
+# What a loop that masks, compresses and chooses timesteps imports.
 METHOD = "szt_utils.jpeg, szt_utils.masks, szt_utils.timesteps"
 
 
