@@ -4,7 +4,8 @@
 
 Prints the similarity by defence, on clean images and on average over the poisons, and the recovered share of
 what the poisons took, for each folder and for the paper; then Spearman's rank correlation with the paper over
-the defences. Only data, concepts and seeds that all folders have count. Needs scipy: pip install scipy.
+the defences. Only data, concepts and seeds that all folders have count, also of the paper's poisons, and only
+defences that have all of these cells. Needs scipy: pip install scipy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from scipy.stats import spearmanr
 
 from szt_utils.arguments import script_parser, user_path
 from szt_utils.errors import InputError, exit_on_input_error
-from szt_utils.tables import Cell, averages, read_cells, recovered
+from szt_utils.tables import Cell, averages, read_table, recovered
 
 DEFENCES = ("nominal", "regen", "pdmpure", "advclean", "jpeg", "t600", "lm", "jpeg+t600", "jpeg+lm", "szt")
 # DINOv2 similarity on CustomConcept101, in the order of DEFENCES.
@@ -34,17 +35,10 @@ Rows = Mapping[str, Row]  # by data, and the poisons' mean
 
 
 def with_mean(rows: dict[str, Row]) -> Rows:
-    """The rows and, under "poisons", the mean of those of the poisons."""
-    defences = set.intersection(*(set(rows[name]) for name in POISONS if name in rows))
-    return {**rows, "poisons": {defence: mean(rows[name][defence] for name in POISONS if name in rows)
-                                for defence in DEFENCES if defence in defences}}
-
-
-def read_rows(cells: Sequence[Cell], metric: str) -> Rows:
-    """Means of a metric of cells."""
-    places = averages(cells, metric)
-    return with_mean({name: {d: places[name, d].mean for d in DEFENCES if (name, d) in places}
-                      for name in PAPER if any((name, d) in places for d in DEFENCES)})
+    """The mean of the poisons' rows, under "poisons", and the rows."""
+    of_poisons = [row for name, row in rows.items() if name in POISONS]
+    return {"poisons": {defence: mean(row[defence] for row in of_poisons) for defence in DEFENCES
+                        if all(defence in row for row in of_poisons)}, **rows}
 
 
 def read_folders(folders: Sequence[Path], metric: str = "dino") -> dict[str, Rows]:
@@ -52,16 +46,21 @@ def read_folders(folders: Sequence[Path], metric: str = "dino") -> dict[str, Row
 
     InputError when they have no concept or no poison in common.
     """
-    tables = {str(folder): [cell for cell in read_cells(folder) if metric in cell.metrics]
+    tables = {str(folder): [cell for cell in read_table(folder) if metric in cell.metrics]
               for folder in folders}
-    data = set.intersection(*({cell.data for cell in cells} for cells in tables.values()))
-    shared = set.intersection(*({(cell.concept, cell.seed) for cell in cells if cell.data in POISONS}
-                                for cells in tables.values()))
-    if not shared or not data & set(POISONS):
+    places = [{(cell.data, cell.concept, cell.seed) for cell in cells} for cells in tables.values()]
+    data = [name for name in PAPER if all(any(name == own for own, *_ in each) for each in places)]
+    shared = {(concept, seed) for _, concept, seed in places[0]
+              if all((name, concept, seed) in each for name in data for each in places)}
+    if not shared or not {*data} & {*POISONS}:
         raise InputError(f"The folders have no cells with {metric} of the same poisons, concepts and seeds.")
     print(f"concepts: {len({concept for concept, _ in shared})}, seeds: {len({s for _, s in shared})}\n")
-    return {name: read_rows([cell for cell in cells if (cell.concept, cell.seed) in shared
-                             and cell.data in data], metric) for name, cells in tables.items()}
+
+    def rows(cells: list[Cell]) -> Rows:
+        found = averages([cell for cell in cells if (cell.concept, cell.seed) in shared], metric)
+        whole = {place: average.mean for place, average in found.items() if average.count == len(shared)}
+        return with_mean({name: {d: whole[name, d] for d in DEFENCES if (name, d) in whole} for name in data})
+    return {name: rows(cells) for name, cells in tables.items()}
 
 
 def rank_correlation(row: Row, other: Row) -> float | None:
@@ -73,7 +72,9 @@ def rank_correlation(row: Row, other: Row) -> float | None:
 
 def report(tables: Mapping[str, Rows]) -> str:
     """The tables beside the paper's, as Markdown."""
-    paper = with_mean({name: dict(zip(DEFENCES, row, strict=True)) for name, row in PAPER.items()})
+    compared = next(iter(tables.values()))
+    paper = with_mean({name: dict(zip(DEFENCES, row, strict=True)) for name, row in PAPER.items()
+                       if name in compared})
 
     def line(*parts: str) -> str:
         return "| " + " | ".join(parts) + " |"
@@ -87,10 +88,9 @@ def report(tables: Mapping[str, Rows]) -> str:
             shares = {d: recovered(value, nominal, clean) for d, value in rows["poisons"].items()}
             lines.append(line(f"{name}, recovered", *("" if d == "nominal" or shares.get(d) is None
                                                       else f"{shares[d]:.0%}" for d in DEFENCES)))
-    lines += ["", line("rank correlation with the paper", "poisons", *PAPER),
-              "| --- |" + " --- |" * (len(PAPER) + 1)]
+    lines += ["", line("rank correlation with the paper", *paper), "| --- |" + " --- |" * len(paper)]
     for name, rows in tables.items():
-        ranks = [rank_correlation(rows.get(data, {}), paper[data]) for data in ("poisons", *PAPER)]
+        ranks = [rank_correlation(rows[data], row) for data, row in paper.items()]
         lines.append(line(name, *("" if rank is None else f"{rank:.2f}" for rank in ranks)))
     return "\n".join(lines)
 

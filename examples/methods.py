@@ -103,11 +103,15 @@ METHODS = {
 
 
 class Trained:
-    """The pocket model with what a method trains, from its files or to be trained."""
+    """The pocket model with what a method trains, from its files or to be trained.
 
-    def __init__(self, method: Method, path: str):
+    The seed decides how a LoRA starts.
+    """
+
+    def __init__(self, method: Method, path: str, seed: int = 0):
         self.method, self.rows = method, None
         self.model: Model = load_model(path, device=best_device())
+        torch.manual_seed(seed)
         method.prepare(self.model.network)
         if method.placeholder:
             tokenizer, encoder = self.model.tokenizers[0], self.model.text_encoders[0]
@@ -213,7 +217,7 @@ def trainer(name: str) -> Train:
     """Trains the cells of a concept with a method, one after the other."""
     def train_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
         for entry in training_entries(table, table.home(concept.name), cells):
-            trained = Trained(METHODS[name], table.model)
+            trained = Trained(METHODS[name], table.model, entry["seed"])
             train_one(trained, table.settings, entry)
             trained.save(Path(entry["output_dir"]) / table.learned_file)
     return train_cells

@@ -161,13 +161,10 @@ def settings_of(folder: Path, dataset: str) -> CellSettings:
 
 
 def given_beyond_settings(args: argparse.Namespace) -> dict:
-    """What else decides the cells, without what is the data set's own; files and models by name."""
-    own = {"dino": pocket.dino_path(), "clip": pocket.clip_path(), "pdmpure_model": pocket.pixel_path(),
-           "mixed_precision": "no"}
-    names = ("dino", "clip", "inception", "pdmpure_model", "upscaler", "initializer_token", "mixed_precision")
-    given = {name: Path(getattr(args, name)).name for name in names
-             if getattr(args, name) not in (None, own.get(name))}
-    return {**given, **({"prompts": read_prompt_templates(args.prompts_file)} if args.prompts_file else {})}
+    """The words that decide the cells, where they are not the data set's own."""
+    given = {"initializer_token": args.initializer_token,
+             "prompts": args.prompts_file and read_prompt_templates(args.prompts_file)}
+    return {name: value for name, value in given.items() if value}
 
 
 def main(argv: list[str] | None = None) -> None:

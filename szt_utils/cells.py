@@ -9,6 +9,7 @@ import gc
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from .folder_run import provenance
 from .generation import load_pipeline
 from .images import contact_sheet, list_images, read_image
 from .metrics import SCORES
+from .notices import notice
 from .poisoning import PoisonSettings, poison_folder
 from .purifying import PurifySettings, purify_folder
 from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
@@ -121,7 +123,10 @@ def training_entries(table: Table, home: Path, cells: Sequence[Cell]) -> list[Fl
 
 
 def train(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
-    """Train the missing embeddings of a concept's cells in one run; each is one of its --concepts."""
+    """Train the missing embeddings of a concept's cells in one run; each is one of its --concepts.
+
+    InputError when any of them fails; the others are trained.
+    """
     settings, home = table.settings, table.home(concept.name)
     if entries := training_entries(table, home, cells):
         write_json(home / "concepts.json", entries)
@@ -137,7 +142,8 @@ def train(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
 def train_apart(**flags: object) -> None:
     """Run the training in a process of its own, on the GPU of this one.
 
-    SystemExit with the command and what it printed, when it fails.
+    InputError with its message when it reports an error; SystemExit with the command and what it printed,
+    when it ends otherwise.
     """
     # A child that saw the launcher's variables would wait for the other processes.
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -148,6 +154,8 @@ def train_apart(**flags: object) -> None:
         environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)] if visible != [""] else str(rank)
     command = [sys.executable, str(TRAINING), *command_line(**flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 1 and (found := re.findall(r"^error: (.+)", done.stderr, re.M)):
+        raise InputError(found[-1])
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
@@ -174,23 +182,37 @@ def score_token(table: Table, concept: DatasetConcept, cell: Cell, pipeline: Any
 
 
 def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], train: Train = train,
-               score: Score = score) -> None:
-    """Train and score a concept's missing cells, and add them to its file."""
-    start, home = time.perf_counter(), table.home(concept.name)
+               score: Score = score) -> list[str]:
+    """Train and score a concept's missing cells, and add them to its file; returns what failed, a sentence
+    each. InputError when no cell of the concept can be trained."""
+    start, home, failures = time.perf_counter(), table.home(concept.name), []
     run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
                  table.settings.resolution)
-    train(table, concept, cells)
+    try:
+        train(table, concept, cells)
+    except InputError as error:  # of one of several cells, perhaps
+        if not any(table.learned(cell).exists() for cell in (*cells, *table.finished())
+                   if cell.concept == concept.name):
+            raise
+        failures.append(str(error))
     shared = (time.perf_counter() - start) / len(cells)
     share = sum(passes(table, cells, {concept.name: concept}).values()) / len(cells)
     for i, cell in enumerate(cells, 1):
         start = time.perf_counter()
-        metrics = score(table, concept, cell)
+        try:
+            if not table.learned(cell).exists():
+                continue  # its training has failed
+            metrics = score(table, concept, cell)
+        except InputError as error:
+            failures.append(f"{cell.name}: {error}")
+            continue
         seconds = round(shared + time.perf_counter() - start, 2)
         append_cell(table.output_dir,
                     replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run))
         print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
+    return failures
 
 
 def write_sheet(table: Table, concept: str, seed: int) -> None:
@@ -219,9 +241,12 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     """Make the missing cells of this process's concepts, then write the table of all that are finished.
 
     With `dry_run`, print which cells are missing and what they cost instead. `train` and `score` are textual
-    inversion's, or another method's.
+    inversion's, or another method's. A cell that fails is left out, and an InputError at the end names it.
     """
     finished = set(table.finished())
+    if not finished and read_cells(table.output_dir):
+        notice(f"the cells in '{table.output_dir}' were made with other settings, models or an earlier "
+               "version: none of them counts")
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
                                in itertools.product(seeds, concepts, table.data, table.defences)))
     missing = [cell for cell in cells if cell not in finished]
@@ -233,10 +258,11 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    failures = []
     # Seeds of a concept share its poisoned images, and one process writes its file: processes share concepts.
     for concept in list(concepts.values())[rank::processes]:
         if own := [cell for cell in missing if cell.concept == concept.name]:
-            make_cells(table, concept, own, train, score)
+            failures += make_cells(table, concept, own, train, score)
         if table.home(concept.name).exists():  # cells may have come without the images
             write_sheet(table, concept.name, seeds[0])
     table.output_dir.mkdir(parents=True, exist_ok=True)
@@ -245,3 +271,5 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
                                                    if name != "real_real")
     print(write_table(table.output_dir / table.name, cells, list(scores), list(table.rows),
                       list(table.columns), table.plain_poisons, sweep=bool(table.swept)))
+    if failures:
+        raise InputError(f"Cells failed, and the same command tries them again: {' '.join(failures)}")

@@ -17,7 +17,7 @@ from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .errors import InputError
 from .files import read_json
-from .images import crop_and_resize, list_images, read_image, save_png
+from .images import crop_and_resize, name_results, read_image, save_png
 from .masks import find_masks, read_mask
 
 __all__ = ["READERS", "DatasetConcept", "read_concepts", "write_images"]
@@ -116,16 +116,26 @@ def read_concepts(dataset: str, dataset_dir: Path | None = None, mask_dir: Path 
 def write_images(concept: DatasetConcept, image_dir: Path, mask_dir: Path | None, resolution: int) -> None:
     """Write a concept's images, and with `mask_dir` its masks, as square PNGs of `resolution` pixels.
 
-    The concepts of the pocket world are drawn at 128 pixels. InputError names an image without a mask.
+    The concepts of the pocket world are drawn at 128 pixels. InputError names an image without a mask, two
+    images that would get one name, and a file that is there already and differs.
     """
     if concept.image_dir is None:
         pocket.write_concept(concept.name, image_dir, mask_dir)
         return
-    paths = list_images(concept.image_dir)
-    masks = find_masks(concept.mask_dir, paths) if mask_dir else [None] * len(paths)
-    for path, mask in zip(paths, masks, strict=True):
-        image, name = read_image(path), f"{path.stem}.png"
-        save_png(crop_and_resize(image, resolution, center_crop=True), image_dir / name)
+    named = name_results(concept.image_dir, recursive=False)
+    masks = find_masks(concept.mask_dir, list(named.values())) if mask_dir else [None] * len(named)
+    for (name, path), mask in zip(named.items(), masks, strict=True):
+        image = read_image(path)
+        _write(crop_and_resize(image, resolution, center_crop=True), image_dir / name)
         if mask is not None:
-            save_png(crop_and_resize(read_mask(mask, image.size), resolution, True, Image.Resampling.NEAREST),
-                     mask_dir / name)
+            _write(crop_and_resize(read_mask(mask, image.size), resolution, True, Image.Resampling.NEAREST),
+                   mask_dir / name)
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    """Write a PNG, unless it is there; what was made of another one would not fit it."""
+    if not path.exists():
+        save_png(image, path)
+    elif Image.open(path).tobytes() != image.tobytes():
+        raise InputError(f"The data set has changed since '{path}' was made of it; give another "
+                         "--output_dir.")

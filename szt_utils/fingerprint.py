@@ -1,5 +1,6 @@
 """What decides a training's result: recorded in every checkpoint, compared when a run is resumed."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from .errors import InputError
 from .folder_run import library_versions
 from .models import Model
 
-__all__ = ["compare", "fingerprint", "hash_captions", "hash_weights"]
+__all__ = ["compare", "fingerprint", "hash_captions", "hash_weights", "identity"]
 
 # Settings that leave the embedding as it is, or whose effect is recorded otherwise: a model by its weights, a
 # folder by its files, the precision as Accelerate has chosen it.
@@ -104,3 +105,23 @@ def hash_weights(model: Model) -> str:
             if type(tensor.data) is torch.Tensor:
                 digest.update(tensor.data.flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def identity(path: str) -> str:
+    """A local model's name and a hash of its files, such as "dino@1f2e3d4c"; an id on the Hub as it is.
+
+    Of every 64 MB of a file the first 64 kB are hashed: training and merging change whole tensors.
+    """
+    home = Path(path).resolve()
+    if not home.exists():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(home.rglob("*")) if home.is_dir() else [home]:
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(f"{file.relative_to(home)} {file.stat().st_size} ".encode())
+            with open(file, "rb") as stream:
+                for start in range(0, file.stat().st_size, 2**26):
+                    stream.seek(start)
+                    digest.update(stream.read(2**16))
+    return f"{home.name}@{digest.hexdigest()[:8]}"

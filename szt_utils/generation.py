@@ -3,7 +3,6 @@
 Images are generated in batches, and are the same for every batch size.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
 
 __all__ = ["generate", "load_pipeline", "use_dpm_solver"]
 
-# A safety checker would blank images, a watermark would change them.
-_WITHOUT = {"safety_checker": None, "add_watermarker": False}
-
 
 def load_pipeline(model: str | Path, embedding: str | Path | None = None,
                   device: torch.device | str = "cpu", *, revision: str | None = None,
@@ -35,9 +31,7 @@ def load_pipeline(model: str | Path, embedding: str | Path | None = None,
 
     try:
         index = load_index(str(model), revision)
-        accepted = inspect.signature(getattr(diffusers, index["_class_name"], object).__init__).parameters
-        options = {name: value for name, value in _WITHOUT.items() if name in accepted}
-        options |= pipeline_parts(index, str(model), torch_dtype, revision, variant)
+        options = pipeline_parts(index, str(model), torch_dtype, revision, variant)
         with quiet_loading():
             pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, revision=revision,
                                                                            **options)

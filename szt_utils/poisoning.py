@@ -18,11 +18,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
-from .errors import printable
+from .errors import InputError, printable
+from .files import read_json
 from .folder_run import FolderRun, Record
 from .image_rng import image_generator
 from .images import from_pil, read_image, to_pil
-from .models import Model, find_family, load_model, tokenize
+from .models import Model, find_family, load_model, load_schedule, tokenize
 from .pgd import add_within_budget, pgd, project, rms, warn_if_unmoved
 from .poison_jobs import ImageJob, Tensors, find_jobs, read_job, scale
 from .poisons import (
@@ -34,6 +35,7 @@ from .poisons import (
     target_pattern,
 )
 from .safe_zone import SafeZone, paper_dilation
+from .schedules import Schedule
 from .square_images import resolution_for
 
 __all__ = ["PoisonSettings", "poison_folder"]
@@ -85,8 +87,8 @@ class PoisonSettings:
         """Whether the attack is aimed at a defence."""
         return bool(self.adaptive or self.jpeg_quality or self.loss_mask_dir or self.t_min or self.t_max)
 
-    def zone(self, model: Model | None = None) -> SafeZone:
-        """Where the victim trains; without a model, t_min is that of Stable Diffusion."""
+    def zone(self, model: Model | Schedule | None = None) -> SafeZone:
+        """Where the victim trains; without a model or its schedule, t_min is that of Stable Diffusion."""
         given = {"jpeg_quality": self.jpeg_quality and min(self.jpeg_quality), "t_max": self.t_max,
                  "t_min": self.t_min if "t_min" in find_poison(self.method).uses else 0,
                  "mask_dilation": self.mask_dilation}
@@ -129,6 +131,8 @@ def load_victim(settings: PoisonSettings) -> Victim:
     model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
                        variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
                        device=best_device())
+    if settings.method == "da":
+        check_chain(model, settings.chain_steps, settings.strength)
     zone = settings.zone(model).fit(model.num_timesteps)
     resolution_for(model, settings.resolution)  # raises for one that the VAE does not divide
     condition, empty = (model.condition(tokenize(model, prompt)) for prompt in (settings.prompt, ""))
@@ -255,6 +259,18 @@ def warnings_to(report: Callable[[str], None]) -> Iterator[None]:
         report(warning.message)
 
 
+def check_t_min(folder: Path, settings: PoisonSettings) -> None:
+    """InputError when the adaptive poisons of a folder begin at another timestep.
+
+    The arguments do not tell: they name Stable Diffusion's t_min, whether it was given or not.
+    """
+    if settings.adaptive and (folder / "options.json").exists():
+        schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
+        if read_json(folder / "options.json").get("t_min") not in (None, settings.zone(schedule).t_min):
+            raise InputError(f"The folder '{folder}' was made with another --t_min; "
+                             "give another --output_dir.")
+
+
 def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
     """Poison the images of `settings.image_dir`, with its sub-folders, into `output_dir`; resumes.
 
@@ -265,6 +281,7 @@ def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
         return input_hash(settings, tensors), tensors.attacked.shape
 
     with FolderRun(output_dir, "poison_images.py", settings.arguments(), settings.image_dir) as run:
+        check_t_min(run.folder, settings)
         jobs = find_jobs(settings.image_dir, settings.mask_dir, settings.loss_mask_dir)
         if settings.target_image not in _TARGETS:
             read_image(settings.target_image)

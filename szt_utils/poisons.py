@@ -185,12 +185,24 @@ def image_to_image(victim: Victim, latents: torch.Tensor, noise: torch.Tensor) -
     return checkpoint(model.decode, latents, use_reentrant=False)
 
 
-def check_chain(family: type[Model], chain_steps: int, strength: float) -> None:
-    """InputError when a flow model's chain begins at pure noise, where no gradient reaches the image."""
-    if family.network_name == "transformer" and round(chain_steps / strength) == chain_steps:
-        raise InputError(f"A chain of {chain_steps} steps at strength {strength} begins at pure noise, where "
-                         f"{family.family} sees nothing of the image; lower --strength or raise "
-                         "--chain_steps.")
+def check_chain(model: Model | type[Model], chain_steps: int, strength: float) -> None:
+    """InputError when a chain begins at pure noise, where no gradient reaches the image, or is too fine.
+
+    The family is enough to refuse flow models at pure noise, where their first step always is.
+    """
+    steps = round(chain_steps / strength)
+    chain = f"A chain of {chain_steps} steps at strength {strength}"
+    if isinstance(model, type):
+        at_noise = model.network_name == "transformer" and steps == chain_steps
+    elif steps >= model.num_timesteps:
+        raise InputError(f"{chain} needs a schedule of {steps} steps, which must be fewer than the "
+                         f"model's {model.num_timesteps} timesteps; raise --strength or lower --chain_steps.")
+    else:
+        timesteps, _ = model.sampler(steps, torch.zeros(1, 1, 8, 8))
+        at_noise = model.log_snr(timesteps[[steps - chain_steps]]) == -torch.inf
+    if at_noise:
+        raise InputError(f"{chain} begins at pure noise, where {model.family} sees nothing of the image; "
+                         "lower --strength or raise --chain_steps.")
 
 
 def differentiate(objective: Objective) -> LatentGradient:
@@ -209,7 +221,7 @@ def differentiate(objective: Objective) -> LatentGradient:
 
 
 _ADM = dict(objective=denoising_objective, gradient=differentiate(denoising_objective), random_start=True,
-            network_graph=True, uses=("draws", "prompt", "t_max", "t_min"))
+            network_graph=True, uses=("draws", "one_graph", "prompt", "t_max", "t_min"))
 _SDS = dict(objective=denoising_objective, gradient=score_distillation, random_start=False,
             network_graph=False, uses=("draws", "prompt", "t_max", "t_min"))
 
@@ -222,7 +234,8 @@ POISONS = {
                  network_graph=False, uses=("target_image",)),
     "da": Poison(diffusion_objective, differentiate(diffusion_objective), ascend=False, random_start=False,
                  network_graph=True,
-                 uses=("chain_steps", "draws", "guidance_scale", "prompt", "strength", "target_image")),
+                 uses=("chain_steps", "draws", "guidance_scale", "one_graph", "prompt", "strength",
+                       "target_image")),
 }
 
 

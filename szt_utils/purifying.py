@@ -91,9 +91,6 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
 def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str | None) -> Any:
     """A Diffusers pipeline of a folder or id, on the GPU if there is one; InputError when it cannot load."""
     weights = dict(files)
-    # Disable the safety checker and the watermark: both would alter the purified image.
-    files |= {} if cls.__name__ == "DDPMPipeline" else {"safety_checker": None}
-    files |= {"watermarker": None} if cls.__name__ == "IFImg2ImgSuperResolutionPipeline" else {}
     dtype = dtype_of(settings.mixed_precision)
     try:
         files |= pipeline_parts(load_index(path, files.get("revision")), path, dtype, **weights)

@@ -155,7 +155,8 @@ class SafeZone:
             places = places.flip(0)  # rising timesteps: what torch.randint would draw
         weights = self.weights(schedule.num_timesteps)
         if weights is not None:
-            weights = weights[schedule.levels[places].round().long() - self.t_min]
+            nearest = schedule.levels[places].round().long() - self.t_min  # t_max itself is not one of them
+            weights = weights[nearest.clamp(max=len(weights) - 1)]
         everywhere = len(places) == len(schedule.values) and weights is None
         own = count if everywhere else count // parts
         drawn = places.to(device)[sample_timesteps(own, 0, len(places), weights, device=device,

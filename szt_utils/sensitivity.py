@@ -43,7 +43,7 @@ def tokenize_words(model: Model, prompt: str, words: Sequence[str] | None = None
 
     A word that occurs several times, or has several tokens, has several positions. The start token is a word
     too, by its own spelling. Several vectors of one embedding must be spelled out, `<c> <c>_1`, in prompt and
-    word. InputError for a word that the prompt does not contain and for a prompt that is too long.
+    word. InputError for a word that the prompt does not contain and for a prompt that is too long or empty.
     """
     tokenizer = model.tokenizers[0]
     length = tokenizer.model_max_length
@@ -52,6 +52,8 @@ def tokenize_words(model: Model, prompt: str, words: Sequence[str] | None = None
                          "shorten it.")
     ids = tokenize(model, prompt)
     words = list(dict.fromkeys(prompt.split()) if words is None else words)
+    if not words:
+        raise InputError(f"The prompt '{prompt}' has no word; describe the image.")
     positions = [_positions(tokenizer, ids[0], word) for word in words]
     if not all(positions):
         raise InputError(f"The word '{words[positions.index([])]}' is not in the prompt '{prompt}'.")

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from .datasets import DatasetConcept
+from .fingerprint import identity
 from .metrics import Networks
 from .poisoning import PoisonSettings
 from .tables import Cell, read_cells, settings_key
@@ -69,9 +70,11 @@ class Table:
 
     @property
     def record(self) -> Flags:
-        """What decides the cells, as run.json holds it."""
-        return {**asdict(self.settings), "dataset": self.dataset, "model": Path(self.model).name,
-                **self.given}
+        """What decides the cells, as run.json holds it; models by their `identity`."""
+        models = {"model": self.model, "pdmpure_model": self.pdmpure_model, "upscaler": self.upscaler,
+                  **asdict(self.networks)}
+        return {**asdict(self.settings), "dataset": self.dataset, "mixed_precision": self.mixed_precision,
+                **{name: identity(path) for name, path in models.items() if path}, **self.given}
 
     def key(self, *without: str) -> str:
         """The `settings_key` of the record, or of the part of it that decides an earlier stage."""

@@ -22,7 +22,8 @@ from .files import parse_json, read_json, write_bytes, write_json
 from .plots import score_sweep, score_table
 
 __all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "poison_average",
-           "read_cells", "read_runs", "recovered", "run_index", "settings_key", "write_table"]
+           "read_cells", "read_runs", "read_table", "recovered", "recovered_similarity", "run_index",
+           "settings_key", "shared_cells", "write_table"]
 
 SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
 
@@ -77,6 +78,14 @@ def read_cells(folder: str | Path, settings: str | None = None) -> list[Cell]:
                                  "remove one of the two lines.")
             cells[place] = None
     return list(dict.fromkeys(cell for cell, own in cells if settings is None or own in (None, settings)))
+
+
+def read_table(folder: str | Path) -> list[Cell]:
+    """Finished cells of a folder that holds one table; InputError when its runs had several settings."""
+    if len({settings_key(run) for run in read_runs(folder)}) > 1:
+        raise InputError(f"The runs of '{folder}' had several settings, and their cells cannot be compared; "
+                         "leave those of one in run.json and in cells.")
+    return read_cells(folder)
 
 
 def append_cell(folder: str | Path, cell: Cell) -> None:
@@ -144,22 +153,36 @@ def averages(cells: Sequence[Cell], metric: str) -> dict[tuple[str, str], Averag
     return result
 
 
+def shared_cells(cells: Sequence[Cell], metric: str, places: Sequence[tuple[str, str]]) -> list[Cell]:
+    """The cells of several places, each a data set and a defence, of concepts and seeds that have them all.
+
+    So averages over these cells compare like with like.
+    """
+    own: dict = defaultdict(dict)
+    for cell in cells:
+        if metric in cell.metrics and (cell.data, cell.defence) in places:
+            own[cell.concept, cell.seed][cell.data, cell.defence] = cell
+    return [cell for of_one in own.values() if len(of_one) == len(set(places)) for cell in of_one.values()]
+
+
 def poison_average(cells: Sequence[Cell], poisons: Sequence[str], defences: Sequence[str],
                    metric: str) -> dict[str, Average]:
     """Averages over those of the poisons that have cells, by defence; the error is over concepts, if several.
 
-    There is none for a single poison, nor for a defence that lacks one of the poisons.
+    They are over the concepts and seeds of which the first of the defences has all these poisons. There is
+    none for a single poison, nor for a defence that lacks one of these cells.
     """
-    cells = [cell for cell in cells if metric in cell.metrics]
-    present = {cell.data for cell in cells} & set(poisons)
-    result = {}
-    for defence in defences:
-        own = [cell for cell in cells if cell.defence == defence and cell.data in present]
-        if len(present) < 2 or {cell.data for cell in own} != present:
-            continue
-        average = averages([replace(cell, data="all") for cell in own], metric)["all", defence]
-        several = len({cell.concept for cell in own}) > 1
-        result[defence] = average if several else average._replace(error=None)
+    present = {cell.data for cell in cells if metric in cell.metrics} & set(poisons)
+    result, needed = {}, set()
+    for defence in defences if len(present) > 1 else ():
+        own = shared_cells(cells, metric, [(data, defence) for data in present])
+        places = {(cell.concept, cell.seed) for cell in own}
+        needed = needed or places
+        if places and places >= needed:
+            own = [replace(cell, data="all") for cell in own if (cell.concept, cell.seed) in needed]
+            average = averages(own, metric)["all", defence]
+            several = len({concept for concept, _ in needed}) > 1
+            result[defence] = average if several else average._replace(error=None)
     return result
 
 
@@ -171,6 +194,17 @@ def recovered(defended: float, nominal: float, clean: float) -> float | None:
     return (defended - nominal) / (clean - nominal) if clean - nominal > 0.05 else None
 
 
+def recovered_similarity(cells: Sequence[Cell], poisons: Sequence[str], defence: str) -> float | None:
+    """What a defence recovers of the similarity that poisons took, over the concepts and seeds that have all
+    cells that this compares; None where there are none."""
+    places = [("clean", "nominal"), *((data, name) for data in poisons for name in ("nominal", defence))]
+    cells = [cell if cell.data == "clean" else replace(cell, data="poisoned")
+             for cell in shared_cells(cells, SIMILARITY, places)]
+    means = {place: average.mean for place, average in averages(cells, SIMILARITY).items()}
+    return recovered(means["poisoned", defence], means["poisoned", "nominal"],
+                     means["clean", "nominal"]) if means else None
+
+
 def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defences: Sequence[str],
                    poisons: Sequence[str]) -> str:
     """Mean ± error by data (rows) and defence (columns), in the given order and without empty ones.
@@ -180,8 +214,10 @@ def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defe
     places = averages(cells, metric)
     data, defences = _present(places, data, defences)
     rows = {name: {d: places[name, d] for d in defences if (name, d) in places} for name in data}
+    of_row = {name: [name] for name in data if name != "clean"}
     if average := poison_average(cells, poisons, defences, metric):
         rows["poisons' mean"] = average
+        of_row["poisons' mean"] = [name for name in data if name in poisons]
 
     def line(name: str, values: Iterable[str]) -> str:
         return f"| {name} | " + " | ".join(values) + " |"
@@ -194,11 +230,10 @@ def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defe
     lines = [line("data", defences), "| --- |" + " --- |" * len(defences)]
     lines += [line(name, [shown(row.get(d)) for d in defences]) for name, row in rows.items()]
     if metric == SIMILARITY and "nominal" in rows.get("clean", {}):
-        clean = rows.pop("clean")["nominal"].mean
-        for name, row in rows.items():
-            if "nominal" in row and len(row) > 1:
-                shares = [recovered(row[d].mean, row["nominal"].mean, clean)
-                          if d in row and d != "nominal" else None for d in defences]
+        for name, of_poisons in of_row.items():
+            if "nominal" in rows[name] and len(rows[name]) > 1:
+                shares = [recovered_similarity(cells, of_poisons, d)
+                          if d in rows[name] and d != "nominal" else None for d in defences]
                 lines.append(line(f"{name}: recovered", ["" if s is None else f"{s:.0%}" for s in shares]))
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import poison_images
 import purify_images
-from szt_utils import cells
+from szt_utils import cells, pocket
 from szt_utils.arguments import command_line
 from szt_utils.datasets import read_concepts
 from szt_utils.errors import InputError
@@ -146,3 +146,41 @@ def test_the_training_does_not_see_the_launcher(monkeypatch):
                 "MASTER_PORT"} & set(options["env"])
     with pytest.raises(SystemExit, match="--seed 0\nouterr"):
         cells.train_apart(seed=0)
+
+
+def test_a_training_that_reports_an_error_fails_with_its_sentence():
+    with pytest.raises(InputError, match="^The image folder 'nowhere' does not exist"):
+        cells.train_apart(pretrained_model_name_or_path=pocket.model_path(), train_data_dir="nowhere",
+                          placeholder_token="<a>", initializer_token="object", output_dir="out")
+
+
+def test_a_cell_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch, capsys):
+    """Neither its training nor its score stops the run, which ends with what failed."""
+    one = table(tmp_path, "--data", "clean", "--defences", "nominal", "jpeg", "t600")
+    concepts = read_concepts("pocket", names=[STAR, "red-dotted-heart"])
+
+    def train(table, concept, planned):
+        for cell in planned:
+            if (cell.concept, cell.defence) != (STAR, "jpeg"):
+                table.learned(cell).parent.mkdir(parents=True, exist_ok=True)
+                table.learned(cell).touch()
+        if concept.name == STAR:
+            raise InputError("The loss is not finite.")
+
+    def score(table, concept, cell):
+        if (cell.concept, cell.defence) == (STAR, "t600"):
+            raise InputError("Image 000 is not finite.")
+        return {"dino": 0.5}
+    for attempt, missing in enumerate((6, 2)):
+        with pytest.raises(InputError, match=r"^Cells failed, .*: The loss is not finite\. "
+                                             rf"clean_t600_{STAR}_0: Image 000 is not finite\.$"):
+            cells.make_table(one, concepts, [0], train=train, score=score)
+        assert capsys.readouterr().out.startswith(f"6 cells, {missing} of them to do."), attempt
+    assert {(cell.defence, cell.concept) for cell in one.cells()} == {
+        ("nominal", STAR), *((name, "red-dotted-heart") for name in one.defences)}
+    assert (tmp_path / "table1.md").exists()
+
+    def fail(*_):
+        raise InputError("The disk is slow.")
+    with pytest.raises(InputError, match="^The disk is slow"):  # nothing works: the next concept is not tried
+        cells.make_table(table(tmp_path / "new", "--data", "clean"), concepts, [0], train=fail, score=score)

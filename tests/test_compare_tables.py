@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from szt_utils.errors import InputError
-from szt_utils.tables import Cell, append_cell
+from szt_utils.tables import Cell, append_cell, run_index
 
 pytest.importorskip("scipy")
 
@@ -45,13 +45,40 @@ def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare,
     first, second = (rows[f"{tmp_path / name}, recovered"] for name in "ab")
     assert (first[columns["jpeg"]], first[columns["szt"]]) == ("25%", "100%")
     assert (second[columns["jpeg"]], second[columns["szt"]]) == ("75%", "50%")
-    assert rows["the paper, poisons"][columns["szt"]] == "0.46"
+    assert rows["the paper, poisons"][columns["szt"]] == "0.45"
     # The paper orders nominal, JPEG and SZT as the first folder does.
     assert (rows[str(tmp_path / "a")][0], rows[str(tmp_path / "b")][0]) == ("1.00", "0.50")
+
+
+def test_the_papers_mean_is_over_the_poisons_of_the_folders(compare, tmp_path, capsys):
+    write(tmp_path, {"nominal": 0.2, "szt": 0.6})
+    compare["main"]([str(tmp_path)])
+    [mean] = [line for line in capsys.readouterr().out.splitlines() if "the paper, poisons" in line]
+    assert mean.split(" | ")[1:] == [f"{value:.2f}" for value in compare["PAPER"]["adm+"][:-1]] + ["0.45 |"]
+
+
+def test_a_defence_that_lacks_a_shared_cell_is_left_out(compare, tmp_path):
+    for name in "ab":
+        write(tmp_path / name, {"nominal": 0.2}, ["one", "two"])
+    write(tmp_path / "a", {"szt": 0.6}, ["one", "two"])
+    write(tmp_path / "b", {"szt": 0.6}, ["two"])
+    first, second = compare["read_folders"]([tmp_path / "a", tmp_path / "b"]).values()
+    assert first["poisons"] == pytest.approx({"nominal": 0.2, "szt": 0.6})
+    assert second["poisons"] == pytest.approx({"nominal": 0.2}) and list(second["clean"]) == ["nominal"]
+
+
+def test_a_folder_of_several_settings_is_refused(compare, tmp_path):
+    write(tmp_path, {"nominal": 0.2})
+    for steps in (200, 400):
+        run_index(tmp_path, {"steps": steps, "versions": {}, "commit": None})
+    with pytest.raises(InputError, match="had several settings"):
+        compare["read_folders"]([tmp_path])
 
 
 def test_folders_without_common_concepts_are_refused(compare, tmp_path):
     write(tmp_path / "a", {"szt": 0.5}, ["one"])
     write(tmp_path / "b", {"szt": 0.5}, ["two"])
-    with pytest.raises(InputError, match="no cells with dino of the same poisons"):
-        compare["read_folders"]([tmp_path / "a", tmp_path / "b"])
+    write(tmp_path / "c", {"szt": 0.5}, [])
+    for folders in (["a", "b"], ["a", "c"]):
+        with pytest.raises(InputError, match="no cells with dino of the same poisons"):
+            compare["read_folders"]([tmp_path / name for name in folders])

@@ -100,6 +100,23 @@ def test_images_and_masks_are_written_as_squares_of_the_same_names(tmp_path):
         write_images(concept, tmp_path / "other", tmp_path / "other-masks", 40)
 
 
+def test_an_image_that_has_changed_or_would_replace_another_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "images" / "a.png")
+    concept = DatasetConcept("c", tmp_path / "images", None, "toy", "toy", ("a {}",))
+    for _ in range(2):  # the same image again is no change
+        write_images(concept, tmp_path / "out", None, 40)
+    written = (tmp_path / "out" / "a.png").read_bytes()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "images" / "a.png")
+    with pytest.raises(InputError, match="The data set has changed since '.*a.png' was made of it"):
+        write_images(concept, tmp_path / "out", None, 40)
+    assert (tmp_path / "out" / "a.png").read_bytes() == written
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(InputError, match="would both become 'a.png'"):
+        write_images(concept, tmp_path / "new", None, 40)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_pocket_concept_is_drawn_with_its_masks(tmp_path, concept_folder):
     concept = read_concepts("pocket")["teal-striped-star"]
     write_images(concept, tmp_path / "images", tmp_path / "masks", 128)

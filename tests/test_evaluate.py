@@ -168,6 +168,32 @@ def test_a_prompt_without_room_for_all_vectors_is_refused(run, tmp_path):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
+def test_all_vectors_of_an_embedding_of_stable_diffusion_3_are_in_the_prompts(run, tiny_sd3, tmp_path):
+    """Its pipeline does not add those behind the first."""
+    from szt_utils.generation import generate, load_pipeline
+
+    def evaluated(count):
+        torch.manual_seed(0)
+        save_file({"clip_l": 3 * torch.randn(count, 32), "clip_g": 3 * torch.randn(count, 24)},
+                  tmp_path / f"{count}.safetensors")
+        run(tmp_path / f"out-{count}", "--pretrained_model_name_or_path", tiny_sd3, "--embeddings",
+            tmp_path / f"{count}.safetensors", "--metrics", "dino")
+        return np.stack([np.asarray(image, int) for image in images_in(tmp_path / f"out-{count}")])
+
+    def generated(count, words):
+        prompts = [f"a photo of a {words} on sand"] * 2 + [f"a {words} in the sky"] * 2
+        pipeline = load_pipeline(tiny_sd3, tmp_path / f"{count}.safetensors")
+        return np.stack([np.asarray(image, int) for image in generate(pipeline, prompts, seed=100, steps=2,
+                                                                      guidance_scale=7.5)])
+
+    one, three = evaluated(1), evaluated(3)
+    assert np.abs(one - generated(1, "<1>")).max() <= 1
+    assert np.abs(three - generated(3, "<3> <3>_1 <3>_2")).max() <= 1 < np.abs(
+        three - generated(3, "<3>")).max()
+    with pytest.raises(SystemExit, match="leaves no room for all vectors of"):
+        evaluated(20)
+
+
 def test_images_that_are_not_finite_are_refused_not_saved(run, tmp_path):
     save_embedding(tmp_path / "huge.safetensors", "<new>", torch.full((1, 32), 1e38))
     with pytest.raises(SystemExit, match="Image 000, 'a photo of a <new> on sand', is not finite"):

@@ -150,6 +150,63 @@ def test_redrawing_without_a_json_is_one_sentence(module, tmp_path):
         run_figure("fig6", "--redraw", "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize("name, lacking", [
+    ("fig3", "clean"), ("fig4", "clean"), ("fig4", "adm+"), ("fig5", "clean"), ("fig5", "adm+"),
+    ("fig7", "clean"), ("spectra", "clean")])
+def test_a_concept_that_one_data_set_lacks_has_no_part_in_the_comparison(name, lacking, module, data_dir,
+                                                                         tiny_model, tmp_path):
+    star, heart = CONCEPTS  # the heart comes first
+    folder, found = tmp_path / "data", []
+    shutil.copytree(data_dir, folder, ignore=lambda path, names: [heart] * (Path(path).name == lacking))
+    for output, more in (("all", []), ("star", ["--concepts", star])):
+        run_figure(name, "--pretrained_model_name_or_path", tiny_model, "--data_dir", folder, "--output_dir",
+                   tmp_path / output, *FIGURES[name], *more)
+        claims = json.loads((tmp_path / output / f"{name}_claims.json").read_text())
+        found.append({sentence: value for sentence, value in claims.items() if sentence.startswith("adm+")
+                      and ("of clean" in sentence or name not in ("fig3", "fig5"))})
+    assert found[0] == found[1] and found[0]
+
+
+def test_results_are_kept_for_the_same_concepts_and_images(module, tmp_path):
+    common, measured, home = module("common"), [], tmp_path / "data"
+
+    def add(*names):
+        for name in names:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(home / f"{name}.png")
+
+    def measure(settings, data):
+        measured.append(data)
+        return {"concepts": settings.concepts_in(data)}
+
+    def run(names=None):
+        measured.clear()
+        results = common.measured(tmp_path / "figure.json", common.Settings("model", (home,), None), measure,
+                                  names, common.DATA)
+        return measured.copy(), [result["concepts"] for result in results.values()]
+
+    add("clean/cup/1", "clean/dog/1", "adm+/cup/1", "ea/fox/1")
+    assert run() == (["clean", "adm+"], [["cup", "dog"], ["cup"]])  # no image of 'ea' is in 'clean'
+    assert run() == ([], [["cup", "dog"], ["cup"]])
+    add("adm+/dog/1")  # a concept
+    assert run() == (["adm+"], [["cup", "dog"]] * 2)
+    add("adm+/dog/2")  # an image
+    assert run()[0] == ["adm+"]
+    add("clean/dog/2")  # others are compared with it
+    assert run()[0] == ["clean", "adm+"] and run()[0] == []
+    with pytest.raises(InputError, match="The data set 'ea' in .* has none of the images of 'clean'"):
+        run(["clean", "ea"])
+
+
+def test_images_of_one_name_are_refused(module, tmp_path):
+    folders = [tmp_path / "a" / "few", tmp_path / "b" / "few"]
+    for folder in folders:
+        (folder / "clean" / "cup").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "clean" / "cup" / "1.png")
+    with pytest.raises(SystemExit, match="error: The images .* and .* are both named 'few/cup/1'"):
+        run_figure("fig4", "--data_dir", *folders, "--output_dir", tmp_path)
+
+
 def test_without_clean_images_there_is_nothing_to_compare_with(module, tmp_path):
     with pytest.raises(SystemExit, match="error: The data set 'clean' is not in"):
         run_figure("fig7", "--data_dir", tmp_path, "--output_dir", tmp_path / "out")
@@ -235,13 +292,17 @@ def test_images_of_ones_own_become_squares_with_masks(module, tiny_model, tmp_pa
 
 
 def write_model(folder: Path, log_snr: list, thresholds: dict[str, float]) -> None:
-    """Two timesteps and pure noise: losses and norms of fig4 and fig5, and a table of two concepts."""
-    losses = {"clean": [[1.0, 2.0, 3.0]] * 2, "ea": [[3.0, 2.5, 3.0], [5.0, 2.5, 3.0]]}
+    """Two timesteps and pure noise: losses and norms of fig4 and fig5, and a table of two concepts.
+
+    One clean image has no poisoned copy.
+    """
+    losses = {"clean": [[9.0, 9.0, 9.0], *[[1.0, 2.0, 3.0]] * 2], "ea": [[3.0, 2.5, 3.0], [5.0, 2.5, 3.0]]}
     norms = {"clean": [[1.0, 4.0, 9.0]] * 2, "ea": [[6.0, 3.0, 9.0]] * 2}
     folder.mkdir()
     for name, key, values in (("fig4", "losses", losses), ("fig5", "norms", norms)):
         write_json(folder / f"{name}.json", {"settings": {}, "results": {
-            data: {"timesteps": [0, 500, 999], "log_snr": log_snr, key: rows, "names": ["a", "b"]}
+            data: {"timesteps": [0, 500, 999], "log_snr": log_snr, key: rows,
+                   "names": ["alone", "a", "b"][-len(rows):]}
             for data, rows in values.items()}})
     for concept, shift in (("one", 0.0), ("two", 0.1)):
         for defence, value in {"nominal": 0.1, **thresholds}.items():

@@ -4,10 +4,12 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from szt_utils import pocket
 from szt_utils.models import load_model, residual, tokenize
@@ -67,6 +69,17 @@ def test_a_method_trains_its_own_parameters_and_no_others(methods, entry, name, 
     assert all((value != before[key]).any() for key, value in one.parameters.items())
     assert all(torch.equal(value, frozen[key]) for key, value in one.model.network.named_parameters()
                if key in frozen)
+
+
+def test_a_lora_starts_from_its_seed_whatever_was_drawn_before(methods, monkeypatch, tmp_path):
+    entries = [{"seed": seed, "output_dir": str(tmp_path / str(i))} for i, seed in enumerate((3, 3, 4))]
+    monkeypatch.setattr(methods, "training_entries", lambda *given: entries)
+    monkeypatch.setattr(methods, "train_one", lambda *given: torch.rand(5))
+    table = methods.read_table(methods.parse_args(["--method", "lora", "--output_dir", str(tmp_path)]))
+    methods.trainer("lora")(table, SimpleNamespace(name=STAR), [])
+    first, again, other = (load_file(tmp_path / str(i) / table.learned_file) for i in range(3))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("name", ["lora", "dreambooth", "custom_diffusion"])

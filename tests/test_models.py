@@ -8,7 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny_sdxl
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from szt_utils.errors import InputError
@@ -338,6 +350,26 @@ def test_a_model_that_predicts_something_else_is_refused(tiny_model, tmp_path):
     DDPMScheduler(prediction_type="sample").save_pretrained(copy / "scheduler")
     with pytest.raises(InputError, match="'sample'; only 'epsilon' and 'v_prediction'"):
         load_model(str(copy))
+
+
+@pytest.mark.parametrize("scheduler, kind", [
+    (EDMEulerScheduler(), "EDM"), (EDMDPMSolverMultistepScheduler(), "EDM"),
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True), "flow"), (FlowMatchEulerDiscreteScheduler(), "flow")])
+def test_a_u_net_of_another_noise_schedule_is_refused(folders, tmp_path, scheduler, kind):
+    """Loaded as DDPM, it would be trained on noise that it has never seen."""
+    copy = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    scheduler.save_pretrained(copy / "scheduler")
+    with pytest.raises(InputError, match=f"model' has the noise schedule of {kind}; only SDXL models with"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
+                                       LCMScheduler, PNDMScheduler, UniPCMultistepScheduler])
+def test_schedulers_of_the_noise_schedule_of_ddpm_are_read_as_it(tiny_model, tmp_path, scheduler):
+    copy = shutil.copytree(tiny_model, tmp_path / "model")
+    written = scheduler(beta_start=0.001, beta_end=0.011, beta_schedule="scaled_linear")
+    written.save_pretrained(copy / "scheduler")
+    assert torch.equal(load_model(str(copy)).scheduler.alphas_cumprod, written.alphas_cumprod)
 
 
 def test_another_family_is_refused_before_its_weights_are_read(tiny_model, tmp_path):

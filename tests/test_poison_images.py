@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 import poison_images
@@ -326,8 +327,6 @@ def test_an_adaptive_attack_knows_the_zone_of_the_training(tiny_model, wide, res
 
 def test_adaptive_szt_begins_at_the_papers_signal_to_noise_ratio(tiny_model, tmp_path):
     """A model whose schedule is another one: half the timesteps."""
-    from diffusers import DDPMScheduler
-
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     DDPMScheduler.from_config(scheduler.config, trained_betas=None, num_train_timesteps=500,
@@ -337,6 +336,57 @@ def test_adaptive_szt_begins_at_the_papers_signal_to_noise_ratio(tiny_model, tmp
     zone = load_victim(settings).zone
     assert zone == SafeZone.paper(SIDE, load_model(str(folder))).fit(500)
     assert 240 < zone.t_min < 260 and zone.t_max == 500 and settings.zone().t_min == 500
+
+
+@pytest.fixture(params=["sd3", "terminal"])
+def another_schedule(request, tiny_sd3, tiny_velocity_model, tmp_path):
+    """A model whose t_min of the paper is not 500, and that t_min: of flow, and of zero terminal SNR."""
+    if request.param == "sd3":
+        return tiny_sd3, 618
+    folder = shutil.copytree(tiny_velocity_model, tmp_path / "terminal")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True,
+                              timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+    return folder, 475
+
+
+def test_adaptive_szt_and_its_number_for_stable_diffusion_are_two_runs(run, image_dir, tmp_path, capsys,
+                                                                       another_schedule):
+    """For another model, t_min 500 is another attack than the paper's, whatever the arguments say."""
+    (tmp_path / "masks").mkdir()
+    for path in image_dir.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(tmp_path / "masks" / f"{path.stem}.png")
+    model, t_min = another_schedule
+    adaptive = ["--pretrained_model_name_or_path", model, "--adaptive", "szt", "--loss_mask_dir",
+                tmp_path / "masks", "--steps", 1]
+    runs = {"paper": [], "given": ["--t_min", 500]}
+    for name, more in runs.items():
+        run(tmp_path / name, *adaptive, *more)
+    written = {name: json.loads((tmp_path / name / "options.json").read_text()) for name in runs}
+    assert {name: options["t_min"] for name, options in written.items()} == {"paper": t_min, "given": 500}
+    # As version 0.2 wrote them.
+    assert [options["arguments"]["t_min"] for options in written.values()] == [500, 500]
+    capsys.readouterr()
+    for name, other in (("paper", "given"), ("given", "paper")):
+        with pytest.raises(SystemExit, match=f"{name}' was made with another --t_min; give another"):
+            run(tmp_path / name, *adaptive, *runs[other])
+        run(tmp_path / name, *adaptive, *runs[name])
+        assert "3 images" in (told := capsys.readouterr().out) and "0 of them to do" in told
+
+
+@pytest.mark.parametrize("another_schedule", ["terminal"], indirect=True)
+def test_a_chain_of_da_that_cannot_reach_the_image_is_refused(run, tmp_path, another_schedule):
+    folder, _ = another_schedule
+    flags = ["--pretrained_model_name_or_path", folder, "--method", "da"]
+    for strength, message in ((1, "4 steps at strength 1.0 begins at pure noise, where Stable Diffusion"),
+                              (0.001, "needs a schedule of 4000 steps, which must be fewer than the mod")):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / "out", *flags, "--strength", strength)
+    assert not (tmp_path / "out").exists()
+    load_victim(settings_of(*flags, "--resolution", SIDE))
+    DDIMScheduler.from_pretrained(folder, subfolder="scheduler", timestep_spacing="leading").save_pretrained(
+        folder / "scheduler")
+    load_victim(settings_of(*flags, "--resolution", SIDE, "--strength", 1))  # this begins at t = 751
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -13,7 +13,7 @@ from szt_utils.images import read_image
 from szt_utils.jpeg import jpeg
 from szt_utils.locks import lock_folder
 from szt_utils.purify import DEFAULTS, PURIFIERS
-from szt_utils.purifying import PurifySettings
+from szt_utils.purifying import PurifySettings, load_pipelines
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,21 @@ def test_regen_keeps_sizes_and_does_not_depend_on_other_images(run, tiny_model, 
     assert np.array_equal(levels(tmp_path / "alone" / "z.png"), levels(tmp_path / "all" / "a.png"))
     run(tmp_path / "seed", "--image_dir", tmp_path / "one", *flags, "--seed", 1)
     assert not np.array_equal(levels(tmp_path / "seed" / "z.png"), levels(tmp_path / "all" / "a.png"))
+
+
+def test_regen_by_sdxl_is_without_a_watermark_and_without_a_warning(tiny_sdxl, monkeypatch):
+    """Its pipeline marks large images where the package invisible-watermark is installed."""
+    from diffusers.pipelines import pipeline_utils
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as module
+
+    warnings = []
+    monkeypatch.setattr(pipeline_utils.logger, "warning", warnings.append)
+    monkeypatch.setattr(module, "is_invisible_watermark_available", lambda: True)
+    monkeypatch.setattr(module, "StableDiffusionXLWatermarker", object, raising=False)
+    settings = PurifySettings("i", "regen", pretrained_model_name_or_path=str(tiny_sdxl))
+    _, (pipeline,) = load_pipelines(settings)
+    assert type(pipeline) is module.StableDiffusionXLImg2ImgPipeline and pipeline.watermark is None
+    assert not warnings
 
 
 def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):

@@ -233,6 +233,21 @@ def test_timesteps_are_drawn_from_the_zone_as_upstream_draws_them():
     assert set(shaped.timesteps(DDPM, 500).tolist()) == {2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("t_max", [600, 900])
+def test_levels_between_whole_ones_get_the_weight_of_the_nearest_in_the_zone(t_max):
+    """A shifted flow has levels such as 599.6."""
+    scheduler = SCHEDULERS["shifted flow"]
+    zone = SafeZone(t_min=t_max - 5, t_max=t_max, t_distribution="power", t_power=200.0)
+    generator = torch.Generator().manual_seed(0)
+    levels = scheduler.sigmas[:1000].double() * 1000 - 1
+    drawn = zone.timesteps(scheduler, 20000, generator=generator).double() - 1
+    inside = levels[(levels >= t_max - 5 - 1e-3) & (levels < t_max)]
+    assert (inside.max() - t_max).abs() < 0.5  # the nearest whole level is not in the zone
+    shares = torch.tensor([(drawn - level).abs().lt(1e-3).double().mean() for level in inside])
+    weights = (inside.round().clamp(max=t_max - 1) / t_max) ** 200
+    assert shares.sum() == 1 and torch.allclose(shares, weights / weights.sum(), atol=0.015)
+
+
 def test_a_mask_is_prepared_like_its_image_and_grown():
     mask = Image.new("L", (128, 128))
     mask.paste(255, (56, 56, 72, 72))

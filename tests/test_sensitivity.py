@@ -192,7 +192,8 @@ def test_a_learned_embedding_of_an_sdxl_model(folders, tmp_path):
 def test_what_does_not_fit_the_model_is_refused(folders, tmp_path):
     model = load(folders["sd"])
     for prompt, words, message in ((TEXT, ["ring"], "'ring' is not in the prompt"),
-                                   ("star " * 40, None, "more than the 24 tokens")):
+                                   ("star " * 40, None, "more than the 24 tokens"),
+                                   (" ", None, "has no word; describe the image")):
         with pytest.raises(InputError, match=message):
             tokenize_words(model, prompt, words)
     save_embedding(tmp_path / "wide.safetensors", "<w>", torch.randn(1, 33))

@@ -175,6 +175,12 @@ def test_one_sentence_per_mistake(options, tmp_path, arguments, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_prompt_without_a_word_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(SystemExit, match="^error: The prompt ' ' has no word; describe the image.$"):
+        here(*options[:4], "--prompt", " ", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt", "x"], "--image --diagnose is required"),
     (["--image", "x.png"], "needs --prompt"),

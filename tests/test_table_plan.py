@@ -25,6 +25,26 @@ def table(folder: Path = Path("out"), **changes) -> Table:
                     "networks": Networks("d", "c"), **changes})
 
 
+def test_a_model_is_known_by_its_files_not_by_its_name_alone(tmp_path):
+    """Cells of another model of the same name are other cells; a copy elsewhere is the same model."""
+    for folder, content in (("a", b"1"), ("b", b"2"), ("copy", b"1")):
+        (tmp_path / folder / "model" / "unet").mkdir(parents=True)
+        (tmp_path / folder / "model" / "unet" / "weights.bin").write_bytes(content * 2**17)
+    first, other, copy = (table(model=str(tmp_path / name / "model")) for name in ("a", "b", "copy"))
+    assert first.record["model"].startswith("model@") and first.record["model"] != other.record["model"]
+    cell = Cell("ea", "nominal", STAR, 0)
+    for place in (lambda each: each.home(STAR), lambda each: each.learned(cell),
+                  lambda each: each.generated(cell), lambda each: each.key()):
+        assert place(first) == place(copy) != place(other)
+    scores = table(model=str(tmp_path / "a" / "model"), networks=Networks("facebook/dinov2-base", "c"))
+    assert scores.record["dino"] == "facebook/dinov2-base"  # an id on the Hub
+    assert scores.key() != first.key() and scores.generated(cell) == first.generated(cell)
+    changed = tmp_path / "c" / "model" / "unet" / "weights.bin"
+    changed.parent.mkdir(parents=True)
+    changed.write_bytes(b"1" * 2**17 + b"2")
+    assert table(model=str(changed.parents[1])).record["model"] != first.record["model"]
+
+
 @pytest.mark.parametrize("data, defences, needed", [
     (["clean", "ea"], ["nominal", "regen"], False), (["clean"], ["nominal", "szt"], True),
     (["ea szt"], ["nominal"], True)])

@@ -127,9 +127,12 @@ def test_the_average_over_poisons_needs_all_that_have_cells():
              cell("adm+", "szt", 0.6, "a"), cell("ea", "szt", 0.7, "a"),
              cell("adm+", "jpeg", 0.9, "a"), cell("clean", "nominal", 0.9, "a")]
     found = poison_average(cells, POISONS, DEFENCES, "dino")
-    assert set(found) == {"nominal", "szt"}  # jpeg lacks ea
+    assert set(found) == {"nominal"}  # jpeg lacks ea, szt lacks a concept
     assert found["nominal"] == pytest.approx((0.4, 0.1, 4))  # of the concepts' .3 and .5
-    assert found["szt"][0] == pytest.approx(0.65) and found["szt"].error is None  # a single concept
+    found = poison_average([c for c in cells if c != cell("adm+", "nominal", 0.4, "b")], POISONS, DEFENCES,
+                           "dino")  # then nominal has one concept alone, and that counts
+    assert found["nominal"] == (pytest.approx(0.3), None, 2)
+    assert found["szt"] == (pytest.approx(0.65), None, 2)
     assert poison_average([c for c in cells if c.data != "ea"], POISONS, DEFENCES, "dino") == {}
     assert poison_average(cells, POISONS, DEFENCES, "fid") == {}
 
@@ -146,13 +149,16 @@ def test_cells_of_concepts_and_seeds_become_means_errors_and_recovered_shares():
              cell("adm+", "szt", 0.6, "a")]
     header, _, *rows = markdown_table(cells, "dino", DATA, DEFENCES, POISONS).splitlines()
     assert header == "| data | nominal | szt |"
-    # The concepts' means .6 and .8 are .2 apart: a standard error of .1. (.6 - .3) / (.7 - .3) is recovered.
+    # The concepts' means .6 and .8 are .2 apart: a standard error of .1. Of the one training that has all
+    # cells, (.6 - .3) / (.5 - .3) is recovered.
     assert rows == ["| clean | 0.700 ± 0.100 |  |", "| adm+ | 0.300 | 0.600 |",
-                    "| adm+: recovered |  | 75% |"]
-    cells += [cell("ea", "nominal", 0.5, "a"), cell("ea", "szt", 0.7, "a")]
+                    "| adm+: recovered |  | 150% |"]
+    cells += [cell("ea", "nominal", 0.4, "a"), cell("ea", "szt", 0.5, "a"),
+              cell("clean", "nominal", 0.9, "c"), cell("ea", "nominal", 0.1, "c")]
     *_, mean, _, ea, share = markdown_table(cells, "dino", DATA, DEFENCES, POISONS).splitlines()
-    assert mean == "| poisons' mean | 0.400 | 0.650 |"
-    assert ea == "| ea: recovered |  | 100% |" and share == "| poisons' mean: recovered |  | 83% |"
+    assert mean == "| poisons' mean | 0.350 | 0.550 |"
+    assert ea == "| ea: recovered |  | 100% |"  # (.5 - .4) / (.5 - .4)
+    assert share == "| poisons' mean: recovered |  | 133% |"  # (.55 - .35) / (.5 - .35)
 
 
 def test_only_similarity_has_recovered_shares():

@@ -42,10 +42,25 @@ class Settings:
     data_dir: tuple[Path, ...]  # masks and embeddings are in the first
     concepts: tuple[str, ...] | None  # None: all
 
-    def concepts_in(self, data: str) -> list[str]:
-        """The concepts of a data set, sorted: those asked for that it has."""
-        names = sorted(path.name for path in (self.data_dir[0] / data).iterdir() if path.is_dir())
+    def concepts_in(self, data: str, folder: Path | None = None) -> list[str]:
+        """The concepts of a data set in a folder (the first), sorted: those asked for that it has."""
+        names = sorted(path.name for path in ((folder or self.data_dir[0]) / data).glob("*") if path.is_dir())
         return [name for name in names if not self.concepts or name in self.concepts]
+
+    def named_images(self, data: str) -> dict[str, Path]:
+        """The images of a data set in all folders, by `<folder>/<concept>/<stem>`.
+
+        InputError for two images of one name.
+        """
+        named: dict[str, Path] = {}
+        for folder in self.data_dir:
+            for concept in self.concepts_in(data, folder):
+                for path in list_images(folder / data / concept):
+                    name = f"{folder.name}/{concept}/{path.stem}"
+                    if named.setdefault(name, path) != path:
+                        raise InputError(f"The images '{named[name]}' and '{path}' are both named '{name}'; "
+                                         "rename a folder or a file.")
+        return named
 
     def image_paths(self, data: str, concept: str) -> list[Path]:
         """The images of a data set's concept, sorted."""
@@ -140,6 +155,16 @@ def estimate(values: Any, statistic: Callable[[np.ndarray], float] = np.mean) ->
     return result if result["n"] > 1 else {**result, "low": None, "high": None}
 
 
+def paired(clean: dict[str, Any], own: dict[str, Any], key: str) -> np.ndarray:
+    """The rows of clean and of another data set that have the same name, (N, 2, ...).
+
+    Rows of a file without names are paired in their order.
+    """
+    of_clean, of_own = (dict(zip(result.get("names", range(len(result[key]))), result[key], strict=True))
+                        for result in (clean, own))
+    return np.array([[of_clean[name], row] for name, row in of_own.items() if name in of_clean])
+
+
 def plot_grid(count: int, **options: Any) -> tuple[Any, list]:
     """A figure and its axes, at most three in a row; those beyond `count` are hidden."""
     columns = min(3, max(1, count))
@@ -187,23 +212,29 @@ def run_figure(name: str, doc: str, measure: Callable, claims: Callable, plot: C
 
 def measured(path: Path, settings: Settings, measure: Callable, names: Sequence[str] | None,
              known: Sequence[str]) -> dict[str, Any]:
-    """The results of the data sets `names`, or of all `known` ones that exist.
+    """The results of the data sets `names`, or of all `known` ones that share images with 'clean'.
 
-    Those in the file are kept if it has the same settings; the missing ones are measured and added to it.
+    Those in the file are kept if settings, clean images and their own images are the same; the others are
+    measured and written to it.
     """
-    names = names or [name for name in known if (settings.data_dir[0] / name).is_dir()]
-    if "clean" not in names:
-        raise InputError(f"The data set 'clean' is not in '{settings.data_dir[0]}' or not in --data, but the "
-                         "others are compared with it; make it with make_data.py or name it.")
-    record = json.loads(json.dumps(asdict(settings), default=str))
+    images = {data: list(settings.named_images(data)) for data in ("clean", *(names or known))}
+    shared = [data for data in images if not set(images["clean"]).isdisjoint(images[data])]
+    names = names or shared
+    if "clean" not in names or not images["clean"]:
+        raise InputError(f"The data set 'clean' is not in '{settings.data_dir[0]}', --concepts or --data, "
+                         "but the others are compared with it; make it with make_data.py or name it.")
+    if alone := [data for data in names if data not in shared]:
+        raise InputError(f"The data set '{alone[0]}' in '{settings.data_dir[0]}' has none of the images of "
+                         "'clean'; make it with make_data.py.")
+    record = json.loads(json.dumps({**asdict(settings), "clean": images["clean"]}, default=str))
     results = {}
     if path.exists():
         before = json.loads(path.read_text())
         results = before["results"] if before["settings"] == record else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for data in names:
-        if data not in results:
-            results[data] = measure(settings, data)
+        if results.get(data, {}).get("images") != images[data]:
+            results[data] = {"images": images[data], **measure(settings, data)}
             write_json(path, {"settings": record, "results": results})
     return {data: results[data] for data in names}
 

@@ -87,9 +87,9 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
         if data != "clean":
             own, outside = after(data, "after"), after(data, "after_outside")
             found[f"{data}, after: mass inside less that of clean, t < 500"] = estimate(
-                [own[name] - clean[name] for name in own])
+                [own[name] - clean[name] for name in own if name in clean])
             found[f"{data}, after: mean outside the mask over that of clean, t < 500"] = estimate(
-                [[outside[name], clean_outside[name]] for name in own],
+                [[outside[name], clean_outside[name]] for name in own if name in clean],
                 lambda rows: rows[:, 0].mean() / rows[:, 1].mean())
     return found
 

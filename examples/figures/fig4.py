@@ -6,6 +6,7 @@ The claim (Sec. 4.2): the loss falls from t = 0 to nothing at the end, and poiso
 middle timesteps only.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from common import estimate
 
-from szt_utils.images import list_images
 from szt_utils.models import expand, residual, tokenize
 from szt_utils.plots import COLORS, band_plot, save_figure
 
@@ -29,25 +29,20 @@ class Settings(common.Settings):
 
 @torch.no_grad()
 def measure(settings: Settings, data: str) -> dict[str, Any]:
-    """Losses (images, timesteps); an image has the same noise in every data set."""
+    """Losses (images, timesteps); an image has the same noise in every data set, by its name."""
     model, resolution = settings.load_model()
     timesteps = torch.linspace(0, model.num_timesteps - 1, settings.timesteps).round().long()
     condition = expand(model.condition(tokenize(model, settings.prompt)), len(timesteps))
-    losses, names = [], []
-    for folder in settings.data_dir:
-        if not (folder / data).is_dir():
-            continue
-        for concept in settings.concepts_in(data):
-            for path in list_images(folder / data / concept):
-                latents = model.encode(common.load_images([path], resolution))
-                generator = torch.Generator().manual_seed(settings.seed + len(losses))
-                noise = torch.randn(latents.shape, generator=generator)
-                error = residual(model, latents.expand(len(timesteps), -1, -1, -1),
-                                 noise.expand(len(timesteps), -1, -1, -1), timesteps, condition)
-                losses.append([round(value, 6) for value in error.square().flatten(1).mean(1).tolist()])
-                names.append(f"{folder.name}/{concept}/{path.stem}")
+    losses, images = [], settings.named_images(data)
+    for name, path in images.items():
+        latents = model.encode(common.load_images([path], resolution))
+        generator = torch.Generator().manual_seed(settings.seed + zlib.crc32(name.encode()))
+        noise = torch.randn(latents.shape, generator=generator)
+        error = residual(model, latents.expand(len(timesteps), -1, -1, -1),
+                         noise.expand(len(timesteps), -1, -1, -1), timesteps, condition)
+        losses.append([round(value, 6) for value in error.square().flatten(1).mean(1).tolist()])
     return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "losses": losses,
-            "names": names}
+            "names": list(images)}
 
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:
@@ -59,12 +54,10 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
                  float(np.corrcoef(ranks, np.arange(len(timesteps)))[0, 1]),
              "clean: mean loss at the last timestep over that at the first":
                  estimate(losses, lambda rows: rows[:, -1].mean() / rows[:, 0].mean())}
-    of_name = dict(zip(clean["names"], losses, strict=True))
     for data, result in results.items():
         if data == "clean":
             continue
-        pairs = np.stack([np.stack([of_name[name], np.array(row)]) for name, row in
-                          zip(result["names"], result["losses"], strict=True)])  # (N, 2, timesteps)
+        pairs = common.paired(clean, result, "losses")  # (N, 2, timesteps)
 
         def below(rows):
             """The timestep below which 90 % of the absolute change of the mean loss lies, interpolated."""

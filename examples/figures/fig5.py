@@ -36,8 +36,8 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
     ids = tokenize(model, settings.prompt.replace("{}", TOKEN))
     for i, embedding in enumerate(embeddings):
         ids[i] = ids[i] + (ids[i] == len(embedding.frozen)) * torch.arange(len(timesteps)).unsqueeze(1)
-    norms = []
-    for concept in settings.concepts_in(data):
+    norms, concepts = [], settings.concepts_in(data)
+    for concept in concepts:
         common.set_rows(embeddings, common.learned_rows(model, settings.embedding_path(data, concept)),
                         len(timesteps))
         paths, of_concept = settings.image_paths(data, concept), []
@@ -52,7 +52,8 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                                             [embedding.rows for embedding in embeddings])
             of_concept.append(torch.cat(gradients, 1).norm(dim=1))
         norms.append(torch.stack(of_concept).mean(0).tolist())
-    return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "norms": norms}
+    return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "norms": norms,
+            "names": concepts}
 
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:
@@ -66,10 +67,9 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
                   f"{data}: timestep of the peak": estimate(
                       norms, lambda rows, t=timesteps: t[rows.mean(0).argmax()])}
         if data != "clean":
-            clean = np.array(results["clean"]["norms"])[:len(norms)]
             found[f"{data}: gradient norm at t < 500 over that of clean"] = estimate(
-                np.stack([norms, clean], 1), lambda rows, t=timesteps: rows[:, 0, t < 500].mean()
-                / rows[:, 1, t < 500].mean())
+                common.paired(results["clean"], result, "norms"), lambda rows, t=timesteps:
+                rows[:, 1, t < 500].mean() / rows[:, 0, t < 500].mean())
     return found
 
 

@@ -28,12 +28,14 @@ class Settings(common.Settings):
 
 
 def measure(settings: Settings, data: str) -> dict[str, Any]:
-    """Counts of the changes by LEVELS, (images, 129), before and after JPEG."""
+    """Counts of the changes by LEVELS, (images, 129), before and after JPEG, of images with a clean one."""
     counts = {"before": [], "after": []}
     for concept in settings.concepts_in(data):
         for path in settings.image_paths(data, concept):
-            resolution = read_image(path).width
             original = settings.data_dir[0] / "clean" / concept / path.name
+            if not original.is_file():
+                continue
+            resolution = read_image(path).width
             poisoned, clean = (common.load_images([file], resolution) for file in (path, original))
             for name, change in (("before", poisoned - clean),
                                  ("after", jpeg_tensor(poisoned, settings.jpeg_quality) - clean)):

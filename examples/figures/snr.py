@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import estimate, text_of
+from common import estimate, paired, text_of
 
 from szt_utils.arguments import script_parser, user_path
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.files import read_json, write_json
 from szt_utils.plots import save_figure, subplots
 from szt_utils.safe_zone import PAPER_LOG_SNR
-from szt_utils.tables import Cell, read_cells
+from szt_utils.tables import Cell, read_table
 
 COLORS = ("#0072B2", "#D55E00", "#009E73")  # of the models
 DASHES = {"adm+": "-", "sds+": "--", "ea": "-."}
@@ -51,10 +51,11 @@ def read_curves(folder: Path, table: Path) -> Curves:
         raise InputError(f"The figures in '{folder}' have no log_snr; measure them again.")
     known = [i for i, value in enumerate(losses["clean"]["log_snr"]) if value is not None]
     timesteps, log_snr = (np.array(losses["clean"][name], float)[known] for name in ("timesteps", "log_snr"))
-    means = {data: np.array(result["losses"])[:, known].mean(0) for data, result in losses.items()}
-    thresholds, similarity = read_thresholds(read_cells(table))
+    means = {data: paired(losses["clean"], result, "losses").mean(0)[:, known]
+             for data, result in losses.items() if data in DASHES}
+    thresholds, similarity = read_thresholds(read_table(table))
     return Curves(log_snr,
-                  {data: mean / means["clean"] - 1 for data, mean in means.items() if data in DASHES},
+                  {data: own / clean - 1 for data, (clean, own) in means.items()},
                   {data: np.array(result["norms"])[:, known] for data, result in norms.items()},
                   np.interp(thresholds, timesteps, log_snr), similarity)
 

@@ -52,7 +52,8 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
     of_clean = dict(zip(clean["names"], clean["before"], strict=True))
     for data, result in results.items():
         rows = np.stack([np.array([of_clean[name], before, after]) for name, before, after in zip(
-            result["names"], result["before"], result["after"], strict=True)])  # (N, 3, bands)
+            result["names"], result["before"], result["after"], strict=True)
+            if name in of_clean])  # (N, 3, bands)
         if data != "clean":
             found[f"{data}: distance to clean, ln, before JPEG"] = estimate(rows, lambda r: distance(r, 1))
         found[f"{data}: distance to clean, ln, after JPEG"] = estimate(rows, lambda r: distance(r, 2))

@@ -59,7 +59,7 @@ def left_in_pixels(attacked: torch.Tensor, images: torch.Tensor, quality: int,
 
 def luminance(change: torch.Tensor) -> torch.Tensor:
     """The luminance of JPEG (Rec. 601) of (B, 3, H, W), (B, H, W)."""
-    return torch.einsum("bchw,c->bhw", change, torch.tensor([0.299, 0.587, 0.114]))
+    return torch.einsum("bchw,c->bhw", change, change.new_tensor([0.299, 0.587, 0.114]))
 
 
 def random_signs(images: torch.Tensor, levels: int, generator: torch.Generator) -> torch.Tensor:

@@ -61,12 +61,13 @@ def perturb(x: torch.Tensor) -> torch.Tensor:
     The noise, or its signs, has a random grain and up to 18 levels of 255, more than a poison may add.
     """
     n = len(x)
-    contrast, brightness = torch.empty(n, 1, 1, 1), torch.empty(n, 3, 1, 1)
+    contrast, brightness = x.new_empty(n, 1, 1, 1), x.new_empty(n, 3, 1, 1)
     x = (x - 0.5) * contrast.uniform_(0.85, 1.15) + brightness.uniform_(0.46, 0.54)
     grain = [SIZE, SIZE // 2, SIZE // 4, SIZE // 8][torch.randint(4, ()).item()]
-    noise = F.interpolate(torch.randn(n, 3, grain, grain), (SIZE, SIZE), mode="bicubic")
-    noise = torch.where(torch.rand(n, 1, 1, 1) < 0.5, noise.sign(), (0.6 * noise).clamp(-1, 1))
-    return (x + noise * torch.rand(n, 1, 1, 1) * torch.rand(n, 1, 1, 1).round() * 18 / 255).clamp(0, 1)
+    noise = F.interpolate(x.new_empty(n, 3, grain, grain).normal_(), (SIZE, SIZE), mode="bicubic")
+    is_sign, strength, is_noisy = (x.new_empty(n, 1, 1, 1).uniform_() for _ in range(3))
+    noise = torch.where(is_sign < 0.5, noise.sign(), (0.6 * noise).clamp(-1, 1))
+    return (x + noise * strength * is_noisy.round() * 18 / 255).clamp(0, 1)
 
 
 def prompt(rng, regions: list[np.ndarray], points: int, box: bool):
@@ -122,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    sam = build()
+    sam = build().to(args.device)
     average = Average(sam, 0.995)
     trained = [p for name, p in sam.named_parameters() if "mask_downscaling" not in name]
     optimizer = Muon(trained, args.lr)
@@ -133,21 +134,21 @@ def main() -> None:
         first = TRAINING_SEEDS + step * args.batch_size
         drawn = [draw_image(first + i) for i in range(args.batch_size)]
         prompts = [prompt(rng, regions, points, box) for _, regions, _ in drawn for _ in range(PROMPTS)]
-        coords, labels, corners, regions = (np.array(part) for part in zip(*prompts, strict=True))
+        coords, labels, corners, regions = (torch.tensor(np.array(part, np.float32), device=args.device)
+                                            for part in zip(*prompts, strict=True))
         x = perturb(pixels([image for image, _, _ in drawn], args.device))
         inside = torch.tensor(np.array([inside for _, _, inside in drawn]), device=args.device)[:, None]
         embeddings = sam.image_encoder(sam.preprocess(x * 255) * inside)
         sparse, dense = sam.prompt_encoder(
-            points=(torch.tensor(coords).float(), torch.tensor(labels)) if points else None,
-            boxes=torch.tensor(corners).float() if box else None, masks=None)
+            points=(coords, labels) if points else None, boxes=corners if box else None, masks=None)
         logits, guesses = decode(sam, embeddings.repeat_interleave(PROMPTS, 0), sparse, dense)
-        target = F.interpolate(torch.tensor(regions).float()[:, None], logits.shape[-2:], mode="area")
+        target = F.interpolate(regions[:, None], logits.shape[-2:], mode="area")
         mask_loss, guess_loss, one, best = losses_of(logits, guesses, target)
         return {"loss": mask_loss + guess_loss, "guess": guess_loss, "overlap": one, "best_of_three": best}
 
     train("sam", args, {"sam": sam}, optimizer, step_loss, {"sam": average})
     average.copy_to_module()
-    state = {name: value.detach().half() for name, value in sam.state_dict().items()}
+    state = {name: value.detach().half().cpu() for name, value in sam.state_dict().items()}
     torch.save(state, args.work_dir / "sam.pth")
 
 

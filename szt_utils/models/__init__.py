@@ -15,15 +15,16 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import InputError
+from ..schedules import Schedule
 from .flow import T5
 from .flux import Flux
-from .parts import Condition, Step, load_config, load_index
+from .parts import Condition, Step, load_config, load_index, load_part
 from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["T5", "Condition", "Model", "evaluating", "expand", "find_family", "load_model", "residual",
-           "tokenize"]
+__all__ = ["T5", "Condition", "Model", "evaluating", "expand", "find_family", "load_model",
+           "load_schedule", "residual", "tokenize"]
 
 # By the kind of embeddings that the U-Net takes besides the prompt's states, or by the transformer's class.
 _UNETS = {None: StableDiffusion, "text_time": SDXL}
@@ -150,6 +151,15 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32, device: torch.d
     return find_family(path, revision).load(path, dtype=dtype, device=device, revision=revision,
                                             variant=variant, tokenizer=tokenizer, text_dtype=text_dtype,
                                             text_linear=text_linear, quantize=quantize)
+
+
+def load_schedule(path: str, revision: str | None = None) -> Schedule:
+    """The noise schedule of a Diffusers folder or repository; reads configs, no weights.
+
+    InputError as of `find_family`.
+    """
+    _, scheduler = find_family(path, revision)._classes()
+    return Schedule(load_part(scheduler, path, "scheduler", revision=revision))
 
 
 def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,

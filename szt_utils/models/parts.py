@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ Condition = dict[str, torch.Tensor]
 
 # A step of sampling: prediction, the step's number, latents -> the latents after it.
 Step = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+# What a pipeline is loaded without: a safety checker would blank images, a watermark would change them.
+_WITHOUT = {"safety_checker": None, "add_watermarker": False, "watermarker": None}
 
 
 @contextlib.contextmanager
@@ -129,11 +133,15 @@ def absent_parts(index: dict[str, Any]) -> dict[str, None]:
 
 def pipeline_parts(index: dict[str, Any], path: str, dtype: torch.dtype, revision: str | None = None,
                    variant: str | None = None) -> dict[str, Any]:
-    """Arguments of a pipeline's `from_pretrained`: its networks by `load_part`, and its `absent_parts`.
+    """Arguments of a pipeline's `from_pretrained`: its networks by `load_part`, and what it goes without.
 
     By itself a pipeline would fill in weights that its files lack. `index` is that of `load_index`.
     """
-    parts: dict[str, Any] = absent_parts(index)
+    import diffusers
+
+    accepted = inspect.signature(getattr(diffusers, index["_class_name"], object).__init__).parameters
+    parts: dict[str, Any] = {name: value for name, value in _WITHOUT.items() if name in accepted}
+    parts |= absent_parts(index)
     for name, classes in index.items():
         if isinstance(classes, list) and classes[0] in ("diffusers", "transformers"):
             cls = getattr(importlib.import_module(classes[0]), classes[1], None)

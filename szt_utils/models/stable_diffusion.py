@@ -52,8 +52,13 @@ class StableDiffusion:
         self._check_scheduler()
 
     def _check_scheduler(self) -> None:
-        if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(f"The model '{self.path}' predicts '{self.scheduler.config.prediction_type}'; "
+        config = self.scheduler.config  # also has what is another scheduler's alone
+        edm, flow = "sigma_data" in config, "shift" in config or config.get("use_flow_sigmas")
+        if edm or flow:
+            raise InputError(f"The model '{self.path}' has the noise schedule of {'EDM' if edm else 'flow'}; "
+                             f"only {self.family} models with that of DDPM are supported.")
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"The model '{self.path}' predicts '{config.prediction_type}'; "
                              "only 'epsilon' and 'v_prediction' are supported.")
 
     @classmethod
