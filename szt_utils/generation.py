@@ -45,11 +45,12 @@ def load_pipeline(model: str | Path, embedding: str | Path | None = None,
 
 
 def use_dpm_solver(pipeline: Any) -> None:
-    """Sample with DPM-Solver++, but for flow models, which keep their own scheduler."""
-    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+    """Sample with DPM-Solver++, but for models of rectified flow and of EDM, which keep their schedulers."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    config = pipeline.scheduler.config
+    if not {"shift", "sigma_data"} & {*config}:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
 
 
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 25,

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from szt_utils import pocket
 from szt_utils.embedding_files import save_embedding
 from szt_utils.embeddings import load_into
 from szt_utils.errors import InputError
-from szt_utils.generation import generate, load_pipeline
+from szt_utils.generation import generate, load_pipeline, use_dpm_solver
 from szt_utils.models import load_model
 
 PROMPTS = ["a photo of a red star", "a photo of a blue house", "a photo of a <new>"]
@@ -29,6 +31,15 @@ def model_and_embedding(request, tiny_model, tmp_path_factory):
     save_file({"clip_l": torch.randn(2, 32) * 3, "clip_g": torch.randn(2, 24) * 3},
               folder / "new.safetensors")
     return build_tiny_sdxl(folder / "sdxl"), folder / "new.safetensors"
+
+
+@pytest.mark.parametrize("name, kept", [
+    ("EDMDPMSolverMultistepScheduler", True), ("FlowMatchEulerDiscreteScheduler", True),
+    ("EulerDiscreteScheduler", False), ("PNDMScheduler", False), ("UniPCMultistepScheduler", False)])
+def test_only_a_scheduler_of_another_noise_schedule_is_kept(name, kept):
+    pipeline = SimpleNamespace(scheduler=getattr(diffusers, name)())
+    use_dpm_solver(pipeline)
+    assert type(pipeline.scheduler).__name__ == (name if kept else "DPMSolverMultistepScheduler")
 
 
 def arrays(images) -> np.ndarray:
