@@ -109,6 +109,18 @@ def test_one_empty_token_stands_for_all_of_t5s(first):
     assert torch.allclose(short, prediction(model), atol=1e-5) and short.abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("name", ["sdxl", "flow"])
+def test_a_model_of_the_family_is_trained_further(name, first, tmp_path):
+    draw_noise(tmp_path / "further")
+    bundled = pocket.model_path(name)
+    train(tmp_path / "further", name, bundled, steps=1, lr=0)
+    folder = tmp_path / "further" / KINDS[name][1]
+    weights, before = load_file(weights_file(folder)), load_file(weights_file(Path(bundled)))
+    assert weights.keys() == before.keys()
+    assert all(torch.allclose(weights[key], before[key].float(), rtol=1e-3, atol=1e-6) for key in weights)
+    assert torch.allclose(prediction(load_model(str(folder))), prediction(load_model(bundled)), atol=1e-3)
+
+
 def draw_noise(work_dir: Path) -> None:
     """Four training images, without the second that drawing scenes takes."""
     work_dir.mkdir()

@@ -170,7 +170,12 @@ def grow_velocity(first: StableDiffusion) -> StableDiffusion:
 
 @torch.no_grad()
 def grow_sdxl(first: StableDiffusion) -> SDXL:
-    """Two text encoders: the first model's and `widened`, whose pooled text is of 128 numbers; time ids."""
+    """Two text encoders: the first model's and `widened`, whose pooled text is of 128 numbers; time ids.
+
+    A model of SDXL itself is taken as it is.
+    """
+    if isinstance(first, SDXL):
+        return first
     (encoder,), ids = first.text_encoders, 32
     second, width = widened(encoder), encoder.config.hidden_size
     unet = UNet2DConditionModel.from_config({
@@ -223,6 +228,13 @@ class ShortSD3(SD3):
         return {**condition, "states": condition["states"][:, :ids[0].shape[1] + 1]}
 
 
+def shortened(model: SD3) -> ShortSD3:
+    """The model, without T5, with one token for its zeros."""
+    model.network.set_attn_processor(OneEmptyToken(SD3.t5_parts[1]))
+    return ShortSD3(model.path, model.tokenizers, model.text_encoders, model.vae, model.network,
+                    model.scheduler)
+
+
 def new_transformer(states: int, pooled: int, heads: int = 5, layers: int = 5) -> SD3Transformer2DModel:
     """A transformer on 8 x 8 patches, with heads of 32 channels; it predicts zeros at first."""
     width = 32 * heads
@@ -238,15 +250,19 @@ def new_transformer(states: int, pooled: int, heads: int = 5, layers: int = 5) -
 
 
 def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5) -> SD3:
-    """A new transformer, which is given what goes into the text encoder's last layer and what comes out."""
+    """A new transformer, which is given what goes into the text encoder's last layer and what comes out.
+
+    A model of Stable Diffusion 3 itself is taken as it is.
+    """
+    if isinstance(first, SD3):
+        return shortened(first)
     (encoder,) = first.text_encoders
     encoders = [deepened(encoder, 0), deepened(encoder, 1)]
     width = encoder.config.hidden_size
     transformer = new_transformer(2 * width, 2 * width, heads, layers)
-    transformer.set_attn_processor(OneEmptyToken(SD3.t5_parts[1]))
     first.vae.register_to_config(shift_factor=0.0)  # the pipeline needs a number
-    return ShortSD3(first.path, first.tokenizers * 2, encoders, first.vae, transformer,
-                    FlowMatchEulerDiscreteScheduler())
+    return shortened(SD3(first.path, first.tokenizers * 2, encoders, first.vae, transformer,
+                         FlowMatchEulerDiscreteScheduler()))
 
 
 def write(model: StableDiffusion, folder: Path) -> None:

@@ -5,9 +5,9 @@
     python examples/train_pocket/train_diffusion.py --family flow
     python examples/train_pocket/train_diffusion.py --prediction_type v_prediction --lr 1e-3
 
-The first model needs the VAE of train_vae.py in `work_dir/model/vae`; the others take all that they grow from
-from `--start_from`. The whole model, in Diffusers format, is written to `work_dir/model`, `model-sdxl`,
-`model-flow` or `model-v`.
+The first model needs the VAE of train_vae.py in `work_dir/model/vae`. The others grow from `--start_from`, or
+train it further when it is of their own family. The whole model, in Diffusers format, is written to
+`work_dir/model`, `model-sdxl`, `model-flow` or `model-v`.
 """
 
 import argparse
@@ -163,8 +163,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--family", choices=("sd", "sdxl", "flow"), default="sd")
     add("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon",
         help="v_prediction: on a noise schedule that ends in pure noise, from a trained model (sd only)")
-    add("--start_from", help="start from this Stable Diffusion model (default for all but the first model: "
-                             "the bundled one)")
+    add("--start_from", help="grow from this Stable Diffusion model, or train one of the family further "
+                             "(default for all but the first model: the bundled Stable Diffusion)")
     args = parser.parse_args(argv)
     if args.family != "sd" and args.prediction_type != "epsilon":
         parser.error(f"--prediction_type is of --family sd; a model of --family {args.family} has its own")
