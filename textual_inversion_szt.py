@@ -166,6 +166,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
                 errors = residual(model, batch.latents, batch.noise, batch.timesteps, condition,
                                   latent_mask=batch.latent_mask).square()
                 for concept, sample, error in batch.split(errors):
+                    error = concept.weigh(error, sample.timesteps)
                     loss = error.mean()
                     loss = concept.zone.mean(error, sample.mask)                                      # SZT
                     journal.note(concept, loss, error, sample.mask)

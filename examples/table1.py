@@ -65,10 +65,11 @@ PRESETS = {
         **{f"lm{px}": {**MASKED, "dilation": px} for px in (4, 8, 16, 32, 64)}}),
     "jpeg": (SWEPT, {
         "nominal": {}, **{f"jpeg{q}": {"jpeg_quality": q} for q in (10, 15, 25, 35, 50, 65, 75, 85, 95)}}),
-    # What each part of SZT adds, and SZT without the noisiest timesteps.
+    # What each part of SZT adds, and SZT with less or none of the noisiest timesteps.
     "parts": (["clean", "adm+"], {
         "nominal": {}, "jpeg+t500": {"jpeg_quality": 25, "t_min": 500},
         "t500+lm16": {"t_min": 500, **MASKED, "dilation": 16}, "szt": DEFENCES["szt"],
+        "szt+snr": {**DEFENCES["szt"], "snr_gamma": 5},
         **{f"szt{t}": {**DEFENCES["szt"], "t_max": t} for t in (900, 800, 700)}}),
 }
 VARIANTS = {name: flags for variants in (DEFENCES, *(v for _, v in PRESETS.values()))

@@ -206,6 +206,9 @@ def add_family_flags(parser: argparse.ArgumentParser) -> None:
     add("--micro_conditioning", choices=["crop", "upstream"], default="crop",
         help="SDXL with --center_crop: the crop in the size conditioning: the real one, or (0, 0) as in the "
              "Diffusers example (default: crop)")
+    add("--snr_gamma", type=number(float, 0, above=True),
+        help="weight the loss by the signal-to-noise ratio, at most this (Min-SNR; 5 is usual): with "
+             "velocities it is then that of noise prediction at high timesteps (default: the plain loss)")
 
 
 def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:

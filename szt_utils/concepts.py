@@ -31,7 +31,7 @@ from .embeddings import (
 from .errors import InputError
 from .fingerprint import compare, fingerprint, hash_captions
 from .latents import LiveMoments, MomentCache, to_device
-from .models import T5, Model
+from .models import T5, Model, min_snr_weights
 from .safe_zone import SafeZone
 from .settings import ConceptSettings
 from .stream import Generators, SampleStream
@@ -71,6 +71,7 @@ class Concept:
     moments: MomentCache | LiveMoments
     masks: torch.Tensor | None  # (N, 2, 1, h, w) on the latent grid
     sizes: torch.Tensor | None = None  # (N, 4), of SDXL
+    weights: torch.Tensor | None = None  # (T,), of --snr_gamma
     step: int = 0
     checkpoint: dict[str, Any] | None = None  # state loaded from a checkpoint
     checkpoint_folder: Path | None = None
@@ -102,6 +103,10 @@ class Concept:
     def sizes_of(self, indices: list[int]) -> torch.Tensor | None:
         """SDXL's size conditioning of these images, long (B, 4); None for other families."""
         return None if self.sizes is None else self.sizes[to_device(indices, self.sizes.device)]
+
+    def weigh(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Squared errors (B, C, h, w), times the weights of their timesteps (B,) if there are any."""
+        return error if self.weights is None else error * self.weights[timesteps].view(-1, 1, 1, 1)
 
     def captions(self, num_vectors: int) -> dict[str, str]:
         """The caption of every template, with all vectors of the placeholder."""
@@ -216,7 +221,8 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
             memory_limit=int(settings.latent_cache_gb * 2**30), folder=wanted.output_dir),
         None if masks is None else masks.to(run.device),
         images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
-        if model.uses_sizes else None)
+        if model.uses_sizes else None,
+        min_snr_weights(model, wanted.snr_gamma).to(run.device) if wanted.snr_gamma else None)
 
 
 def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: int) -> dict[str, Any]:

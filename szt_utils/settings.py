@@ -29,6 +29,7 @@ class ConceptSettings:
     repeats: int = 100
     center_crop: bool = False
     validation_prompt: str | None = None
+    snr_gamma: float | None = None
     szt: bool = False
     loss_mask_dir: str | None = None
     zone_flags: dict[str, Any] = field(default_factory=dict)

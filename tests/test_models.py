@@ -24,7 +24,15 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from szt_utils.errors import InputError
-from szt_utils.models import evaluating, expand, find_family, load_model, residual, tokenize
+from szt_utils.models import (
+    evaluating,
+    expand,
+    find_family,
+    load_model,
+    min_snr_weights,
+    residual,
+    tokenize,
+)
 from szt_utils.models.parts import load_part
 
 FAMILIES = {"epsilon": "Stable Diffusion", "velocity": "Stable Diffusion", "terminal": "Stable Diffusion",
@@ -188,6 +196,31 @@ def test_residual_follows_the_closed_forms_of_noise_and_target(model, name):
     absolute, relative = (2e-3, 1e-3) if name == "terminal" else (1e-4, 1e-5)
     assert torch.allclose(error, (prediction - target) ** 2, rtol=1e-3, atol=absolute)
     assert torch.allclose(error.mean(), F.mse_loss(prediction, target), rtol=relative)
+
+
+def test_min_snr_makes_a_loss_of_denoised_latents_of_every_prediction(model):
+    """Each prediction is solved for the denoised latents, whose squared error counts by min(SNR, gamma)."""
+    torch.manual_seed(0)
+    timesteps, gamma = torch.tensor([10, 300, 700, model.num_timesteps - 1]), 0.5
+    shape = (4, model.vae.config.latent_channels, 8, 8)
+    latents, noise, error = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    noised, target = model.noised(latents, noise, timesteps), model.target(latents, noise, timesteps)
+    snr = model.log_snr(timesteps).exp().view(-1, 1, 1, 1)
+    one, zero = torch.ones_like(latents), torch.zeros_like(latents)
+    signal, level = model.noised(one, zero, timesteps), model.noised(zero, one, timesteps)
+    kind = model.scheduler.config.get("prediction_type")
+
+    def denoised(prediction):
+        if kind == "epsilon":
+            return (noised - level * prediction) / signal
+        if kind == "v_prediction":
+            return signal * noised - level * prediction
+        return noised - level * prediction
+    assert torch.allclose(denoised(target), latents, atol=1e-4)
+    expected = snr.clamp(max=gamma) * (denoised(target + error) - latents).square()
+    weights = min_snr_weights(model, gamma)
+    assert weights.shape == (model.num_timesteps,)
+    assert torch.allclose(weights[timesteps].view(-1, 1, 1, 1) * error.square(), expected, rtol=1e-3)
 
 
 def test_log_snr_is_that_of_the_schedule(model, name):

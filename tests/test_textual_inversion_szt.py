@@ -19,6 +19,7 @@ from upstream import upstream
 
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.files import read_stats
+from szt_utils.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,19 @@ def test_clip_skip_trains_and_validates_with_the_last_layer_skipped(tiny_model, 
     assert not torch.allclose(*rows, atol=1e-4)
     images = [(tmp_path / name / "validation" / "step-00002-0.png").read_bytes() for name in "01"]
     assert images[0] != images[1]
+
+
+def test_snr_gamma_weights_the_loss_of_each_timestep(tiny_velocity_model, concept_folder, tmp_path):
+    """The losses of one image and one timestep differ by the weight of that timestep."""
+    model = load_model(str(tiny_velocity_model))
+    for gamma in (None, 0.2):
+        run_here(flags(tiny_velocity_model, concept_folder[0], tmp_path / str(gamma), snr_gamma=gamma,
+                       t_min=700, t_max=701, learning_rate=0, max_train_steps=2))
+    plain, weighted = ([line["loss"] for line in read_stats(tmp_path / name / "stats.jsonl")]
+                       for name in ("None", "0.2"))
+    snr = model.log_snr(torch.tensor([700])).exp().item()
+    weight = min(snr, 0.2) / (snr + 1)
+    assert 0.01 < weight < 0.5 and weighted == pytest.approx([weight * loss for loss in plain], rel=1e-3)
 
 
 def test_no_tracker_is_a_choice(tiny_model, concept_folder, tmp_path, capsys):

@@ -24,7 +24,7 @@ from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["T5", "Condition", "Model", "evaluating", "expand", "find_family", "load_model",
-           "load_schedule", "residual", "tokenize"]
+           "load_schedule", "min_snr_weights", "residual", "tokenize"]
 
 # By the kind of embeddings that the U-Net takes besides the prompt's states, or by the transformer's class.
 _UNETS = {None: StableDiffusion, "text_time": SDXL}
@@ -160,6 +160,19 @@ def load_schedule(path: str, revision: str | None = None) -> Schedule:
     """
     _, scheduler = find_family(path, revision)._classes()
     return Schedule(load_part(scheduler, path, "scheduler", revision=revision))
+
+
+def min_snr_weights(model: Model, gamma: float) -> torch.Tensor:
+    """What multiplies the squared error at every timestep, float32 (T,), so that the denoised latents' errors
+    count by the signal-to-noise ratio, but not more than `gamma` (Min-SNR, Hang et al. 2023).
+
+    Where the ratio is below `gamma`, that is the loss of noise prediction, whatever the model predicts.
+    """
+    snr = model.log_snr(torch.arange(model.num_timesteps)).exp()
+    kind = model.scheduler.config.get("prediction_type")  # rectified flow has none
+    # The squared error of the prediction over that of the denoised latents.
+    scale = {"epsilon": snr, "v_prediction": snr + 1}.get(kind, (snr.sqrt() + 1) ** 2)
+    return (snr.clamp(max=gamma) / scale).float()
 
 
 def residual(model: Model, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
