@@ -16,7 +16,9 @@ from szt_utils.images import read_image
 from szt_utils.metrics import Networks, image_features
 from szt_utils.pocket import write_concept
 
-PIPELINES = {"diffusion": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+PIPELINES = {"diffusion": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
+             "flow": "StableDiffusion3Pipeline"}
+WITHOUT_T5 = {"flow": {"text_encoder_3": None, "tokenizer_3": None}}
 PROMPTS = {("teal", "plain", "circle", "sand"), ("red", "striped", "square", "grass"),
            ("blue", "checkered", "heart", "stone"), ("yellow", "dotted", "triangle", "water"),
            ("black", "plain", "ring", "brick"), ("orange", "striped", "cross", "sky")}
@@ -24,7 +26,8 @@ PROMPTS = {("teal", "plain", "circle", "sand"), ("red", "striped", "square", "gr
 
 @pytest.mark.parametrize("network", PIPELINES)
 def test_diffusers_loads_them_and_they_draw_what_the_prompt_says(network):
-    pipeline = getattr(diffusers, PIPELINES[network]).from_pretrained(pocket.model_path(network))
+    pipeline = getattr(diffusers, PIPELINES[network]).from_pretrained(
+        pocket.model_path(network), **WITHOUT_T5.get(network, {}))
     pipeline.set_progress_bar_config(disable=True)
     words = [dict(zip(("color", "pattern", "shape", "background"), each, strict=True))
              for each in sorted(PROMPTS)]
@@ -34,7 +37,8 @@ def test_diffusers_loads_them_and_they_draw_what_the_prompt_says(network):
     assert {image.size for image in images} == {(128, 128)}
     read = read_attributes(image_features(images, pocket.dino_path(), normalized=False), pocket.dino_path())
     right = {kind: sum(a[kind] == b[kind] for a, b in zip(words, read, strict=True)) for kind in words[0]}
-    assert min(right["color"], right["pattern"], right["background"]) >= 5 and right["shape"] >= 4, right
+    shapes = 2 if network == "flow" else 4  # it is not trained to the end; by chance it would be half a one
+    assert min(right["color"], right["pattern"], right["background"]) >= 5 and right["shape"] >= shapes, right
 
 
 @pytest.mark.parametrize("network", PIPELINES)
@@ -50,7 +54,7 @@ def test_they_name_no_path_of_the_machine_that_trained_them(network):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", PIPELINES)
+@pytest.mark.parametrize("network", ["diffusion", "sdxl"])  # flow is not trained to the end
 def test_textual_inversion_learns_a_new_concept(network, tmp_path):
     paths = write_concept("teal-striped-star", tmp_path / "images")
     run_here(["--pretrained_model_name_or_path", pocket.model_path(network), "--train_data_dir",

@@ -28,7 +28,10 @@ def _bundled(name: str) -> str:
 
 
 def model_path(network: str = "diffusion") -> str:
-    """Folder of a pocket model in Diffusers format: "diffusion", a Stable Diffusion model, or "sdxl"."""
+    """Folder of a pocket model in Diffusers format.
+
+    "diffusion" is a Stable Diffusion model, "sdxl" an SDXL one, "flow" a Stable Diffusion 3 model without T5.
+    """
     return _bundled(network)
 
 

@@ -6,8 +6,8 @@ from ..arguments import script_parser, seed, user_path
 from ..errors import exit_on_input_error
 from . import NOVEL_CONCEPTS, clip_path, dino_path, model_path, pixel_path, write_concept
 
-PATHS = {"diffusion": model_path, "sdxl": lambda: model_path("sdxl"), "pixel": pixel_path, "dino": dino_path,
-         "clip": clip_path}
+PATHS = {"diffusion": model_path, "sdxl": lambda: model_path("sdxl"), "flow": lambda: model_path("flow"),
+         "pixel": pixel_path, "dino": dino_path, "clip": clip_path}
 
 
 def parse_args() -> argparse.Namespace:
