@@ -189,6 +189,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
     run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
                  table.settings.resolution)
+    silent = True
     try:
         train(table, concept, cells)
     except InputError as error:  # of one of several cells, perhaps
@@ -196,13 +197,16 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
                    if cell.concept == concept.name):
             raise
         failures.append(str(error))
+        silent = False
     shared = (time.perf_counter() - start) / len(cells)
     share = sum(passes(table, cells, {concept.name: concept}).values()) / len(cells)
     for i, cell in enumerate(cells, 1):
         start = time.perf_counter()
+        if not table.learned(cell).exists():
+            if silent:
+                failures.append(f"{cell.name}: its training left no '{table.learned_file}'.")
+            continue
         try:
-            if not table.learned(cell).exists():
-                continue  # its training has failed
             metrics = score(table, concept, cell)
         except InputError as error:
             failures.append(f"{cell.name}: {error}")

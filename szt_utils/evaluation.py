@@ -22,7 +22,7 @@ from .embeddings import load_into
 from .errors import InputError
 from .files import write_json
 from .folder_run import FolderRun
-from .generation import generate, load_pipeline
+from .generation import generate, load_pipeline, spell_out
 from .images import contact_sheet, list_images, read_image, save_png
 from .metrics import METRICS, Networks, score_images
 
@@ -104,7 +104,7 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
     hold `{}` for the token, for the CLIP score replaced by `class_word`. `sampling` and `folder` go to
     `generation.generate`.
     """
-    token = _spell_out(pipeline, token)
+    token = spell_out(pipeline, token)
     for prompt in prompts:
         _check_room(pipeline, token, prompt.format(token))
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
@@ -112,15 +112,6 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
                          **sampling)
     texts = [prompt.format(class_word) for prompt in repeated]
     return generated, score_images(generated, real, texts, networks, metrics, pipeline.device)
-
-
-def _spell_out(pipeline: Any, token: str) -> str:
-    """What stands for a learned token in prompts: all of its tokens, unless the pipeline adds the others."""
-    if hasattr(pipeline, "maybe_convert_prompt"):
-        return token
-    from diffusers.loaders import TextualInversionLoaderMixin
-
-    return TextualInversionLoaderMixin().maybe_convert_prompt(token, pipeline.tokenizer)
 
 
 def _check_room(pipeline: Any, token: str, prompt: str) -> None:

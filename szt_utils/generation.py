@@ -15,8 +15,9 @@ from .embeddings import load_into
 from .errors import InputError
 from .images import read_image, save_png
 from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
+from .schedules import kind_of
 
-__all__ = ["generate", "load_pipeline", "use_dpm_solver"]
+__all__ = ["generate", "load_pipeline", "spell_out", "use_dpm_solver"]
 
 
 def load_pipeline(model: str | Path, embedding: str | Path | None = None,
@@ -48,9 +49,17 @@ def use_dpm_solver(pipeline: Any) -> None:
     """Sample with DPM-Solver++, but for models of rectified flow and of EDM, which keep their schedulers."""
     from diffusers import DPMSolverMultistepScheduler
 
-    config = pipeline.scheduler.config
-    if not {"shift", "sigma_data"} & {*config}:
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    if kind_of(pipeline.scheduler) == "DDPM":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+
+
+def spell_out(pipeline: Any, prompt: str) -> str:
+    """A prompt with all tokens of each embedding of several vectors, unless the pipeline adds them itself."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    if hasattr(pipeline, "maybe_convert_prompt"):
+        return prompt
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, pipeline.tokenizer)
 
 
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 25,

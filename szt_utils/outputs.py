@@ -14,7 +14,7 @@ from .embeddings import ordinary_embeddings
 from .errors import InputError, first_line
 from .files import truncate_stats, write_bytes, write_json
 from .folder_run import provenance
-from .generation import use_dpm_solver
+from .generation import spell_out, use_dpm_solver
 from .images import read_image, save_png
 from .locks import lock_folder, sweep_leftovers
 from .models import Model, evaluating
@@ -65,7 +65,8 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
                                                      **run.settings.options(settings, zone), **provenance()})
     truncate_stats(concept.output_dir / "stats.jsonl", concept.step)
     first, *rest = zone.describe(model, concept.masks)
-    lines = [*messages, f"{len(concept.images)} images from {settings.train_data_dir}, {first}", *rest]
+    count = f"{len(concept.images)} image{'s' if len(concept.images) > 1 else ''}"
+    lines = [*messages, f"{count} from {settings.train_data_dir}, {first}", *rest]
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                      "the third part of the defence is missing")
@@ -143,6 +144,7 @@ def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
     pipeline = model.pipeline(tokenizers=concept.tokenizers)
     use_dpm_solver(pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    prompt = spell_out(pipeline, concept.settings.validation_prompt)
     for name in ("vae", "text_encoder_3"):  # which a training lets go of; read again here
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).to(run.device)
@@ -151,7 +153,7 @@ def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
           ordinary_embeddings(model.text_encoders, group.rows_of(concept)), run.evaluation()):
         for i in range(stream.rank, settings.num_validation_images, stream.num_ranks):
             generator = torch.Generator(run.device).manual_seed(concept.settings.seed + i)
-            image = pipeline(concept.settings.validation_prompt, num_inference_steps=25, generator=generator,
+            image = pipeline(prompt, num_inference_steps=25, generator=generator,
                              height=settings.resolution, width=settings.resolution,
                              clip_skip=settings.clip_skip or None).images[0]
             save_png(image, folder / f"step-{group.step:05d}-{i}.png")

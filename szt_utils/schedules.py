@@ -15,7 +15,15 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "kind_of"]
+
+
+def kind_of(scheduler: Any) -> str:
+    """The kind of a Diffusers scheduler's noise: "DDPM", "EDM" or "flow"."""
+    config = scheduler.config  # also has what is another scheduler's alone
+    if "sigma_data" in config:
+        return "EDM"
+    return "flow" if "shift" in config or config.get("use_flow_sigmas") else "DDPM"
 
 
 class Schedule:

@@ -180,6 +180,10 @@ def test_a_cell_that_fails_does_not_keep_others_from_being_made(tmp_path, monkey
         ("nominal", STAR), *((name, "red-dotted-heart") for name in one.defences)}
     assert (tmp_path / "table1.md").exists()
 
+    silent = table(tmp_path / "silent", "--data", "clean", "--defences", "t600")
+    with pytest.raises(InputError, match=f"clean_t600_{STAR}_0: its training left no 'learned_embeds"):
+        cells.make_table(silent, concepts, [0], train=lambda *_: None, score=score)
+
     def fail(*_):
         raise InputError("The disk is slow.")
     with pytest.raises(InputError, match="^The disk is slow"):  # nothing works: the next concept is not tried

@@ -523,6 +523,19 @@ def test_sd3_learns_rows_in_both_clip_encoders(folder, name, concept_folder, tmp
         assert len(whole.t5.tokenizer) == len(model.t5.tokenizer)
 
 
+def test_validation_images_show_all_vectors(folders, concept_folder, tmp_path):
+    """They are what the pipeline makes of the saved embedding and a prompt with all of its tokens."""
+    folder = folders["sd3-without-t5"]
+    run_here(flags(folder, concept_folder[0], tmp_path, num_vectors=2, validation_prompt=f"a {TOKEN}",
+                   validation_steps=6, num_validation_images=1, seed=3))
+    shown = np.asarray(Image.open(tmp_path / "validation" / "step-00006-0.png"), float)
+    pipeline = load_pipeline(folder, tmp_path)
+    own, first = (np.asarray(pipeline(prompt, num_inference_steps=25, height=64, width=64,
+                                      generator=torch.Generator().manual_seed(3)).images[0], float)
+                  for prompt in (f"a {TOKEN} {TOKEN}_1", f"a {TOKEN}"))
+    assert np.abs(shown - own).max() <= 1 < np.abs(shown - first).max()
+
+
 def test_t5_goes_when_it_has_encoded_the_captions_and_changes_no_bit(folders, concept_folder, tmp_path,
                                                                      monkeypatch):
     """Also with --offload, and with validation images, for which it is read again."""

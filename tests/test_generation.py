@@ -33,11 +33,13 @@ def model_and_embedding(request, tiny_model, tmp_path_factory):
     return build_tiny_sdxl(folder / "sdxl"), folder / "new.safetensors"
 
 
-@pytest.mark.parametrize("name, kept", [
-    ("EDMDPMSolverMultistepScheduler", True), ("FlowMatchEulerDiscreteScheduler", True),
-    ("EulerDiscreteScheduler", False), ("PNDMScheduler", False), ("UniPCMultistepScheduler", False)])
-def test_only_a_scheduler_of_another_noise_schedule_is_kept(name, kept):
-    pipeline = SimpleNamespace(scheduler=getattr(diffusers, name)())
+@pytest.mark.parametrize("name, options, kept", [
+    ("EDMDPMSolverMultistepScheduler", {}, True), ("FlowMatchEulerDiscreteScheduler", {}, True),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, True),
+    ("EulerDiscreteScheduler", {}, False), ("PNDMScheduler", {}, False),
+    ("UniPCMultistepScheduler", {}, False)])
+def test_only_a_scheduler_of_another_noise_schedule_is_kept(name, options, kept):
+    pipeline = SimpleNamespace(scheduler=getattr(diffusers, name)(**options))
     use_dpm_solver(pipeline)
     assert type(pipeline.scheduler).__name__ == (name if kept else "DPMSolverMultistepScheduler")
 

@@ -223,6 +223,15 @@ def test_min_snr_makes_a_loss_of_denoised_latents_of_every_prediction(model):
     assert torch.allclose(weights[timesteps].view(-1, 1, 1, 1) * error.square(), expected, rtol=1e-3)
 
 
+def test_min_snr_of_noise_prediction_is_one_where_only_noise_is_left(tiny_model):
+    """Its weight is min(1, gamma / SNR), also for a schedule that ends without signal."""
+    model = load_model(str(tiny_model))
+    model.scheduler = DDPMScheduler.from_config(model.scheduler.config, rescale_betas_zero_snr=True)
+    model.scheduler.alphas_cumprod[-1] = 0
+    weights = min_snr_weights(model, 5.0)
+    assert weights[-1] == 1 and weights.isfinite().all() and 0 < weights[0] < 0.1
+
+
 def test_log_snr_is_that_of_the_schedule(model, name):
     found = model.log_snr(torch.tensor([0, 500, 999]))
     assert found.dtype == torch.float64 and (found.diff() < 0).all()

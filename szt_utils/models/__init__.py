@@ -169,6 +169,7 @@ def min_snr_weights(model: Model, gamma: float) -> torch.Tensor:
     Where the ratio is below `gamma`, that is the loss of noise prediction, whatever the model predicts.
     """
     snr = model.log_snr(torch.arange(model.num_timesteps)).exp()
+    snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)  # pure noise: the limit, not 0 / 0
     kind = model.scheduler.config.get("prediction_type")  # rectified flow has none
     # The squared error of the prediction over that of the denoised latents.
     scale = {"epsilon": snr, "v_prediction": snr + 1}.get(kind, (snr.sqrt() + 1) ** 2)

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..images import to_vae_range
+from ..schedules import kind_of
 from .parts import Condition, Step, load_network, load_part, quiet_loading
 
 __all__ = ["StableDiffusion"]
@@ -52,13 +53,12 @@ class StableDiffusion:
         self._check_scheduler()
 
     def _check_scheduler(self) -> None:
-        config = self.scheduler.config  # also has what is another scheduler's alone
-        edm, flow = "sigma_data" in config, "shift" in config or config.get("use_flow_sigmas")
-        if edm or flow:
-            raise InputError(f"The model '{self.path}' has the noise schedule of {'EDM' if edm else 'flow'}; "
+        if (kind := kind_of(self.scheduler)) != "DDPM":
+            raise InputError(f"The model '{self.path}' has the noise schedule of {kind}; "
                              f"only {self.family} models with that of DDPM are supported.")
-        if config.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(f"The model '{self.path}' predicts '{config.prediction_type}'; "
+        prediction = self.scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise InputError(f"The model '{self.path}' predicts '{prediction}'; "
                              "only 'epsilon' and 'v_prediction' are supported.")
 
     @classmethod
