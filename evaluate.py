@@ -15,8 +15,6 @@ from szt_utils.errors import exit_on_input_error
 
 # szt_utils.metrics.METRICS, without importing torch.
 METRICS = ("dino", "attributes", "fid", "kid", "fd_dino", "clip")
-# --num_inference_steps and --guidance_scale, by whether the model is the pocket model.
-POCKET_SAMPLING, SAMPLING = (25, 5.0), (25, 7.5)
 
 
 def metric_list(text: str) -> list[str]:
@@ -52,16 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=user_path, help="CLIPModel: folder or hub name. (the bundled pocket one)")
     add("--inception", type=user_path,
         help="InceptionV3 weights for FID and KID, the file of torch-fidelity. (features of --clip instead)")
-    add("--num_inference_steps", type=number(int, 1), help="Denoising steps, DPM-Solver++. (25)")
+    add("--num_inference_steps", type=number(int, 1), default=25, help="Denoising steps, DPM-Solver++. (25)")
     add("--guidance_scale", type=number(float, 0, above=True),
         help="Classifier-free guidance. (7.5, pocket model 5)")
     add("--batch_size", type=number(int, 1), default=8, help="Images generated together. (8)")
     add("--seed", type=seed, default=100, help="The i-th image starts from noise of seed + i. (100)")
-    args = parser.parse_args(argv)
-    steps, guidance_scale = SAMPLING if args.pretrained_model_name_or_path else POCKET_SAMPLING
-    args.num_inference_steps = args.num_inference_steps or steps
-    args.guidance_scale = args.guidance_scale or guidance_scale
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,15 @@ with --adaptive szt for all three. Then the plain attack is run as well, and you
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser, seed, user_path
+from szt_utils.arguments import (
+    add_model_flags,
+    number,
+    refuse_unused,
+    refuse_without,
+    script_parser,
+    seed,
+    user_path,
+)
 from szt_utils.errors import exit_on_input_error
 
 # The names in szt_utils.poisons.POISONS, which would import torch.
@@ -97,6 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --target_image: zero is a latent, and da needs an image")
     if args.jpeg_quality and len(args.jpeg_quality) > 2:
         parser.error("argument --jpeg_quality: one quality or the lowest and the highest")
+    refuse_without(parser, args, "--loss_mask_dir", args.loss_mask_dir, "mask_dilation")
     if args.adaptive and not args.loss_mask_dir:
         parser.error("argument --adaptive: szt needs --loss_mask_dir")
     return args

@@ -19,7 +19,7 @@ Each entry needs a point in the concept or a box.
 
 import argparse
 
-from szt_utils.arguments import number, script_parser, user_path
+from szt_utils.arguments import number, refuse_without, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 
 
@@ -48,11 +48,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     way.add_argument("--text", help="Words for the concept; needs a SAM 3 model.")
     way.add_argument("--ui", action="store_true",
                      help="Click and paint on a page that only this computer can open.")
-    add("--grid", type=number(int, 2, 64), default=12, help="--auto: clicks along each side. (12)")
+    add("--grid", type=number(int, 2, 64), help="--auto: clicks along each side. (12)")
     add("--preview", action="store_true",
         help="Write a contact sheet, preview/sheet.png in the output folder.")
-    add("--port", type=number(int, 0, 65535), default=0, help="--ui: port of the page. (any free one)")
-    add("--resolution", type=number(int, 8, 8192), default=512,
+    add("--port", type=number(int, 0, 65535), help="--ui: port of the page. (any free one)")
+    add("--resolution", type=number(int, 8, 8192),
         help="--preview, --ui: the training's --resolution. (512)")
     add("--mask_dilation", type=number(int, 0, 4096),
         help="--preview, --ui: the training's --mask_dilation. (16 at 512, scaled with --resolution)")
@@ -62,15 +62,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --box: expected LEFT < RIGHT and TOP < BOTTOM")
     if args.grabcut and (args.auto or args.text is not None):
         parser.error("argument --grabcut: needs --box, --point, --points_file or --ui")
+    refuse_without(parser, args, "--auto", args.auto, "grid")
+    refuse_without(parser, args, "--ui", args.ui, "port")
+    refuse_without(parser, args, "--preview or --ui", args.preview or args.ui,
+                   "resolution", "mask_dilation", "center_crop")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
     with exit_on_input_error():
         from szt_utils.masking import MaskingSettings, mask_folder
 
-        mask_folder(MaskingSettings(**vars(args)))
+        mask_folder(MaskingSettings(**given))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ or all of them at once: `--szt --loss_mask_dir M`. The lines that do it end in `
 import argparse
 import functools
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from szt_utils.arguments import (
     add_family_flags,
     add_memory_flags,
     add_safe_zone_flags,
+    check_training_flags,
     number,
     script_parser,
 )
@@ -45,8 +47,11 @@ if TYPE_CHECKING:  # libraries that take seconds to import are imported where th
 __version__ = "0.2.0"
 
 
-def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
-    """Parse the command line, or that of one entry of --concepts, whose name `entry` begins its errors."""
+def parse_args(argv: list[str], entry: str | None = None, unset: Sequence[str] = ()) -> argparse.Namespace:
+    """Parse the command line, or that of one entry of --concepts, whose name `entry` begins its errors.
+
+    Flags that are `unset` get their defaults.
+    """
     parser = script_parser(__doc__) if entry is None else script_parser(__doc__, EntryParser, prog=entry)
     add_safe_zone_flags(parser)
     add = parser.add_argument_group("Several concepts in one run").add_argument
@@ -60,30 +65,9 @@ def parse_args(argv: list[str], entry: str | None = None) -> argparse.Namespace:
     add_family_flags(parser)
     add_diffusers_flags(parser)
     args = parser.parse_args(argv)
-
-    if args.concepts and entry is None:
-        for name, clash, remedy in (("num_train_epochs", args.num_train_epochs and not args.max_train_steps,
-                                     "; give --max_train_steps"),
-                                    ("dataset_name", args.dataset_name, "; give each its train_data_dir"),
-                                    ("hub_model_id", args.hub_model_id, ""),
-                                    ("validation_epochs", args.validation_epochs, "")):
-            if clash:
-                parser.error(f"argument --{name}: means another thing for each of --concepts{remedy}")
-        return args
-    if args.dataset_name and args.train_data_dir:
-        parser.error("argument --dataset_name: cannot be combined with --train_data_dir")
-    if missing := [f"--{name}" for name in ("train_data_dir", "placeholder_token", "initializer_token")
-                   if getattr(args, name) is None and not (name == "train_data_dir" and args.dataset_name)]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if args.offload and (args.no_cache_latents or args.quantize == "4bit"):
-        parser.error("argument --offload: cannot be combined with --no_cache_latents, which needs the VAE at "
-                     "every step, or --quantize 4bit, which loads the network onto the GPU")
-    if args.t_max is not None and (args.t_min or 0) >= args.t_max:
-        parser.error(f"argument --t_min: must be below --t_max, but is {args.t_min or 0}, "
-                     f"and --t_max is {args.t_max}")
-    for name in ("mask_dilation", "mask_mode", "mask_normalization"):
-        if getattr(args, name) is not None and args.loss_mask_dir is None:
-            parser.error(f"argument --{name}: needs --loss_mask_dir")
+    for name in unset:
+        setattr(args, name, parser.get_default(name))
+    check_training_flags(parser, args, whole=args.concepts is not None and entry is None)
     return args
 
 
@@ -97,15 +81,15 @@ def read_settings(args: argparse.Namespace,
     shared = TrainingSettings.from_flags(vars(args))
     if args.dataset_name:
         args.train_data_dir = str(dataset_folder(args.dataset_name, args.dataset_config_name,
-                                                 args.image_column, args.caption_column))
+                                                 args.image_column or "image", args.caption_column))
     if not args.concepts:
         return shared, [ConceptSettings.from_flags(vars(args))]
     concepts = []
     for name, entry in read_entries(args.concepts):
-        # None and False say nothing; 0 does.
+        unset = [flag for flag, value in entry.items() if value is None or value is False]  # 0 is a value
         flags = [f"--{flag}" if value is True else f"--{flag}={value}"
-                 for flag, value in entry.items() if value is not None and value is not False]
-        concept = ConceptSettings.from_flags(vars(parse_args([*argv, *flags], name)))
+                 for flag, value in entry.items() if flag not in unset]
+        concept = ConceptSettings.from_flags(vars(parse_args([*argv, *flags], name, unset)))
         if "output_dir" not in entry:
             folder = str(Path(shared.output_dir) / safe_file_name(concept.placeholder_token))
             concept = replace(concept, output_dir=folder)
@@ -179,6 +163,7 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
 
             saving, keeping, validating = (group.step % every == 0 for every in (
                 settings.save_steps, settings.checkpointing_steps, settings.validation_steps))
+            keeping |= group.step == settings.max_train_steps  # a finished run trains no further
             for concept in group.concepts:
                 with run.surviving(concept.settings):
                     if saving and run.rank == 0:
@@ -208,6 +193,8 @@ def train(settings: "TrainingSettings", concepts: "list[ConceptSettings]") -> No
                                         functools.partial(prepare, settings, concept))
                 open_folder(run, concept.output_dir)
                 wanted.append((concept, images))
+        if not wanted:
+            return
         model = run.load_model()
         concepts = begin(run, model, start_concepts(run, model, wanted))
         frozen = [encoder.get_input_embeddings().weight.detach()[:-settings.num_vectors]

@@ -9,7 +9,6 @@ szt_utils, signals.json, and measured.json: what is found and missed when the so
 part in the calibration.
 """
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from szt_utils.arguments import number, script_parser, user_path
 from szt_utils.errors import InputError, exit_on_input_error
-from szt_utils.files import write_json
+from szt_utils.files import read_json, write_json
 from szt_utils.images import list_images, read_image
 from szt_utils.jpeg import jpeg
 from szt_utils.pixel_score import PARTS, fit_score, score_pixels
@@ -168,9 +167,15 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
         output = Path(args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        if not (output / "signals.json").exists():
-            write_json(output / "signals.json", list(measure(Path(args.image_dir), args.most)))
-        records = json.loads((output / "signals.json").read_text())
+        of = {"image_dir": str(Path(args.image_dir).resolve()), "most": args.most}
+        path = output / "signals.json"
+        if not path.exists():
+            write_json(path, {**of, "images": list(measure(Path(args.image_dir), args.most))})
+        before = read_json(path)
+        if {name: before.get(name) for name in of} != of:
+            raise InputError(f"'{path}' was made with another --image_dir or --most; give another "
+                             "--output_dir.")
+        records = before["images"]
         table = Table([record for record in records if record["signals"]])
         for what, rows in (("clean images", ~table.poisoned), ("poisons", table.poisoned)):
             if len(np.unique(table.source[rows])) < 2:

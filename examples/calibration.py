@@ -11,13 +11,17 @@ of one folder is a part of an image of the other.
 
 from pathlib import Path
 
-import skimage
 from PIL import Image
 
 from szt_utils.arguments import number, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 from szt_utils.images import read_image, save_png
 from szt_utils.pocket.scenes import attributes_of, draw_scene
+
+try:
+    import skimage
+except ImportError:
+    raise SystemExit("error: This needs scikit-image: pip install scikit-image") from None
 
 PHOTOGRAPHS = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
                "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",

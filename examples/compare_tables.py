@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from scipy.stats import spearmanr
-
 from szt_utils.arguments import script_parser, user_path
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.tables import Cell, averages, read_table, recovered
+
+try:
+    from scipy.stats import spearmanr
+except ImportError:
+    raise SystemExit("error: This needs scipy: pip install scipy") from None
 
 DEFENCES = ("nominal", "regen", "pdmpure", "advclean", "jpeg", "t600", "lm", "jpeg+t600", "jpeg+lm", "szt")
 # DINOv2 similarity on CustomConcept101, in the order of DEFENCES.

@@ -8,9 +8,11 @@ model=stable-diffusion-v1-5/stable-diffusion-v1-5
 python poison_images.py --pretrained_model_name_or_path $model --image_dir "$images" --output_dir "$output/poisoned" \
   --method adm+ --eps 16 --step_size 1 --steps 100 --mixed_precision bf16
 
-for defence in "" "--szt --loss_mask_dir $masks"; do
+for defence in "" szt; do
+  flags=()
+  [ -n "$defence" ] && flags=(--szt --loss_mask_dir "$masks")
   accelerate launch textual_inversion_szt.py --pretrained_model_name_or_path $model \
-    --train_data_dir "$output/poisoned" --output_dir "$output/learned${defence:+-szt}" \
+    --train_data_dir "$output/poisoned" --output_dir "$output/learned${defence:+-$defence}" \
     --placeholder_token "$token" --initializer_token "$word" --resolution 512 --train_batch_size 1 \
-    --learning_rate 5e-4 --max_train_steps 5000 --mixed_precision bf16 --seed 0 $defence
+    --learning_rate 5e-4 --max_train_steps 5000 --mixed_precision bf16 --seed 0 ${flags[@]+"${flags[@]}"}
 done

@@ -142,7 +142,8 @@ def read_settings(args: argparse.Namespace) -> Table:
              if getattr(args, name) is not None}
     settings = settings_of(args.output_dir, args.dataset)
     return Table(
-        output_dir=args.output_dir, name=args.preset or "table1", rows=DATA, columns=columns,
+        output_dir=args.output_dir, name=args.preset or "table1", rows=DATA,
+        columns=columns | {name: VARIANTS[name] for name in args.defences or []},
         swept=[name for name in columns if name not in DEFENCES], data=args.data or data,
         defences={name: VARIANTS[name] for name in args.defences or columns}, dataset=args.dataset,
         settings=replace(settings, **given), metrics=args.metrics, model=args.pretrained_model_name_or_path,

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from .errors import InputError, printable
 
 __all__ = ["EntryParser", "add_data_flags", "add_diffusers_flags", "add_family_flags", "add_memory_flags",
-           "add_model_flags", "add_safe_zone_flags", "command_line", "number", "refuse_unused",
-           "script_parser", "seed", "user_path"]
+           "add_model_flags", "add_safe_zone_flags", "check_training_flags", "command_line", "number",
+           "refuse_unused", "refuse_without", "script_parser", "seed", "user_path"]
 
 LARGEST = {int: 2**31 - 1, float: 1e36}  # what torch takes; float32 ends a little above 1e36
 
@@ -54,7 +54,7 @@ def user_path(text: str) -> str:
     """An argparse type: a path, whose leading `~` is expanded, or an id on the Hub."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"'{printable(text)}' is not a path")
-    return os.path.expanduser(text)
+    return os.path.expanduser(text).rstrip("/") or "/"  # a shell completes a folder with a slash
 
 
 class _ScriptParser(argparse.ArgumentParser):
@@ -125,6 +125,16 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, met
             parser.error(f"argument --{name}: {method} does not use it, only {', '.join(methods)}")
 
 
+def refuse_without(parser: argparse.ArgumentParser, args: argparse.Namespace, needed: str, there: object,
+                   *names: str) -> None:
+    """End with a usage error for each of the flags `names` that is given although what it needs, a flag in
+    words, is not `there`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False and not there:  # 0 is a value
+            parser.error(f"argument --{name}: needs {needed}")
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of captions and of data sets of the datasets library."""
     add = parser.add_argument_group("Data sets and captions").add_argument
@@ -132,11 +142,50 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="captions from templates, from '<stem>.txt' beside each image or the folder's metadata.jsonl, "
              "or from both by chance; {} or the initializer token is the placeholder's place (default: "
              "template)")
-    add("--dataset_name",
+    add("--dataset_name", type=user_path,
         help="instead of --train_data_dir, a data set of the datasets library: an id on the Hub or a folder")
     add("--dataset_config_name", help="configuration of the data set")
-    add("--image_column", default="image", help="column with its images (default: image)")
+    add("--image_column", help="column with its images (default: image)")
     add("--caption_column", help="column with its captions, for --caption_mode file or both")
+
+
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, whole: bool) -> None:
+    """End with a usage error for flags of a training that do not go together, or are missing.
+
+    With `whole`, only for those that all concepts of a file of --concepts share.
+    """
+    if whole:
+        for name, clash, remedy in (("num_train_epochs", args.num_train_epochs and not args.max_train_steps,
+                                     "; give --max_train_steps"),
+                                    ("dataset_name", args.dataset_name, "; give each its train_data_dir"),
+                                    ("hub_model_id", args.hub_model_id, ""),
+                                    ("validation_epochs", args.validation_epochs, "")):
+            if clash:
+                parser.error(f"argument --{name}: means another thing for each of --concepts{remedy}")
+        return
+    if args.dataset_name and args.train_data_dir:
+        parser.error("argument --dataset_name: cannot be combined with --train_data_dir")
+    if missing := [f"--{name}" for name in ("train_data_dir", "placeholder_token", "initializer_token")
+                   if getattr(args, name) is None and not (name == "train_data_dir" and args.dataset_name)]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if args.offload and (args.no_cache_latents or args.quantize == "4bit"):
+        parser.error("argument --offload: cannot be combined with --no_cache_latents, which needs the VAE at "
+                     "every step, or --quantize 4bit, which loads the network onto the GPU")
+    if args.t_max is not None and (args.t_min or 0) >= args.t_max:
+        parser.error(f"argument --t_min: must be below --t_max, but is {args.t_min or 0}, "
+                     f"and --t_max is {args.t_max}")
+    refuse_without(parser, args, "--loss_mask_dir", args.loss_mask_dir,
+                   "mask_dilation", "mask_mode", "mask_normalization")
+    refuse_without(parser, args, "--t_distribution power", args.t_distribution == "power", "t_power")
+    refuse_without(parser, args, "--t_distribution tanh", args.t_distribution == "tanh",
+                   "t_center", "t_width")
+    refuse_without(parser, args, "--dataset_name", args.dataset_name,
+                   "dataset_config_name", "image_column", "caption_column")
+    refuse_without(parser, args, "--caption_mode file or both", args.caption_mode in ("file", "both"),
+                   "caption_column")
+    if args.dataset_name and args.caption_mode in ("file", "both") and not args.caption_column:
+        parser.error(f"argument --caption_mode: {args.caption_mode} needs --caption_column with "
+                     "--dataset_name")
 
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ from .errors import InputError
 from .files import parse_json, read_text
 from .settings import ConceptSettings
 
-__all__ = ["CAPTION_MODES", "METADATA", "caption_templates", "insert_token", "read_captions"]
+__all__ = ["CAPTION_MODES", "METADATA", "caption_templates", "insert_token", "read_captions",
+           "read_metadata"]
 
 CAPTION_MODES = ("template", "file", "both")
 
@@ -22,7 +23,7 @@ def read_captions(image_dir: str | Path, images: Sequence[Path]) -> dict[Path, s
     InputError for a file that cannot be read, and for a line of metadata.jsonl that is no JSON object with
     the text entries file_name and text.
     """
-    listed, captions = _read_metadata(Path(image_dir) / METADATA), {}
+    listed, captions = read_metadata(Path(image_dir) / METADATA), {}
     for image in images:
         beside = image.with_suffix(".txt")
         text = (read_text(beside, "caption file") if beside.is_file()
@@ -32,9 +33,11 @@ def read_captions(image_dir: str | Path, images: Sequence[Path]) -> dict[Path, s
     return captions
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts of a metadata.jsonl by file name, none without the file; InputError names a bad line."""
     listed = {}
-    for i, line in enumerate(read_text(path, "caption file").splitlines() if path.is_file() else [], 1):
+    text = read_text(path, "caption file") if path.is_file() else ""
+    for i, line in enumerate(text.split("\n"), 1):  # JSON may hold other line breaks of Unicode as they are
         if not line.strip():
             continue
         try:
@@ -71,12 +74,13 @@ def caption_templates(settings: ConceptSettings, images: Sequence[Path]) -> list
     if settings.caption_mode == "template":
         return [templates] * len(images)
     captions, every = read_captions(settings.train_data_dir, images), []
+    token = re.escape(settings.placeholder_token)
+    spelled_out = re.compile(rf"{token}(?: {token}_\d+)*")  # with the tokens of further vectors
     for image in images:
         if image not in captions:
             raise InputError(f"The image '{image}' has no caption: write '{image.stem}.txt', or leave out "
                              f"--caption_mode {settings.caption_mode}.")
-        own = insert_token(captions[image].replace(settings.placeholder_token, "{}"), "{}",
-                           settings.initializer_token)
+        own = insert_token(spelled_out.sub("{}", captions[image]), "{}", settings.initializer_token)
         if "{}" not in own:
             raise InputError(f"The caption of '{image}' has no place for the placeholder: write {{}}, or the "
                              f"word '{settings.initializer_token}', into it.")

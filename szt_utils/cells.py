@@ -28,6 +28,7 @@ from .embeddings import load_into
 from .errors import InputError
 from .evaluation import evaluate_token
 from .files import atomic_path, write_json
+from .fingerprint import identity
 from .folder_run import provenance
 from .generation import load_pipeline
 from .images import contact_sheet, list_images, read_image
@@ -36,7 +37,7 @@ from .notices import notice
 from .poisoning import PoisonSettings, poison_folder
 from .purifying import PurifySettings, purify_folder
 from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
-from .tables import Cell, append_cell, read_cells, run_index, write_table
+from .tables import OF_PURIFIER, Cell, append_cell, read_cells, read_runs, run_index, write_table
 
 __all__ = ["Score", "Train", "make_cells", "make_table", "score", "score_token", "train", "training_entries"]
 
@@ -186,6 +187,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
     """Train and score a concept's missing cells, and add them to its file; returns what failed, a sentence
     each. InputError when no cell of the concept can be trained."""
     start, home, failures = time.perf_counter(), table.home(concept.name), []
+    finished = table.finished()
     run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
                  table.settings.resolution)
@@ -193,7 +195,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
     try:
         train(table, concept, cells)
     except InputError as error:  # of one of several cells, perhaps
-        if not any(table.learned(cell).exists() for cell in (*cells, *table.finished())
+        if not any(table.learned(cell).exists() for cell in (*cells, *finished)
                    if cell.concept == concept.name):
             raise
         failures.append(str(error))
@@ -213,10 +215,22 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
             continue
         seconds = round(shared + time.perf_counter() - start, 2)
         append_cell(table.output_dir,
-                    replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run))
+                    replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run),
+                    instead_of=next((old for old in finished if old == cell), None))
         print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
     return failures
+
+
+def check_purifier(table: Table) -> None:
+    """InputError when finished cells were purified by another model than those to make."""
+    runs = dict(enumerate(read_runs(table.output_dir)))
+    ours = [identity(path) if path else None for path in (table.pdmpure_model, table.upscaler)]
+    for cell in table.finished():
+        uses = table.defences.get(cell.defence, {}).get("purify", {}).get("method") == "pdmpure"
+        if uses and cell.run in runs and [runs[cell.run].get(name) for name in OF_PURIFIER] != ours:
+            raise InputError(f"The cells of {cell.defence} in '{table.output_dir}' were made with another "
+                             "--pdmpure_model or --upscaler; give another --output_dir.")
 
 
 def write_sheet(table: Table, concept: str, seed: int) -> None:
@@ -247,13 +261,16 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     With `dry_run`, print which cells are missing and what they cost instead. `train` and `score` are textual
     inversion's, or another method's. A cell that fails is left out, and an InputError at the end names it.
     """
-    finished = set(table.finished())
+    finished = {cell: cell.metrics for cell in table.finished()}
+    check_purifier(table)
     if not finished and read_cells(table.output_dir):
         notice(f"the cells in '{table.output_dir}' were made with other settings, models or an earlier "
                "version: none of them counts")
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
                                in itertools.product(seeds, concepts, table.data, table.defences)))
-    missing = [cell for cell in cells if cell not in finished]
+    # A cell that lacks a score is scored again; what it was made of is still there.
+    wanted = {name for name in table.metrics if name != "attributes"}
+    missing = [cell for cell in cells if not wanted <= {*finished.get(cell, ())}]
     print(f"{len(cells)} cells, {len(missing)} of them to do.")
     if dry_run:
         print(plan(missing, passes(table, missing, concepts), read_cells(table.output_dir),

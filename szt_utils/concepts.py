@@ -127,6 +127,7 @@ class Concept:
         self.fingerprint = fingerprint(
             {**asdict(run.settings), **asdict(self.settings), **asdict(self.zone), "device": run.device.type,
              "precision": str(run.dtype).removeprefix("torch."), "weights": run.weights,
+             "hash of T5's weights": run.weights_of_t5,
              "number of processes": run.num_ranks, "embedding width": [part.shape[1] for part in self.start]},
             hash_captions(self.tokenizers, self.stream.templates, self.settings.placeholder_token),
             self.images.paths, self.images.mask_paths or [])

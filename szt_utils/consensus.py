@@ -128,29 +128,34 @@ def choose_masks(images: list[Candidates]) -> list[Choice]:
     with the choices of the others, until nothing changes; the best end counts.
     """
     features = [F.normalize(image.features, dim=1) for image in images]
+    weight = _AGREEMENT_WEIGHT / max(1, len(images) - 1)
 
-    def values(i: int, chosen: list[int]) -> torch.Tensor:
-        """The value of each candidate of image i, given the choices in the other images."""
-        others = [features[j][chosen[j]] for j in range(len(images)) if j != i]
-        agreement = features[i] @ torch.stack(others).T if others else torch.zeros(len(features[i]), 1)
-        return images[i].merit + _AGREEMENT_WEIGHT * agreement.mean(1)
+    def values(i: int, chosen: list[int], total: torch.Tensor) -> torch.Tensor:
+        """The value of each candidate of image i, given the choices in all images and their features' sum."""
+        return images[i].merit + weight * (features[i] @ (total - features[i][chosen[i]]))
 
-    best, best_total = [0] * len(images), float("-inf")
+    def sum_of(chosen: list[int]) -> torch.Tensor:
+        return torch.stack([f[c] for f, c in zip(features, chosen, strict=True)]).sum(0)
+
+    best, best_value = [0] * len(images), float("-inf")
     for i, seeds in enumerate(features):
         for seed, seed_features in enumerate(seeds):
             chosen = [int((image.merit + _AGREEMENT_WEIGHT * (f @ seed_features)).argmax())
                       for image, f in zip(images, features, strict=True)]
             chosen[i] = seed
             for _ in range(10):
-                before = list(chosen)
-                for j in range(len(images)):
-                    chosen[j] = int(values(j, chosen).argmax())
+                before, total = list(chosen), sum_of(chosen)
+                for j, f in enumerate(features):
+                    old, chosen[j] = chosen[j], int(values(j, chosen, total).argmax())
+                    if chosen[j] != old:
+                        total = total + f[chosen[j]] - f[old]
                 if chosen == before:
                     break
-            total = sum(values(j, chosen)[c].item() for j, c in enumerate(chosen))
-            if total > best_total + 1e-6:
-                best, best_total = chosen, total
-    return [Choice(best[i], _confidence(image.masks, values(i, best), best[i]))
+            value = sum(values(j, chosen, total)[c].item() for j, c in enumerate(chosen))
+            if value > best_value + 1e-6:
+                best, best_value = chosen, value
+    total = sum_of(best)
+    return [Choice(best[i], _confidence(image.masks, values(i, best, total), best[i]))
             for i, image in enumerate(images)]
 
 

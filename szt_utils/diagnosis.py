@@ -18,7 +18,7 @@ from .errors import InputError
 from .files import read_calibration_json
 from .jpeg import jpeg_tensor
 from .models import Model, expand, residual, tokenize
-from .statistics import excess_kurtosis, high_frequency_share
+from .statistics import chance, excess_kurtosis, high_frequency_share
 
 __all__ = ["SIGNALS", "calibrate", "check_clean_count", "deviations", "explain", "image_signals",
            "percentile", "read_calibration", "report", "score"]
@@ -147,7 +147,7 @@ def report(calibration: dict[str, Any], rows: Mapping[str, Sequence[float]]) -> 
               for name, row in rows.items()}
     suspects = sum(image["suspect"] for image in images.values())
     expected = (1 - SUSPECT_PERCENTILE) * len(images)
-    poisoned = suspects >= max(2 * expected + 1, 0.2 * len(images))
+    poisoned = chance(suspects, len(images), 1 - SUSPECT_PERCENTILE) <= 0.05 + 1e-9
     return {"poisoned": bool(poisoned), "suspects": suspects, "images": images, "sentence": (
         f"{suspects} of {len(images)} images look poisoned (of clean ones, about {expected:.1f} would): "
         + ("this set is probably poisoned." if poisoned else "this set is probably clean."))}

@@ -54,17 +54,27 @@ class EvaluationSettings:
     clip: str | None = None
     inception: str | None = None
     num_inference_steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # 7.5, of a pocket model 5
     batch_size: int = 8
     seed: int = 100
     mixed_precision: str = "no"
+
+    def __post_init__(self):
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", 5.0 if self.is_pocket else 7.5)
 
     @property
     def prompts(self) -> list[str]:
         """The prompts, with `{}` for the concept; InputError for an invalid prompts file."""
         if self.prompts_file:
             return read_prompt_templates(self.prompts_file)
-        return list(EVALUATION_PROMPTS if self.pretrained_model_name_or_path else pocket.PROMPTS)
+        return list(pocket.PROMPTS if self.is_pocket else EVALUATION_PROMPTS)
+
+    @property
+    def is_pocket(self) -> bool:
+        """Whether the model is a pocket one."""
+        path = self.pretrained_model_name_or_path
+        return path is None or pocket.is_bundled(path)
 
     @property
     def networks(self) -> Networks:
@@ -153,7 +163,7 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
             metrics=settings.metrics, seed=settings.seed, steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale, batch_size=settings.batch_size, progress=True)
         messages = []
-        if settings.pretrained_model_name_or_path and not (settings.dino and settings.clip):
+        if not settings.is_pocket and not (settings.dino and settings.clip):
             messages.append("The bundled networks only know the pocket world; "
                             "give --dino and --clip for photos.")
         messages += [str(message.message) for message in caught if message.category is UserWarning]

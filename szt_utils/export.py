@@ -176,6 +176,9 @@ def _name_leftovers(run: FolderRun, jobs: list[_Job], trainer: Trainer) -> None:
 
 def _readme(plan: Plan, trainer: Trainer) -> str:
     zone, family = plan.zone, plan.family
+    paper = SafeZone.paper(plan.resolution, family)
+    given = "".join(f" --{name} {getattr(zone, name)}" for name in ("jpeg_quality", "t_min", "mask_dilation")
+                    if getattr(zone, name) != getattr(paper, name))
     masks = f"masks grown by {zone.mask_dilation} pixels" if plan.has_masks else "no masks"
     sizes = ", ".join(f"{width} x {height}" for width, height in plan.sizes)
     return "\n".join([
@@ -189,4 +192,4 @@ def _readme(plan: Plan, trainer: Trainer) -> str:
         "Paths in the config files are absolute: instead of moving this folder, export again to another one.",
         "", "## What to mind", "", *(f"* {trap}" for trap in trainer.traps(plan)), "", "## Check", "",
         "```bash", f"python export_dataset.py --trainer {trainer.name} --model {family.name} "
-        f"--resolution {plan.resolution} --check {plan.quoted('.')}", "```"]) + "\n"
+        f"--resolution {plan.resolution}{given} --check {plan.quoted('.')}", "```"]) + "\n"

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .caption_files import METADATA, read_captions
+from .caption_files import METADATA, read_metadata
 from .errors import InputError, first_line
 from .export import plan_for
+from .files import read_text
 from .images import MASK_ENDING, list_images, read_image, read_upright
 from .notices import notice
 from .trainers import TRAINERS
@@ -108,9 +109,12 @@ def _some(paths: Sequence[Path]) -> str:
 
 
 def _check_captions(trainer: Trainer, folder: Path, paths: Sequence[Path]) -> list[str]:
-    given = read_captions(folder, paths)
-    without = [path for path in paths if path not in given
-               or (trainer.caption_files and not path.with_suffix(".txt").is_file())]
+    if trainer.caption_files:
+        without = [path for path in paths if not path.with_suffix(".txt").is_file()
+                   or not read_text(path.with_suffix(".txt"), "caption file").strip()]
+    else:
+        listed = read_metadata(folder / METADATA)
+        without = [path for path in paths if not listed.get(path.relative_to(folder).as_posix(), "").strip()]
     where = "<stem>.txt beside the image" if trainer.caption_files else METADATA
     return [f"No caption was found for {_some(without)}; expected it in {where}."] if without else []
 

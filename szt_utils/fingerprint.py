@@ -12,7 +12,7 @@ from .errors import InputError
 from .folder_run import library_versions
 from .models import Model
 
-__all__ = ["compare", "fingerprint", "hash_captions", "hash_weights", "identity"]
+__all__ = ["compare", "fingerprint", "hash_captions", "hash_t5", "hash_weights", "identity"]
 
 # Settings that leave the embedding as it is, or whose effect is recorded otherwise: a model by its weights, a
 # folder by its files, the precision as Accelerate has chosen it.
@@ -91,7 +91,6 @@ def hash_captions(tokenizers: list, templates: Sequence[tuple[str, ...]], placeh
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def hash_weights(model: Model) -> str:
     """SHA-256 of a model's noise schedule, what it predicts, and the first values of every tensor.
 
@@ -101,10 +100,24 @@ def hash_weights(model: Model) -> str:
     digest = hashlib.sha256(model.log_snr(torch.arange(model.num_timesteps)).numpy().tobytes())
     digest.update(str(model.scheduler.config.get("prediction_type")).encode())
     for part in (model.network, model.vae, *model.text_encoders):
-        for tensor in part.parameters():
-            if type(tensor.data) is torch.Tensor:
-                digest.update(tensor.data.flatten()[:16].float().cpu().numpy().tobytes())
+        _add_weights(digest, part)
     return digest.hexdigest()
+
+
+def hash_t5(model: Model) -> str | None:
+    """The same of the weights of a model's T5; None without one."""
+    if model.t5 is None:
+        return None
+    digest = hashlib.sha256()
+    _add_weights(digest, model.t5.encoder)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _add_weights(digest: Any, module: torch.nn.Module) -> None:
+    for tensor in module.parameters():
+        if type(tensor.data) is torch.Tensor:
+            digest.update(tensor.data.flatten()[:16].float().cpu().numpy().tobytes())
 
 
 @functools.cache

@@ -5,6 +5,7 @@ record per result: {"file": its name, "sha256": hash of what it was made of, ...
 "outputs": {its name: hash of its bytes}}. Records of version 0.1 have no "outputs".
 """
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -26,6 +27,7 @@ from .locks import lock_folder, sweep_leftovers
 
 __all__ = ["FolderRun", "Record", "library_versions", "open_run", "provenance", "sha256_of"]
 
+MOST_FAILURES = 3  # after which a run ends that has made nothing
 Job = TypeVar("Job")
 Record = dict[str, Any]
 
@@ -97,9 +99,12 @@ class FolderRun:
         where = f" in '{printable(self.image_dir)}'" if self.image_dir else ""
         print(f"{len(jobs)} images{where}, {len(work)} of them to do.")
         if kept:
-            names_of = ", ".join(map(printable, kept[:10])) + ", ..." * (len(kept) > 10)
-            print(f"Results made or changed by hand are kept ({len(kept)}): {names_of}; "
+            print(f"Results made or changed by hand are kept ({len(kept)}): {_some(kept)}; "
                   "delete them to make them again.")
+        wanted = {name for job in jobs for name in names(job)}
+        others = [name for name in self.latest if name not in wanted and os.path.isfile(self.folder / name)]
+        if others:
+            print(f"Results of images that are no longer there are kept ({len(others)}): {_some(others)}.")
         return work
 
     def batches(self, jobs: Sequence[Job], name: Callable[[Job], str],
@@ -147,13 +152,33 @@ class FolderRun:
 
     def work(self, batches: Iterable[list[Job]],
              make: Callable[[list[Job]], list[tuple[Record, Image.Image]]]) -> None:
-        """Call `make(batch)` for every batch; save its images and records, with the seconds per image."""
-        for batch in batches:
-            start = time.perf_counter()
-            results = make(batch)
+        """Call `make(batch)` for every batch; save its images and records, with the seconds per image.
+
+        An image for which `make` raises an InputError is left out, and an InputError at the end names it.
+        """
+        work, failures, made = collections.deque(batches), [], 0
+        while work:
+            batch, start = work.popleft(), time.perf_counter()
+            try:
+                results = make(batch)
+            except InputError as error:
+                if len(batch) > 1:  # which of them it is shows when they are made alone
+                    work.extendleft([job] for job in reversed(batch))
+                    continue
+                failures.append(str(error))
+                if not made and len(failures) == MOST_FAILURES:  # it is not the images
+                    break
+                continue
+            made += len(batch)
             seconds = round((time.perf_counter() - start) / len(batch), 3)
             for record, image in results:
                 self.save_image({**record, "seconds": seconds}, image)
+        if failures:
+            raise InputError(" ".join(dict.fromkeys(failures)))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:10])) + ", ..." * (len(names) > 10)
 
 
 def _outputs(record: Record) -> dict[str, Any]:
@@ -194,13 +219,15 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
     if not ours:
         raise InputError(f"The folder '{output_dir}' holds files that this script did not write; "
                          "give another --output_dir.")
+    stats = output_dir / "stats.jsonl"
+    records = read_stats(stats) if stats.exists() else []
     changed = [f"--{name}" for name, value in arguments.items()
                if name not in before or before[name] != value]
-    if changed:
+    if changed and any(path.is_file() and path.name != "options.json" and not path.name.startswith(".")
+                       for path in output_dir.rglob("*")):  # else the run has failed before its first result
         raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
                          "give another --output_dir.")
-    stats = output_dir / "stats.jsonl"
-    return read_stats(stats) if stats.exists() else []
+    return records
 
 
 def library_versions() -> dict[str, str]:

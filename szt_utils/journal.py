@@ -62,11 +62,13 @@ class Journal:
             losses = self.losses[id(concept)]
             losses.waiting.append((group.step, losses.last, lr))
         if stopping or group.step % 10 == 0 or group.step == settings.max_train_steps or any(
-                group.step % every == 0 for every in (settings.save_steps, settings.checkpointing_steps)):
+                group.step % every == 0 for every in (settings.save_steps, settings.checkpointing_steps,
+                                                      settings.validation_steps)):
             self._read(lr)
 
     def _read(self, lr: float) -> None:
-        shown = []
+        shown: list[float] = []
+        tracked: dict[int, dict[str, float]] = {}  # by step: a tracker takes steps in their order
         for concept in self.group.concepts:
             waiting = self.losses[id(concept)].waiting
             values = torch.stack([losses for _, losses, _ in waiting]).tolist() if waiting else []
@@ -77,12 +79,24 @@ class Journal:
                 self.run.fail(concept.settings, problem)
             elif records and self.run.rank == 0:
                 with self.run.surviving(concept.settings):
-                    self._write(concept, records)
+                    append_stats(concept.output_dir / "stats.jsonl", records)
                     shown.append(records[-1]["loss"])
+                    tag = "loss" if self.group.alone else f"loss/{concept.name}"
+                    for record in records:
+                        tracked.setdefault(record["step"], {"lr": record["lr"]})[tag] = record["loss"]
+        for step, values in sorted(tracked.items()):
+            self.run.log(values, step)
         if shown:
             self.progress.set_postfix(loss=f"{sum(shown) / len(shown):.4f}", lr=lr)
 
     def _problem(self, concept: Concept, records: list[dict[str, float]]) -> str | None:
+        """A sentence when the concept has failed, on all of its ranks at the same step."""
+        problem = self._own_problem(concept, records)
+        if self.run.any_rank(problem is not None):
+            return problem or f"Another process has failed before step {self.group.step}."
+        return None
+
+    def _own_problem(self, concept: Concept, records: list[dict[str, float]]) -> str | None:
         if bad := [record["step"] for record in records if not math.isfinite(record["loss"])]:
             return (f"The loss is not a number at step {bad[0]}; files written before are kept. "
                     "Lower --learning_rate, or use bf16 instead of fp16.")
@@ -91,9 +105,3 @@ class Journal:
             return (f"The embedding is not finite after step {self.group.step}; "
                     "files written before are kept. Lower --learning_rate.")
         return None
-
-    def _write(self, concept: Concept, records: list[dict[str, float]]) -> None:
-        append_stats(concept.output_dir / "stats.jsonl", records)
-        tag = "loss" if self.group.alone else f"loss/{concept.name}"
-        for record in records:
-            self.run.accelerator.log({tag: record["loss"], "lr": record["lr"]}, step=record["step"])

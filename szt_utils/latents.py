@@ -3,11 +3,14 @@
 Moments are the mean and log-variance (B, 2 C, h, w) of an image's latents, from which every step draws anew.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from .errors import InputError
 
 __all__ = ["LiveMoments", "MomentCache", "randn_like", "to_device"]
 
@@ -76,6 +79,14 @@ class MomentCache:
         if memory_limit is None or elements * like.element_size() <= memory_limit:
             return like.new_empty(shape)
         self._file = tempfile.NamedTemporaryFile(prefix=".latents-", dir=folder)  # deleted with the cache
+        if hasattr(os, "posix_fallocate"):  # writing to a mapped file without room would kill the process
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, elements * like.element_size())
+            except OSError as error:
+                raise InputError(
+                    f"The file of the latents needs {elements * like.element_size() / 2**30:.1f} GB in "
+                    f"'{folder or tempfile.gettempdir()}' ({error.strerror}); make room, or give "
+                    "--no_cache_latents.") from None
         return torch.from_file(self._file.name, shared=True, size=elements, dtype=like.dtype).view(shape)
 
     def take(self, indices: list[int], flips: list[bool]) -> torch.Tensor:

@@ -79,7 +79,7 @@ def make_maps(settings: MapSettings, output_dir: str | Path) -> None:
             raise InputError(f"The timestep {late[0]} of --timesteps is above the model's last, "
                              f"{model.num_timesteps - 1}.")
         prompt = _tokenize_learned(model, settings)
-        labels = list(settings.tokens or prompt.words)
+        labels = list(settings.tokens or dict.fromkeys(settings.prompt.split()))
         hashes = {path: _input_hash(path, resolution, settings) for path in folders}
         work = run.missing(list(folders), lambda path: [folders[path] + name for name in RESULTS],
                            lambda path, record: record.get("sha256") == hashes[path])
@@ -128,13 +128,15 @@ def _tokenize_learned(model: Model, settings: MapSettings) -> TokenizedPrompt:
                for path in settings.embeddings or []]
     words = {token: placeholder_prompt(token, num_vectors) for token, num_vectors in learned}
 
-    def spell_out(text: str) -> str:
+    def spell_out(text: str, like: str) -> str:
         for token, vectors in words.items():
-            text = text if f"{token}_1" in text else text.replace(token, vectors)
+            text = text if f"{token}_1" in like else text.replace(token, vectors)
         return text
 
-    return tokenize_words(model, spell_out(settings.prompt),
-                          settings.tokens and [spell_out(token) for token in settings.tokens])
+    named = {token: token for token in settings.tokens or []} or dict.fromkeys(
+        settings.prompt.split(), settings.prompt)
+    return tokenize_words(model, spell_out(settings.prompt, settings.prompt),
+                          [spell_out(token, like) for token, like in named.items()])
 
 
 def image_maps(model: Model, prompt: TokenizedPrompt, pixels: torch.Tensor,

@@ -195,7 +195,7 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
 
 
 def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
-    """Mask every image by its own prompt."""
+    """Mask every image by its own prompt; an InputError at the end names those that have no mask."""
     prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
 
     def recorded(job: ImageJob) -> dict[str, Any]:
@@ -211,12 +211,16 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
     if is_foreign(settings, segmenter, jobs):
         print(f"warning: {_UNFAMILIAR}{_OTHER_MODELS}, or --grabcut.")
     masks.begin()
+    failures = []
     for job in tqdm(work, unit="image"):
         try:
             mask, score = _mask_of(segmenter, job.image, prompts[job.name])
         except InputError as error:
-            raise InputError(f"'{job.path}': {error}") from None
-        masks.save_mask(job, mask, settings.way, recorded(job), score)
+            failures.append(f"'{job.path}': {error}")
+        else:
+            masks.save_mask(job, mask, settings.way, recorded(job), score)
+    if failures:
+        raise InputError(" ".join(failures))
 
 
 def _mask_of(segmenter: SamCheckpoint | SamModel | None, image: Image.Image,

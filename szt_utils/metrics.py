@@ -53,7 +53,7 @@ def _load(network: str, device: str) -> tuple[Any, torch.nn.Module]:
         # Without the option, transformers would ask in the terminal whether to run a folder's code.
         with quiet_loading():
             processor = AutoImageProcessor.from_pretrained(network, trust_remote_code=False)
-            model, report = AutoModel.from_pretrained(network, output_loading_info=True,
+            model, report = AutoModel.from_pretrained(network, output_loading_info=True, dtype=torch.float32,
                                                       trust_remote_code=False)
     except Exception as error:
         raise InputError(f"The image encoder '{network}' cannot be loaded: {first_line(error)}") from None

@@ -1,5 +1,6 @@
 """The files of a training run: options, embeddings, validation images, pipelines, uploads to the Hub."""
 
+import itertools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -86,12 +87,17 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
 def save_learned(run: Run, model: Model, group: Group, concept: Concept, tail: str = "") -> None:
     """Write a concept's rows as `learned_embeds<tail>`, of a second text encoder `learned_embeds_2<tail>`.
 
-    The metadata of a .safetensors file says how they were trained.
+    The metadata of a .safetensors file says how they were trained. An earlier run's files of these names with
+    the other suffix, and of a second text encoder, are removed: they would be loaded with these, or first.
     """
+    written = set()
     for i, rows in enumerate(group.rows_of(concept)):
-        name = f"learned_embeds{f'_{i + 1}' if i else ''}{tail}.{run.settings.suffix}"
-        save_rows(concept.output_dir / name, {concept.settings.placeholder_token: rows},
-                  _metadata(run, model, group, concept))
+        path = concept.output_dir / f"learned_embeds{f'_{i + 1}' if i else ''}{tail}.{run.settings.suffix}"
+        save_rows(path, {concept.settings.placeholder_token: rows}, _metadata(run, model, group, concept))
+        written.add(path)
+    for name, suffix in itertools.product(("learned_embeds", "learned_embeds_2"), ("safetensors", "bin")):
+        if (path := concept.output_dir / f"{name}{tail}.{suffix}") not in written:
+            path.unlink(missing_ok=True)
 
 
 def _save_named(run: Run, model: Model, group: Group, concept: Concept) -> None:
@@ -149,18 +155,19 @@ def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).to(run.device)
     folder = concept.output_dir / "validation"
+    paths = [folder / f"step-{group.step:05d}-{i}.png" for i in range(settings.num_validation_images)]
+    cell = max(8, model.vae_scale_factor)  # pipelines take multiples of 8 only
+    side = max(cell, settings.resolution // cell * cell)
     with (evaluating(*model.text_encoders, model.network), torch.no_grad(),
           ordinary_embeddings(model.text_encoders, group.rows_of(concept)), run.evaluation()):
         for i in range(stream.rank, settings.num_validation_images, stream.num_ranks):
             generator = torch.Generator(run.device).manual_seed(concept.settings.seed + i)
             image = pipeline(prompt, num_inference_steps=25, generator=generator,
-                             height=settings.resolution, width=settings.resolution,
-                             clip_skip=settings.clip_skip or None).images[0]
-            save_png(image, folder / f"step-{group.step:05d}-{i}.png")
+                             height=side, width=side, clip_skip=settings.clip_skip or None).images[0]
+            save_png(image, paths[i])
     run.barrier()
     if run.accelerator.is_main_process:
-        _track(run, concept, [read_image(path) for path in
-                              sorted(folder.glob(f"step-{group.step:05d}-*.png"))], group.step)
+        _track(run, concept, [read_image(path) for path in paths], group.step)
 
 
 def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> None:
@@ -173,7 +180,7 @@ def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> 
 
             prompt = concept.settings.validation_prompt
             tracker.log({f"validation/{concept.name}": [wandb.Image(image, caption=f"{i}: {prompt}")
-                                                        for i, image in enumerate(images)]}, step=step)
+                                                        for i, image in enumerate(images)], "step": step})
 
 
 def _save_pipeline(model: Model, group: Group, concept: Concept) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .files import read_calibration_json
 from .pixel_signals import SIGNALS
+from .statistics import chance
 
 __all__ = ["PARTS", "VERDICTS", "explain_pixels", "fit_score", "is_coarse_jpeg", "pixel_calibration_path",
            "read_pixel_calibration", "report_pixels", "score_pixels"]
@@ -85,8 +86,8 @@ def read_pixel_calibration(path: str | Path | None = None) -> dict[str, Any]:
 def is_coarse_jpeg(path: str | Path) -> bool:
     """Whether a file is a JPEG of a quality below about 90, at which poisons look like clean images."""
     with Image.open(path) as image:
-        tables = getattr(image, "quantization", None)
-        return image.format == "JPEG" and bool(tables) and float(np.mean(tables[min(tables)])) > COARSE
+        tables = getattr(image, "quantization", None) if image.format in ("JPEG", "MPO") else None
+        return bool(tables) and float(np.mean(tables[min(tables)])) > COARSE
 
 
 def explain_pixels(calibration: Mapping[str, Any], row: Sequence[float] | None,
@@ -122,13 +123,8 @@ def report_pixels(calibration: Mapping[str, Any],
               for name, row in rows.items()}
     counts = {verdict: sum(image["verdict"] == verdict for image in images.values()) for verdict in VERDICTS}
     found, total = counts["poisoned"], len(images)
-    verdict = ("poisoned" if _chance(found, total) <= 0.05 + 1e-9
+    verdict = ("poisoned" if chance(found, total) <= 0.05 + 1e-9
                else "clean" if counts["clean"] > total / 2 else "cannot tell")
     sentence = (f"{found} of {total} images look poisoned, {counts['clean']} look clean, of "
                 f"{counts['cannot tell']} the pixels cannot tell; the set: {verdict}.")
     return {"verdict": verdict, "counts": counts, "sentence": sentence, "images": images}
-
-
-def _chance(found: int, total: int, rate: float = 0.05) -> float:
-    """Probability that `found` or more of `total` clean images are called poisoned, at this rate each."""
-    return sum(math.comb(total, i) * rate**i * (1 - rate) ** (total - i) for i in range(found, total + 1))

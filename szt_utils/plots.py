@@ -52,7 +52,7 @@ def map_grid(path: str | Path, image: Image.Image | list[Image.Image], maps: np.
         photo = image[r] if isinstance(image, list) else image
         top = max(float(np.quantile(maps[r], 0.995)), 1e-12)
         axes[r, 0].imshow(photo)
-        axes[r, 0].set_ylabel(f"{token}\nscale to {top:.2g}", fontsize=9)
+        axes[r, 0].set_ylabel(f"{token}\nscale to {top:.2g}", fontsize=9, parse_math=False)
         for c, t in enumerate(timesteps):
             axis, extent = axes[r, c + 1], (0, photo.width, photo.height, 0)
             axis.imshow(np.asarray(photo.convert("L")), cmap="gray", vmin=0, vmax=255, extent=extent)
@@ -64,7 +64,7 @@ def map_grid(path: str | Path, image: Image.Image | list[Image.Image], maps: np.
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path, dpi=80)
 
 

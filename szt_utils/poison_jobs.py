@@ -13,7 +13,7 @@ from PIL import Image
 from .errors import InputError
 from .folder_run import sha256_of
 from .images import check_resolution, crop_and_resize, from_pil, name_results, read_image
-from .masks import dilate, find_masks, read_mask
+from .masks import dilate, find_masks, read_mask, to_latent_grid
 
 __all__ = ["ImageJob", "Tensors", "find_jobs", "read_job", "scale"]
 
@@ -85,8 +85,13 @@ def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilat
     attacked = scale(image, resolution, keep_size, multiple)
     mask, attacked_mask = read_both(job.mask_path)
     _, loss_mask = read_both(job.loss_mask_path)
-    return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask,
-                   None if loss_mask is None else dilate(loss_mask, mask_dilation))
+    if loss_mask is not None:
+        loss_mask = dilate(loss_mask, mask_dilation)
+        h, w = loss_mask.shape[-2:]
+        if not to_latent_grid(loss_mask, (h // 8, w // 8)).any():
+            raise InputError(f"The mask '{job.loss_mask_path}' fills half of no cell of 8 x 8 pixels: no "
+                             "loss would count; give a larger mask or --mask_dilation.")
+    return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask, loss_mask)
 
 
 def scale(image: Image.Image, resolution: int, keep_size: bool, multiple: int = 8,

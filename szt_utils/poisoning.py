@@ -85,7 +85,7 @@ class PoisonSettings:
     @property
     def is_adaptive(self) -> bool:
         """Whether the attack is aimed at a defence."""
-        return bool(self.adaptive or self.jpeg_quality or self.loss_mask_dir or self.t_min or self.t_max)
+        return bool(self.adaptive or self.jpeg_quality or self.loss_mask_dir or self.t_min)
 
     def zone(self, model: Model | Schedule | None = None) -> SafeZone:
         """Where the victim trains; without a model or its schedule, t_min is that of Stable Diffusion."""
@@ -124,7 +124,7 @@ def _patch(path: str, revision: str | None) -> int:
 
 def load_victim(settings: PoisonSettings) -> Victim:
     """The victim of all images, on the GPU if there is one; InputError when a setting does not fit it."""
-    torch.backends.cudnn.deterministic = True  # the same image twice has the same gradient
+    torch.backends.cudnn.deterministic = True  # as far as convolutions decide, gradients repeat
     if settings.method == "da":
         check_chain(find_family(settings.pretrained_model_name_or_path, settings.revision),
                     settings.chain_steps, settings.strength)

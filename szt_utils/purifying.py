@@ -78,7 +78,7 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
              if value is not None}
     if settings.method == "regen":
         return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, **files)]
-    if is_ddpm(path):
+    if is_ddpm(path, settings.revision):
         return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, **files)]
     if not settings.upscaler:
         raise InputError(f"The model '{path}' is IF's second stage, which needs --upscaler, such as "
@@ -102,9 +102,9 @@ def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str |
     return pipeline.to(best_device())
 
 
-def is_ddpm(path: str) -> bool:
+def is_ddpm(path: str, revision: str | None = None) -> bool:
     """Whether a folder or id holds a DDPMPipeline."""
-    return load_index(path).get("_class_name") == "DDPMPipeline"
+    return load_index(path, revision).get("_class_name") == "DDPMPipeline"
 
 
 def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:
@@ -119,7 +119,7 @@ def purify_batch(settings: PurifySettings, purifier: Purifier,
     images = [read_tensor(path, settings.resolution) for _, path in jobs]
     try:
         results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
-    except InputError as error:
+    except (InputError, ValueError) as error:  # diffusers raises the latter for steps it cannot take
         raise InputError(f"'{jobs[0][1]}': {error}") from None
     if not torch.isfinite(results).all():
         raise InputError(f"The model turned '{jobs[0][1]}' into NaN; try --mixed_precision no.")
@@ -134,7 +134,8 @@ def purify_batch(settings: PurifySettings, purifier: Purifier,
 def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
     """Purify the images of `settings.image_dir`, with its sub-folders, into `output_dir`; resumes.
 
-    InputError for files and settings that cannot be used, before any work.
+    InputError for files and settings that cannot be used, before any work; for an image that the purifier
+    refuses, when the others are done.
     """
     def read(job: Job) -> tuple[str, tuple[int, ...]]:
         image = read_tensor(job[1], settings.resolution)

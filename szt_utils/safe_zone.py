@@ -187,7 +187,8 @@ class SafeZone:
         """Which timesteps of a schedule's list are in the zone, bool (N,)."""
         t_max = schedule.num_timesteps if self.t_max is None else self.t_max
         at = torch.tensor([PAPER_T_MIN])
-        if self.t_min == PAPER_T_MIN and schedule.log_snr(at) > PAPER_LOG_SNR + 0.01:
+        if self.t_min == PAPER_T_MIN < schedule.num_timesteps and (
+                schedule.log_snr(at) > PAPER_LOG_SNR + 0.01):
             notice("t_min 500 is that of Stable Diffusion; SafeZone.paper(resolution, scheduler) chooses "
                    "the scheduler's by its signal-to-noise ratio.")
         inside = (schedule.levels >= self.t_min) & (schedule.levels < t_max)

@@ -127,7 +127,8 @@ class SamModel:
 
     def _load(self, cls: type, **options: Any) -> torch.nn.Module:
         """A model, unless weights of it are missing, of another shape or not finite; a file may have more."""
-        model, report = cls.from_pretrained(self.name, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(self.name, output_loading_info=True, dtype=torch.float32,
+                                            **options)
         check_weights(model, {**report, "unexpected_keys": []}, f"The model '{self.name}'")
         return model.eval().to(self.device)
 

@@ -12,7 +12,7 @@ from .safe_zone import SafeZone
 __all__ = ["ConceptSettings", "TrainingSettings", "public_name", "read_entries"]
 
 _PATHS = {"pretrained_model_name_or_path", "tokenizer_name", "train_data_dir", "loss_mask_dir", "output_dir",
-          "project_dir", "logging_dir", "resume_from_checkpoint"}
+          "project_dir", "logging_dir", "resume_from_checkpoint", "concepts"}
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,39 @@
 """Statistics: bootstrap intervals, area under the ROC curve, shapes of distributions, spectra of latents."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["bimodality", "bootstrap", "excess_kurtosis", "high_frequency_share", "mass_inside",
+__all__ = ["bimodality", "bootstrap", "chance", "excess_kurtosis", "high_frequency_share", "mass_inside",
            "radial_spectrum", "roc_auc"]
 
 
-def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.mean, *, draws: int = 2000,
-              confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
+def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.mean, *,
+              groups: Sequence[str] | None = None, draws: int = 2000, confidence: float = 0.95,
+              seed: int = 0) -> dict[str, float]:
     """A statistic of values (N, ...) and its percentile interval: {"value", "low", "high", "n"}.
 
-    Rows are resampled as wholes: give one row per independent unit (a concept, an image), with what belongs
-    together (clean and poisoned) in one row.
+    Rows are resampled as wholes: give what belongs together (clean and poisoned) in one row. Rows that are
+    not independent of each other (images of a concept) have a group (N,) in common, and groups are resampled;
+    n counts what is.
     """
     values = np.asarray(values)
-    rng = np.random.default_rng(seed)
-    resampled = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
+    places: dict[Any, list[int]] = {}
+    for i, name in enumerate(range(len(values)) if groups is None else groups):
+        places.setdefault(name, []).append(i)
+    units, rng = [np.array(own) for own in places.values()], np.random.default_rng(seed)
+    resampled = [statistic(values[np.concatenate([units[i] for i in drawn])])
+                 for drawn in rng.integers(len(units), size=(draws, len(units)))]
     low, high = np.nanquantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
+    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(units)}
+
+
+def chance(found: int, total: int, rate: float = 0.05) -> float:
+    """Probability that `found` or more of `total` clean images are called poisoned, at this rate each."""
+    return sum(math.comb(total, i) * rate**i * (1 - rate) ** (total - i) for i in range(found, total + 1))
 
 
 def mass_inside(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,11 @@ from .errors import InputError
 from .files import parse_json, read_json, write_bytes, write_json
 from .plots import score_sweep, score_table
 
-__all__ = ["Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table", "poison_average",
-           "read_cells", "read_runs", "read_table", "recovered", "recovered_similarity", "run_index",
-           "settings_key", "shared_cells", "write_table"]
+__all__ = ["OF_PURIFIER", "Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table",
+           "poison_average", "read_cells", "read_runs", "read_table", "recovered", "recovered_similarity",
+           "run_index", "settings_key", "shared_cells", "write_table"]
 
+OF_PURIFIER = ("pdmpure_model", "upscaler")  # what only the cells with PDMPure are made with
 SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
 
 
@@ -88,11 +89,16 @@ def read_table(folder: str | Path) -> list[Cell]:
     return read_cells(folder)
 
 
-def append_cell(folder: str | Path, cell: Cell) -> None:
-    """Add a line to the file of the cell's concept, atomically; only one process may write to a concept."""
+def append_cell(folder: str | Path, cell: Cell, instead_of: Cell | None = None) -> None:
+    """Add a line to the file of the cell's concept, atomically, perhaps `instead_of` an earlier one of it.
+
+    Only one process may write to a concept.
+    """
     path = Path(folder) / "cells" / f"{cell.concept}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = _whole_lines(path) if path.exists() else []
+    if instead_of is not None:
+        lines = [line for line in lines if parse_json(line) != asdict(instead_of)]
     lines.append(json.dumps(asdict(cell)).encode())
     write_bytes(path, b"".join(line + b"\n" for line in lines))
 
@@ -122,8 +128,10 @@ def run_index(folder: str | Path, record: dict[str, Any]) -> int:
 
 
 def settings_key(record: Mapping[str, Any]) -> str:
-    """A hash of what decides cells: a run's record without its versions and commit."""
-    settings = {name: value for name, value in record.items() if name not in ("versions", "commit")}
+    """A hash of what decides all cells of a run: its record without versions, commit, and what is a
+    purifier's own."""
+    settings = {name: value for name, value in record.items()
+                if name not in ("versions", "commit", *OF_PURIFIER)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

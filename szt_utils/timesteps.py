@@ -60,6 +60,8 @@ def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000,
     """
     if weights is None:
         return torch.randint(t_min, t_max, (batch_size,), device=device, generator=generator)
+    if device is not None and torch.device(device).type == "mps":
+        weights = weights.float()  # which has no float64
     return t_min + torch.multinomial(weights.to(device), batch_size, replacement=True, generator=generator)
 
 

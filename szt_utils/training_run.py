@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ import torch
 from .checkpoints import find_checkpoint, load_common
 from .devices import dtype_of
 from .errors import InputError, file_error
-from .fingerprint import hash_weights
+from .fingerprint import hash_t5, hash_weights
 from .models import Condition, Model, find_family
 from .settings import ConceptSettings, TrainingSettings
 
@@ -33,19 +35,22 @@ class Run:
 
     def __init__(self, settings: TrainingSettings, count: int):
         from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration
+        from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
         self.settings, self.together = settings, count == 1
         self.failures: dict[str, str] = {}
         self.stopped: signal.Signals | None = None
         self.resources = ExitStack()
+        self._agreed, self._agree_at = (0, time.monotonic()), 0  # the last agreement, the step of the next
         folder = Path(settings.output_dir)
+        # Processes with concepts of their own meet at the end only.
+        patience = [] if self.together else [InitProcessGroupKwargs(timeout=timedelta(days=365))]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a missing tracker is reported by `start_trackers`
                 self.accelerator = Accelerator(
                     gradient_accumulation_steps=settings.gradient_accumulation_steps,
-                    mixed_precision=settings.mixed_precision,
+                    mixed_precision=settings.mixed_precision, kwargs_handlers=patience,
                     log_with=None if settings.report_to == "none" else settings.report_to or "tensorboard",
                     project_config=ProjectConfiguration(project_dir=str(folder),
                                                         logging_dir=str(folder / settings.logging_dir)))
@@ -77,6 +82,8 @@ class Run:
         self.resources.close()
         if kind is not None:
             return
+        if not self.together and not self.stopped:
+            self.accelerator.wait_for_everyone()  # launchers end all processes when one reports a failure
         self.accelerator.end_training()
         if self.stopped:
             print("Stopped. The same command with --resume_from_checkpoint latest goes on.", file=sys.stderr)
@@ -96,12 +103,12 @@ class Run:
 
     def seed_of(self, concept: ConceptSettings) -> int:
         """The seed of --seed, of the run that is resumed, or a new one; the same on all ranks."""
-        name, recorded = self.settings.resume_from_checkpoint, None
-        if concept.seed is None and name and (found := find_checkpoint(concept.output_dir, name)):
-            recorded = load_common(found)["fingerprint"].get("seed")
-        if concept.seed is not None or recorded is not None:
-            return recorded if concept.seed is None else concept.seed
-        return self.agree(int.from_bytes(os.urandom(4), "little"))
+        if concept.seed is not None:
+            return concept.seed
+        name = self.settings.resume_from_checkpoint
+        found = find_checkpoint(concept.output_dir, name) if name else None
+        recorded = load_common(found)["fingerprint"].get("seed") if found else None
+        return self.agree(int.from_bytes(os.urandom(4), "little")) if recorded is None else recorded
 
     @contextmanager
     def surviving(self, concept: ConceptSettings) -> Iterator[None]:
@@ -152,16 +159,25 @@ class Run:
                 signal.signal(number, handler)
 
     def stopping(self, step: int) -> bool:
-        """Whether the run must end after this step; several ranks agree at every tenth."""
-        if self.num_ranks == 1:
-            return self.stopped is not None
-        if step % 10:
-            return False
-        asked = torch.tensor(float(self.stopped is not None), device=self.device)
-        agreed = bool(self.accelerator.reduce(asked, "sum") > 0)
-        if agreed:
+        """Whether the run must end after this step; several ranks agree every few seconds, or every ten
+        steps if these are faster."""
+        if self.num_ranks == 1 or step < self._agree_at:
+            return self.num_ranks == 1 and self.stopped is not None
+        (before, start), now = self._agreed, time.monotonic()
+        seconds, asked = self._sum((now - start) / self.num_ranks, self.stopped is not None)
+        self._agreed = step, now
+        self._agree_at = step + max(1, min(10, int(5 * (step - before) / seconds)))
+        if asked:
             self.stopped = self.stopped or signal.SIGTERM
-        return agreed
+        return asked > 0
+
+    def any_rank(self, value: bool) -> bool:
+        """Whether this is so on any rank of this concept; all must ask."""
+        return self._sum(value)[0] > 0 if self.num_ranks > 1 else value
+
+    def _sum(self, *values: float) -> list[float]:
+        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=self.device),
+                                       "sum").tolist()
 
     def barrier(self) -> None:
         """Wait for the other ranks of this concept."""
@@ -180,6 +196,13 @@ class Run:
                             tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
                             text_linear=self.dtype if self._autocasts() else None,
                             quantize=settings.quantize)
+        if model.family != "SDXL" and (settings.pooled_token, settings.micro_conditioning) != (
+                "upstream", "crop"):
+            raise InputError(f"--pooled_token and --micro_conditioning are of SDXL; this is {model.family}.")
+        layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
+        if settings.clip_skip >= layers:
+            raise InputError(f"--clip_skip must be below {layers}, the number of the text encoder's layers, "
+                             f"but is {settings.clip_skip}.")
         model.clip_skip = settings.clip_skip
         model.pooled_token = settings.pooled_token  # of SDXL; the others have none
         if settings.gradient_checkpointing:
@@ -195,7 +218,7 @@ class Run:
                                  f"{error}") from None
         if settings.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.weights = hash_weights(model)
+        self.weights, self.weights_of_t5 = hash_weights(model), hash_t5(model)
         if settings.compile:
             self._compile(model)
         if settings.resolution < model.vae_scale_factor:
@@ -258,6 +281,20 @@ class Run:
         self.accelerator.init_trackers("textual_inversion", config={
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in options.items()})
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb" and self.accelerator.is_main_process:
+                tracker.tracker.define_metric("*", step_metric="step")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Hand values to the trackers of --report_to.
+
+        wandb counts by itself, since it drops what comes for an earlier step, as of a second group.
+        """
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log({**values, "step": step})
+            else:
+                tracker.log(values, step=step)
 
     def evaluation(self) -> AbstractContextManager:
         """Autocast for generating images, in the precision of the networks."""

@@ -111,7 +111,7 @@ def test_from_images_to_a_calibration_that_can_be_read(script, tmp_path, capsys,
     read_pixel_calibration(tmp_path / "out" / "pixel_calibration.json")
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert measured["kinds"]["poison-one"]["original"]["poisoned"]["of"] == 3
-    assert len(json.loads((tmp_path / "out" / "signals.json").read_text())) == 4 * 3 * len(small)
+    assert len(json.loads((tmp_path / "out" / "signals.json").read_text())["images"]) == 4 * 3 * len(small)
     printed = capsys.readouterr().out
     script.main(arguments)  # again from the signals alone
     assert capsys.readouterr().out == printed and "poison-two" in printed

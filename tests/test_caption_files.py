@@ -2,8 +2,9 @@
 
 import pytest
 
-from szt_utils.caption_files import insert_token, read_captions
+from szt_utils.caption_files import caption_templates, insert_token, read_captions
 from szt_utils.errors import InputError
+from szt_utils.settings import ConceptSettings
 
 
 def test_a_text_file_wins_over_metadata_and_an_empty_caption_is_none(tmp_path):
@@ -11,8 +12,9 @@ def test_a_text_file_wins_over_metadata_and_an_empty_caption_is_none(tmp_path):
     (tmp_path / "a.txt").write_text("\ufefftwo\r\n lines ", encoding="utf-8")
     (tmp_path / "c.txt").write_text(" \n")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "no"}\n\n'
-                                             '{"file_name": "b.png", "text": "listed", "more": 1}\n')
-    assert read_captions(tmp_path, images) == {images[0]: "two lines", images[1]: "listed"}
+                                             '{"file_name": "b.png", "text": "listed\u2028too", "m": 1}\n',
+                                             encoding="utf-8")
+    assert read_captions(tmp_path, images) == {images[0]: "two lines", images[1]: "listed too"}
     assert read_captions(str(tmp_path), []) == {}
 
 
@@ -21,6 +23,16 @@ def test_a_line_that_is_no_caption_is_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line)
     with pytest.raises(InputError, match="Line 2 of .*metadata.jsonl"):
         read_captions(tmp_path, [])
+
+
+@pytest.mark.parametrize("caption, expected", [
+    ("<star> on a table", "{} on a table"), ("<star> <star>_1 on a table", "{} on a table"),
+    ("<star> <star>_1 <star>_2, a <star>", "{}, a {}"), ("a toy <star>", "a toy {}")])
+def test_all_tokens_of_a_placeholder_are_one_place(tmp_path, caption, expected):
+    image = tmp_path / "a.png"
+    image.with_suffix(".txt").write_text(caption)
+    settings = ConceptSettings(str(tmp_path), "<star>", "toy", caption_mode="file")
+    assert caption_templates(settings, [image]) == [(expected,)]
 
 
 @pytest.mark.parametrize("caption, expected", [

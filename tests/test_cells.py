@@ -154,9 +154,30 @@ def test_a_training_that_reports_an_error_fails_with_its_sentence():
                           placeholder_token="<a>", initializer_token="object", output_dir="out")
 
 
+def test_a_cell_that_lacks_a_score_is_scored_again_and_not_trained(tmp_path, capsys):
+    concepts, trained = read_concepts("pocket", names=[STAR]), []
+
+    def train(table, concept, planned):
+        for cell in planned:
+            if not table.learned(cell).exists():
+                trained.append(cell.name)
+                table.learned(cell).parent.mkdir(parents=True)
+                table.learned(cell).touch()
+
+    for metrics, missing in ((["dino"], 1), (["dino", "clip"], 1), (["dino", "clip"], 0), (["clip"], 0)):
+        one = table(tmp_path, "--data", "clean", "--defences", "nominal", "--metrics", *metrics)
+        cells.make_table(one, concepts, [0], train=train,
+                         score=lambda *_, metrics=metrics: dict.fromkeys(metrics, 0.5))
+        assert capsys.readouterr().out.startswith(f"1 cells, {missing} of them to do.")
+    assert trained == [f"clean_nominal_{STAR}_0"]
+    (cell,) = one.cells()
+    assert cell.metrics == {"dino": 0.5, "clip": 0.5}
+
+
 def test_a_cell_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch, capsys):
     """Neither its training nor its score stops the run, which ends with what failed."""
-    one = table(tmp_path, "--data", "clean", "--defences", "nominal", "jpeg", "t600")
+    dino = ("--metrics", "dino")
+    one = table(tmp_path, "--data", "clean", "--defences", "nominal", "jpeg", "t600", *dino)
     concepts = read_concepts("pocket", names=[STAR, "red-dotted-heart"])
 
     def train(table, concept, planned):

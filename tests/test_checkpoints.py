@@ -57,6 +57,10 @@ def test_finding_by_name_path_or_latest(tmp_path):
     nine, ten = save(tmp_path, 9), save(tmp_path, 10)
     assert find_checkpoint(tmp_path, "latest") == ten
     assert find_checkpoint(tmp_path, "checkpoint-9") == find_checkpoint(tmp_path, str(nine)) == nine
+    other = save(tmp_path / "other", 9)
+    with pytest.raises(InputError, match="other/checkpoint-9' is not in"):
+        find_checkpoint(tmp_path, str(other))
+    assert find_checkpoint(tmp_path, "/moved/away/checkpoint-9") == nine  # as upstream
     with pytest.raises(InputError, match="'checkpoint-8' is not in .*there is: checkpoint-9, checkpoint-10"):
         find_checkpoint(tmp_path, "checkpoint-8")
 

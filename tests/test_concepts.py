@@ -151,13 +151,28 @@ def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, 
 
 
 def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
-    """Each of two processes trains its own as if it were alone: one has two, the other one."""
-    two_ranks(*together(tiny_model, tmp_path, entries, max_train_steps=4))
+    """Each of two processes trains its own as if it were alone, although one that fails is done early."""
+    entries.append({**entries[0], "train_data_dir": "missing", "output_dir": "failed"})
+    done = two_ranks(*together(tiny_model, tmp_path, entries, max_train_steps=4), expect=1)
+    assert "failed: The image folder 'missing' does not exist" in done.stderr
     run_script(SCRIPT, *alone(tiny_model, tmp_path / "alone", entries[1], max_train_steps=4))
     assert torch.equal(rows(tmp_path / "heart"), rows(tmp_path / "alone"))
     run_here(alone(tiny_model, tmp_path / "alone-star", entries[0], max_train_steps=4))
     assert distance(rows(tmp_path / "star"), rows(tmp_path / "alone-star")) < TOLERANCE
     assert rows(tmp_path / "other").isfinite().all()
+
+
+def test_a_concept_can_go_without_a_defence_of_the_command_line(tiny_model, entries, heart, tmp_path):
+    """False and null are flags that are not given, whatever the command line says."""
+    entries = [{**entries[0], "szt": False, "loss_mask_dir": None, "output_dir": "without"},
+               {**entries[1], "output_dir": "with"}]
+    run_here(together(tiny_model, tmp_path, entries, max_train_steps=1, szt=True, loss_mask_dir=heart[1]))
+    without, zone = (json.loads((tmp_path / name / "options.json").read_text())
+                     for name in ("without", "with"))
+    assert (without["szt"], without["loss_mask_dir"], without["jpeg_quality"], without["t_min"]) == (
+        False, None, None, 0)
+    assert (zone["szt"], zone["jpeg_quality"], zone["t_min"]) == (True, 25, 500)
+    assert without["concepts"] == "concepts.json"  # and not this machine's folder
 
 
 @pytest.mark.parametrize("content, message", [

@@ -100,12 +100,14 @@ def test_a_set_is_poisoned_when_more_images_are_suspect_than_chance_explains():
     scores = score(calibration, clean)
     usual = [clean[i] for i in scores[:40].argsort()[:30]]  # none of them suspect
     odd = clean[0] + 40
-    for count, poisoned in ((0, False), (5, False), (8, True)):
+    for count, poisoned in ((0, False), (4, False), (5, True)):
         found = report(calibration, {str(i): row for i, row in enumerate([odd] * count + usual)})
         assert (found["suspects"], found["poisoned"]) == (count, poisoned)
         assert found["sentence"].startswith(f"{count} of {count + 30} images look poisoned")
         assert ("probably poisoned" in found["sentence"]) == poisoned
     assert found["images"]["0"]["signals"] == dict(zip(SIGNALS, odd, strict=True))
+    assert report(calibration, {"alone": odd})["poisoned"]
+    assert not report(calibration, {"alone": usual[0]})["poisoned"]
 
 
 def test_scores_of_the_calibration_leave_their_own_image_out():

@@ -111,11 +111,14 @@ def test_without_a_model_everything_is_the_pocket_worlds():
 
     # The old name of --clean_dir stays.
     args = evaluate.parse_args(["--embeddings", "e", "--real_dir", "r", "--output_dir", "o"])
-    assert (args.num_inference_steps, args.guidance_scale, args.clean_dir) == (25, 5.0, "r")
+    assert (args.num_inference_steps, args.guidance_scale, args.clean_dir) == (25, None, "r")
     assert args.images_per_prompt == 5 and args.metrics == list(evaluate.METRICS)
     assert evaluate.METRICS == METRICS
-    settings = EvaluationSettings("e", "r")
-    assert settings.prompts == list(pocket.PROMPTS)
+    for model in (None, pocket.model_path(), pocket.model_path("sdxl")):
+        settings = EvaluationSettings("e", "r", pretrained_model_name_or_path=model)
+        assert settings.prompts == list(pocket.PROMPTS) and settings.guidance_scale == 5
+    other = EvaluationSettings("e", "r", "org/model")
+    assert other.prompts != settings.prompts and other.guidance_scale == 7.5
     assert settings.networks == Networks(pocket.dino_path(), pocket.clip_path())
 
 

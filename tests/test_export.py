@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+import export_dataset
 from szt_utils.errors import InputError
 from szt_utils.export import ExportSettings, export_folder, plan_for
 from szt_utils.export_check import check_folder
@@ -145,6 +147,13 @@ def test_the_numbers_in_the_config_files():
         kohya = settings("kohya", model, "config.toml")
         assert (kohya["min_timestep"], kohya["max_timestep"], kohya["masked_loss"]) == (low, 1000, True)
         assert model != "sd2" or kohya["v_parameterization"]
+        assert kohya.get("min_snr_gamma") == (5 if model == "sd2" else None)  # masks need it with velocities
+    assert settings("ai-toolkit", "sd2", "config.yaml")["config"]["process"][0]["train"]["min_snr_gamma"] == 5
+    assert settings("simpletuner", "sd2", "config.json")["snr_gamma"] == 5
+    assert "--snr_gamma 5" in settings("diffusers", "sd2", "train.sh")
+    onetrainer = settings("onetrainer", "sd2", "config.json")
+    assert (onetrainer["loss_weight_fn"], onetrainer["loss_weight_strength"]) == ("MIN_SNR_GAMMA", 5)
+    assert onetrainer["samples"] == []  # without it, OneTrainer opens a file that only its window writes
     flux = settings("kohya", "flux", "config.toml")
     assert "min_timestep" not in flux and flux["timestep_sampling"] == "shift"
     assert (flux["discrete_flow_shift"], flux["sigmoid_scale"]) == (5, 0.5)
@@ -169,8 +178,11 @@ def test_the_numbers_in_the_config_files():
     assert "--jpeg_quality" not in command and "--mask_dilation" not in command
 
 
-def test_values_given_by_hand(export):
+def test_values_given_by_hand(export, capsys):
     folder = export("kohya", "sdxl", t_min=600, jpeg_quality=60, mask_dilation=0)
+    (command,) = re.findall("^python export_dataset.py (.+)$", (folder / "README.md").read_text(), re.M)
+    export_dataset.main(shlex.split(command))  # finds nothing in what was just exported
+    assert capsys.readouterr().out.endswith("Nothing is wrong.\n")
     assert tomllib.loads((folder / "config.toml").read_text())["min_timestep"] == 600
     mask = np.asarray(Image.open(folder / "masks" / "c d.png"))
     assert 0 < mask.mean() / 255 < 0.04  # not grown

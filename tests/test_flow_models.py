@@ -557,6 +557,26 @@ def test_t5_goes_when_it_has_encoded_the_captions_and_changes_no_bit(folders, co
         assert all(map(torch.equal, learned(tmp_path / "kept"), learned(tmp_path / name)))
 
 
+def test_another_t5_is_refused_when_a_run_is_resumed(folders, concept_folder, tmp_path):
+    model = shutil.copytree(folders["sd3"], tmp_path / "model")
+    options = dict(max_train_steps=1, checkpointing_steps=1)
+    run_here(flags(model, concept_folder[0], tmp_path / "out", **options))
+    (weights,) = (model / "text_encoder_3").glob("*.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in load_file(weights).items()}, weights,
+              metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="hash of T5's weights was"):
+        run_here(flags(model, concept_folder[0], tmp_path / "out", **options,
+                       resume_from_checkpoint="latest"))
+
+
+def test_concepts_that_all_fail_say_why(folders, tmp_path):
+    """No model is loaded for none, whose T5 would have no caption to read."""
+    (tmp_path / "concepts.json").write_text(json.dumps([
+        {"output_dir": str(tmp_path / name), "train_data_dir": name} for name in "ab"]))
+    with pytest.raises(SystemExit, match="a: The image folder 'a' does not exist.* b: The image folder 'b'"):
+        run_here(flags(folders["sd3"], None, tmp_path, concepts=tmp_path / "concepts.json"))
+
+
 def test_sd3_resumes_and_several_concepts_share_batches(folders, concept_folder, tmp_path):
     run_here(flags(folders["sd3"], concept_folder[0], tmp_path / "whole"))
     run_here(flags(folders["sd3"], concept_folder[0], tmp_path / "half", max_train_steps=3,

@@ -212,17 +212,45 @@ def test_foreign_records_are_no_obstacle(tmp_path, line):
     assert to_do(tmp_path).endswith("bcd") or to_do(tmp_path) == "acdb"
 
 
-def test_a_failed_batch_keeps_the_records_before_it(tmp_path):
-    def make_until_d(batch: list[str]) -> list[tuple[dict, Image.Image]]:
-        if batch == ["d"]:
-            raise InputError("no")
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_image_that_fails_stops_no_other(tmp_path, batch_size):
+    def make_but_c(batch: list[str]) -> list[tuple[dict, Image.Image]]:
+        if "c" in batch:
+            raise InputError("c is not wanted.")
         return make(batch)
 
     with run_in(tmp_path) as run:
         run.begin()
-        with pytest.raises(InputError):
-            run.work(batches_of(run), make_until_d)
-    assert [record["file"] for record in read_stats(run.folder / "stats.jsonl")] == ["a.png", "c.png"]
+        with pytest.raises(InputError, match="^c is not wanted.$"):
+            run.work(batches_of(run, batch_size), make_but_c)
+    assert [record["file"] for record in read_stats(run.folder / "stats.jsonl")] == [
+        "a.png", "d.png", "b.png"]
+
+
+def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_path):
+    tried = []
+
+    def fail(batch: list[str]) -> list[tuple[dict, Image.Image]]:
+        tried.append(batch)
+        raise InputError("Give other steps.")
+
+    with run_in(tmp_path) as run:
+        run.begin()
+        with pytest.raises(InputError, match="^Give other steps.$"):
+            run.work(batches_of(run), fail)
+    assert tried == [["a"], ["c"], ["d"]]
+    with FolderRun(tmp_path / "out", "make.py", ARGUMENTS | {"eps": 1}) as run:
+        run.begin()
+        run.work(batches_of(run), make)
+    with pytest.raises(InputError, match="another --eps"):
+        run_in(tmp_path).__enter__()
+
+
+def test_results_of_images_that_are_gone_are_named(tmp_path, capsys):
+    do_all(tmp_path)
+    with run_in(tmp_path) as run:
+        run.batches("ab", lambda job: f"{job}.png", lambda job: (f"hash of {job}", SHAPES[job]))
+    assert "no longer there are kept (2): c.png, d.png." in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_used_stops_the_run_before_any_work(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from szt_utils.errors import InputError
 from szt_utils.images import to_vae_range
 from szt_utils.latents import LiveMoments, MomentCache, randn_like
 
@@ -104,6 +105,14 @@ def test_a_large_cache_lives_in_a_file_that_goes_with_it(encode, image, tmp_path
         assert torch.equal(ours, theirs)
     del large
     assert not list(tmp_path.iterdir())
+
+
+def test_a_large_cache_without_room_is_an_error_and_no_bus_error(encode, image, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"needs 0\.0 GB in .* \(No space left on device\); make room"):
+        MomentCache(encode, image, COUNT, 2, memory_limit=0, folder=tmp_path)
 
 
 def test_a_generator_of_its_own_draws_what_the_global_one_would(encode, image):

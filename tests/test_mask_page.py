@@ -4,9 +4,12 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from szt_utils import pocket
@@ -36,6 +39,40 @@ def page():
 
 def decoded(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@pytest.mark.parametrize("include, first", [([], "disk"), ([[1, 1]], "clicks [[1,1]]")])
+def test_undo_after_save_goes_back_to_the_first_mask(include, first, tmp_path):
+    """The page's own functions: what is shown, and what would be saved, is the mask before the stroke."""
+    page = (ROOT / "szt_utils" / "mask_page.html").read_text()
+    functions = page[page.index("// What the steps amount to."):page.index("// ---- What is shown.")]
+    (tmp_path / "run.mjs").write_text("""
+const surface = () => ({text: "", canvas: {width: 1, height: 1}, clearRect() { this.text = ""; },
+                        drawImage(layer) { this.text += layer; }});
+const wrapped = () => { const s = surface(); s.canvas.toDataURL = () => s.text; return s; };
+const stroke = (context, step) => { context.text += " - stroke"; };
+let current = null, disk = "disk";
+const show = () => {}, showMessage = text => { throw new Error(text); }, load = async url => url;
+const post = async (path, body) => ({layers: {mask: body.painted ?? (
+    body.include ? `clicks ${JSON.stringify(body.include)}` : disk)}});
+""" + functions.replace("surface(", "wrapped(") + f"""
+const image = {{index: 0, include: {json.dumps(include)}, exclude: [], masked: true, steps: [], undone: [],
+                layer: null}};
+const shown = () => {{ const s = wrapped(); replay(image, s); return s.text; }};
+await refresh(image);
+const before = shown();
+await add(image, {{kind: "eraser", points: [[0, 0]]}});
+disk = entryOf(image).painted;
+image.saved = image.steps.at(-1);
+image.undone.push(image.steps.pop());
+await changed(image);
+console.log(JSON.stringify([before, disk, shown(), isChanged(image), isSavable(image), entryOf(image)]));
+""")
+    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
+    before, disk, after, changed, savable, entry = json.loads(done.stdout)
+    assert (before, disk, after) == ("disk", "disk - stroke", first) and changed and savable
+    assert entry == ({"include": include, "exclude": []} if include else {"painted": "disk"})
 
 
 def test_state_image_and_saved_mask(page):

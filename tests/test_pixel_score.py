@@ -104,6 +104,8 @@ def test_a_coarse_jpeg_is_one_below_quality_90(tmp_path):
     image.convert("L").save(tmp_path / "gray.jpg", quality=50)
     image.save(tmp_path / "image.png")
     assert is_coarse_jpeg(tmp_path / "gray.jpg") and not is_coarse_jpeg(tmp_path / "image.png")
+    image.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[image], quality=50)
+    assert Image.open(tmp_path / "phone.jpg").format == "MPO" and is_coarse_jpeg(tmp_path / "phone.jpg")
 
 
 def test_what_is_no_calibration_is_refused(simple, tmp_path):

@@ -20,6 +20,7 @@ def test_a_grid_has_a_row_per_token_and_is_bright_where_the_map_is(tmp_path):
     gaps = np.flatnonzero(np.diff(rows) > 1)
     assert len(gaps) == 1 and rows[0] < grid.shape[0] / 2 < rows[-1]
     assert abs((gaps[0] + 1) - (len(rows) - gaps[0] - 1)) <= 2  # as bright, whatever their own scales
+    map_grid(tmp_path / "math.png", image, maps, ["$\\x$", "<c$^$>"], [0, 500, 999], "a $\\x$ toy")
 
 
 def test_bands_are_quantiles(tmp_path):

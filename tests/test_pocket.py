@@ -213,9 +213,11 @@ def test_command_line_writes_a_concept_and_prints_nothing_but_its_paths(tmp_path
     (["--concept", "red-star", "--output_dir", "x"],
      f"error: 'red-star' is not a novel concept; choose from: {', '.join(NOVEL_CONCEPTS)}.", "", ""),
     (["--concept", "red-dotted-heart"], 2, "",
-     "error: --concept needs --output_dir and a --count of at least 1\n"),
+     "error: --concept needs --output_dir\n"),
+    (["--output_dir", "x"], 2, "", "error: argument --output_dir: needs --concept\n"),
+    (["--count", "3"], 2, "", "error: argument --count: needs --concept\n"),
     (["--concept", "red-dotted-heart", "--output_dir", "x", "--count", "0"], 2, "",
-     "a --count of at least 1\n"),
+     "error: argument --count: 0 is not at least 1\n"),
     (["--concepts", "x", "y"], 2, "", "unrecognized arguments: --concepts x y\n")])
 def test_command_line_in_this_process(monkeypatch, capsys, arguments, code, out, err, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,17 @@ def test_a_very_long_image_is_refused_with_keep_size_alone(tmp_path):
         read_job(ImageJob("a.png", path), 100_000, keep_size=True)
 
 
+def test_a_loss_mask_that_fills_no_latent_cell_is_refused(tmp_path):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (30, 30, 34, 34))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    mask.save(tmp_path / "mask.png")
+    job = ImageJob("a.png", tmp_path / "a.png", None, tmp_path / "mask.png")
+    with pytest.raises(InputError, match="mask.png' fills half of no cell"):
+        read_job(job, 64)
+    assert read_job(job, 64, mask_dilation=8).loss_mask.sum() > 100
+
+
 def test_masks_beside_the_images_are_not_poisoned(tmp_path):
     for name in ("a.png", "a-masklabel.png"):
         Image.new("RGB", (8, 8), "white").save(tmp_path / name)

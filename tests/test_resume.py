@@ -14,7 +14,7 @@ from PIL import Image
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
-from szt_utils.embedding_files import load_embedding
+from szt_utils.embedding_files import load_embedding, read_embedding
 from szt_utils.files import read_json, read_stats
 from szt_utils.fingerprint import compare
 from szt_utils.locks import lock_folder
@@ -143,6 +143,27 @@ def test_a_run_without_a_seed_keeps_the_one_that_it_drew(tiny_model, concept_fol
     assert read_json(tmp_path / "options.json")["seed"] == seed
     run_here(flags(tiny_model, concept_folder[0], tmp_path / "whole", seed=seed))
     assert torch.equal(embedding(tmp_path), embedding(tmp_path / "whole"))
+
+
+def test_a_finished_run_trains_no_further(tiny_model, concept_folder, tmp_path, capsys):
+    """Also one whose last step is no multiple of --checkpointing_steps, and that had no seed."""
+    options = dict(seed=None, checkpointing_steps=4, max_train_steps=6)
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, **options))
+    before, stats = embedding(tmp_path), (tmp_path / "stats.jsonl").read_bytes()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, **options, resume_from_checkpoint="latest"))
+    assert torch.equal(embedding(tmp_path), before) and (tmp_path / "stats.jsonl").read_bytes() == stats
+    assert "checkpoint-6" in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_left_is_not_loaded_with_a_new_embedding(tiny_model, concept_folder, tmp_path):
+    """Files with the other suffix, which would come first, and of a second text encoder."""
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, max_train_steps=1))
+    (tmp_path / "learned_embeds_2.safetensors").write_bytes(
+        (tmp_path / "learned_embeds.safetensors").read_bytes())
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, max_train_steps=2, no_safe_serialization=True))
+    token, rows = read_embedding(tmp_path)
+    assert token == TOKEN and torch.equal(rows["any"], embedding(tmp_path, "learned_embeds.bin"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -219,6 +219,11 @@ def test_class_images_get_all_timesteps(name):
         assert ratio[:1000].max() < 0.3825 and ratio[1000:].max() > 1
 
 
+def test_a_scheduler_that_ends_before_the_papers_threshold_has_no_timestep_for_it():
+    with pytest.raises(InputError, match="no timestep from 500 to below 500"):
+        SafeZone(t_min=500).timesteps(DDPMScheduler(num_train_timesteps=500), 4)
+
+
 def test_timesteps_are_drawn_from_the_zone_as_upstream_draws_them():
     zone = SafeZone(t_min=500)
     drawn = zone.timesteps(DDPM, 1000, generator=torch.Generator().manual_seed(0))

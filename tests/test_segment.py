@@ -179,6 +179,16 @@ def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
         assert mask.shape == (60, 120)
 
 
+def test_a_model_saved_in_half_precision_computes_in_float32(transformers_sam, scene, tmp_path):
+    from transformers import SamModel as Model
+
+    folder = shutil.copytree(transformers_sam, tmp_path / "half")
+    Model.from_pretrained(transformers_sam).half().save_pretrained(folder)
+    segmenter, image = load_segmenter(model=str(folder)), Image.fromarray(scene.image)
+    mask, score = segment(segmenter, segmenter.embed(image), SamPrompt(box=(10, 10, 90, 90)))
+    assert mask.shape == (128, 128) and np.isfinite(score)
+
+
 def test_transformers_sam_2_equals_its_own_forward(tmp_path, scene):
     """A tiny one, random: it stretches images to a square and embeds them at several resolutions."""
     from transformers import (

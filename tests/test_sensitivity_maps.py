@@ -75,8 +75,8 @@ def test_resolution_embeddings_and_all_words(options, tmp_path):
     here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",
          tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "out")
     maps, metadata = read(tmp_path / "out" / "maps.safetensors")
-    assert maps["ssm"].shape == (5, 1, 12, 12)
-    assert json.loads(metadata["tokens"]) == ["a", "<c>", "<c>_1", "on", "grass"]
+    assert maps["ssm"].shape == (4, 1, 12, 12)  # both vectors of the embedding are one word
+    assert json.loads(metadata["tokens"]) == ["a", "<c>", "on", "grass"]
     here(*options[:4], "--prompt", "a <c> on grass", "--tokens", "<c>", "--timesteps", 500, "--embeddings",
          tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "both")
     both, metadata = read(tmp_path / "both" / "maps.safetensors")
@@ -99,6 +99,9 @@ def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
     spelled = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
         str(tiny_model), ["i"], "a <c> <c>_1 on", embeddings=[str(folder / "c.safetensors")]))
     assert spelled.words == ["a", "<c>", "<c>_1", "on"]
+    whole = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
+        str(tiny_model), ["i"], "a <c> on", embeddings=[str(folder / "c.safetensors")]))
+    assert whole.words == ["a", "<c> <c>_1 <c>_2", "on"] and whole.positions == [[1], [2, 3, 4], [5]]
 
 
 def test_the_same_command_resumes_and_another_is_refused(options, tmp_path, capsys):

@@ -24,6 +24,17 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
+def test_the_bootstrap_resamples_groups_as_one():
+    """Three copies of a value say no more than one: the interval is that of the values alone."""
+    values = np.random.default_rng(1).normal(size=40)
+    groups = [str(i) for i in range(40)] * 3
+    alone, copied = bootstrap(values), bootstrap(np.tile(values, 3), groups=groups)
+    assert copied["n"] == 40 and copied["high"] - copied["low"] == pytest.approx(
+        alone["high"] - alone["low"], rel=0.1)
+    blind = bootstrap(np.tile(values, 3))
+    assert blind["high"] - blind["low"] < 0.7 * (alone["high"] - alone["low"])
+
+
 def test_the_bootstrap_resamples_whole_rows():
     """Pairs that belong together: their ratio has no spread though each half has."""
     first = np.random.default_rng(0).uniform(1, 9, 50)

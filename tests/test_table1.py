@@ -33,7 +33,7 @@ def test_a_dry_run_lists_the_missing_cells_with_their_cost_and_makes_nothing(tmp
     append_cell(tmp_path / "out", cell("clean", "szt", 0.5, "red-dotted-heart", seconds=30, passes=1000))
     done = run_script("examples/table1.py", "--output_dir", tmp_path / "out", "--data", "clean", "ea szt",
                       "--defences", "nominal", "szt", "--concepts", "red-dotted-heart", "--steps", "10",
-                      "--dry_run")
+                      "--metrics", "dino", "--dry_run")
     lines = done.stdout.splitlines()
     assert lines[:4] == [
         "4 cells, 3 of them to do.", "clean_nominal_red-dotted-heart_0", "ea-szt_nominal_red-dotted-heart_0",
@@ -86,7 +86,7 @@ def test_the_training_steps_have_two_names(given):
 def test_cells_of_other_settings_are_other_cells(tmp_path, capsys):
     """A cell counts for the settings of its run; what a run is not given is as in the folder's last run."""
     flags = ("--output_dir", str(tmp_path), "--concepts", "red-dotted-heart", "--data", "clean",
-             "--defences", "nominal")
+             "--defences", "nominal", "--metrics", "dino")
     two = table(*flags, "--steps", "2")
     run = run_index(tmp_path, {**two.record, "versions": {}, "commit": None})
     one = cell("clean", "nominal", 0.5, "red-dotted-heart")
@@ -107,6 +107,29 @@ def test_cells_of_other_settings_are_other_cells(tmp_path, capsys):
     assert table(*flags).settings.steps == 7
 
 
+def test_what_only_pdmpure_is_made_with_decides_only_its_cells(tmp_path, capsys):
+    """A table may go on with PDMPure, and never mixes two of its models."""
+    flags = ["--output_dir", str(tmp_path), "--concepts", "red-dotted-heart", "--data", "clean", "--metrics",
+             "dino", "--defences"]
+    one, other = table(*flags, "nominal"), table(*flags, "nominal", "--pdmpure_model", "other")
+    run = run_index(tmp_path, {**one.record, "versions": {}, "commit": None})
+    append_cell(tmp_path, replace(cell("clean", "nominal", 0.5, "red-dotted-heart"), run=run))
+    assert one.home("a") == other.home("a") and one.cells() == other.cells() != []
+    more = ["nominal", "pdmpure", "--pdmpure_model", "other"]
+    TABLE1["main"]([*flags, *more, "--dry_run"])
+    assert capsys.readouterr().out.startswith("2 cells, 1 of them to do.")
+    append_cell(tmp_path, replace(cell("clean", "pdmpure", 0.5, "red-dotted-heart"), run=run))
+    with pytest.raises(SystemExit, match="cells of pdmpure .* another --pdmpure_model"):
+        TABLE1["main"]([*flags, *more, "--dry_run"])
+
+
+def test_a_defence_that_is_asked_for_is_in_the_table(tmp_path):
+    extra = cell("clean", "t500+lm16", 0.5, "red-dotted-heart")
+    append_cell(tmp_path, extra)
+    assert table("--output_dir", tmp_path, "--defences", "nominal", "t500+lm16").cells() == [extra]
+    assert table("--output_dir", tmp_path).cells() == []
+
+
 @pytest.mark.parametrize("flags", ["--seeds -1", "--steps 0", "--train_batch_size 0", "--guidance_scale nan",
                                    "--learning_rate inf", "--seeds 4294967296", "--resolution 7"])
 def test_numbers_out_of_range_are_usage_errors(flags, capsys):
@@ -118,6 +141,7 @@ def test_the_committed_cells_of_an_earlier_version_give_its_tables(tmp_path, cap
     """No cell is computed again, and the tables are the same to the last byte."""
     assert table("--output_dir", RESULTS).finished() == []  # its models were others
     monkeypatch.setattr(Table, "finished", lambda table: read_cells(table.output_dir))
+    monkeypatch.setattr("szt_utils.cells.check_purifier", lambda table: None)
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     shutil.copy(RESULTS / "run.json", tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
@@ -226,7 +250,7 @@ def test_each_process_uses_a_gpu_of_its_own(tmp_path, monkeypatch):
     for rank in ("0", "3"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         TABLE1["main"](["--output_dir", str(tmp_path), "--data", "clean", "--defences", "szt", "--concepts",
-                        "red-dotted-heart"])
+                        "red-dotted-heart", "--metrics", "dino"])
     assert used == [0, 1]
 
 

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, TOKEN, embedding, flags, run_here, run_script, two_ranks
 from PIL import Image
+from safetensors.torch import load_file
 from upstream import upstream
 
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.files import read_stats
 from szt_utils.models import load_model
+from szt_utils.training_run import Run
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,41 @@ def test_validation_epochs_count_epochs_and_change_nothing(tiny_model, concept_f
     assert torch.equal(embedding(tmp_path / "a"), embedding(tmp_path / "b"))
 
 
+def test_validation_images_have_a_size_that_pipelines_take(tiny_model, concept_folder, tmp_path):
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "step-00001-1.png").write_bytes(b"of an earlier run")
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, resolution=68, max_train_steps=1,
+                   validation_prompt=f"a {TOKEN}", validation_steps=1, num_validation_images=1))
+    assert Image.open(tmp_path / "validation" / "step-00001-0.png").size == (64, 64)
+
+
+def test_trackers_get_steps_in_order_with_all_concepts(tiny_model, concept_folder, tmp_path, monkeypatch):
+    """Losses come before the validation image of their step: wandb drops what comes for an earlier one."""
+    tracked = []
+    monkeypatch.setattr("szt_utils.outputs._track", lambda run, concept, images, step: tracked.append(
+        (step, {concept.name})))
+    monkeypatch.setattr("szt_utils.training_run.Run.log",
+                        lambda self, values, step: tracked.append((step, set(values))))
+    (tmp_path / "concepts.json").write_text(json.dumps([{"output_dir": str(tmp_path / name)}
+                                                        for name in "ab"]))
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, concepts=tmp_path / "concepts.json",
+                   max_train_steps=12, validation_prompt=f"a {TOKEN}", validation_steps=4,
+                   num_validation_images=1))
+    steps = [step for step, _ in tracked]
+    assert steps == sorted(steps) and set(steps) == set(range(1, 13))
+    assert [names for _, names in tracked if "lr" in names] == [{"lr", "loss/a", "loss/b"}] * 12
+
+
+def test_wandb_counts_by_itself():
+    """Its own steps rise by one, and the plots are over ours."""
+    calls, run = {}, Run.__new__(Run)
+    run.accelerator = SimpleNamespace(trackers=[
+        SimpleNamespace(name=name, log=lambda values, name=name, **options: calls.update({name: (
+            values, options)})) for name in ("wandb", "tensorboard")])
+    run.log({"loss": 1.0}, 7)
+    assert calls == {"wandb": ({"loss": 1.0, "step": 7}, {}), "tensorboard": ({"loss": 1.0}, {"step": 7})}
+
+
 def test_clip_skip_trains_and_validates_with_the_last_layer_skipped(tiny_model, concept_folder, tmp_path):
     options = dict(validation_prompt=f"a {TOKEN}", validation_steps=2, num_validation_images=1,
                    max_train_steps=2)
@@ -269,6 +307,19 @@ def test_a_full_pipeline_keeps_its_precision_and_knows_all_vectors_of_the_token(
     states = [pipeline.encode_prompt(f"a {TOKEN}", "cpu", 1, False)[0] for pipeline in (saved, original)]
     assert torch.equal(*states)
     assert not torch.equal(states[0], original.encode_prompt(f"a {TOKEN}_1", "cpu", 1, False)[0])
+
+
+def test_a_full_pipeline_of_files_in_half_precision_is_one_too(tiny_model, concept_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, torch_dtype=torch.float16
+                                            ).save_pretrained(tmp_path / "model")
+    run_here(flags(tmp_path / "model", concept_folder[0], tmp_path / "out", max_train_steps=1,
+                   save_as_full_pipeline=True))
+    for part, dtype in (("unet", torch.float16), ("vae", torch.float16), ("text_encoder", torch.float32)):
+        (file,) = (tmp_path / "out" / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {
+            dtype}, part
 
 
 def test_a_variant_is_asked_for_everywhere(tiny_model, concept_folder, tmp_path):

@@ -79,6 +79,8 @@ def test_an_image_gets_the_bucket_of_the_nearest_aspect():
 def test_sizes_that_a_trainer_keeps_though_they_are_no_buckets():
     for name, kept in (("ai-toolkit", True), ("musubi", True), ("kohya", False)):
         assert TRAINERS[name].keeps((480, 512), 512, "sdxl") == kept
+    for name, kept in (("ai-toolkit", False), ("musubi", True)):  # steps of 32 and of 16
+        assert TRAINERS[name].keeps((1008, 1024), 1024, "qwen-image") == kept
     assert not TRAINERS["ai-toolkit"].keeps((544, 512), 512, "sdxl")
     assert not TRAINERS["ai-toolkit"].keeps((500, 500), 512, "sdxl")
 

@@ -5,6 +5,7 @@ A figure is three functions: `measure(settings, data)` returns the measurements 
 the PNG. `run_figure` makes a command line of them.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -61,6 +62,17 @@ class Settings:
                         raise InputError(f"The images '{named[name]}' and '{path}' are both named '{name}'; "
                                          "rename a folder or a file.")
         return named
+
+    def hash_of(self, data: str) -> str:
+        """A hash of a data set's images, masks and embeddings."""
+        first, digest = self.data_dir[0], hashlib.sha256()
+        files = [*self.named_images(data).values()]
+        for concept in self.concepts_in(data):
+            files += sorted((first / "masks" / concept).glob("*.png"))
+            files += sorted((first / "learned" / data / concept).glob("learned_embeds*.safetensors"))
+        for file in files:
+            digest.update(f"{file.parent.name}/{file.name}".encode() + file.read_bytes())
+        return digest.hexdigest()[:16]
 
     def image_paths(self, data: str, concept: str) -> list[Path]:
         """The images of a data set's concept, sorted."""
@@ -149,20 +161,32 @@ def sensitivity(model: Model, latents: torch.Tensor, prompt: TokenizedPrompt, ti
     return maps, noise
 
 
-def estimate(values: Any, statistic: Callable[[np.ndarray], float] = np.mean) -> dict[str, float | None]:
-    """`statistics.bootstrap` of independent rows; a single row has no interval."""
-    result = bootstrap(np.asarray(values), statistic)
+def estimate(values: Any, statistic: Callable[[np.ndarray], float] = np.mean,
+             names: Sequence[str] | None = None) -> dict[str, float | None]:
+    """`statistics.bootstrap` of concepts; a single one has no interval.
+
+    A row is a concept, or an image, whose name, `.../<concept>/<stem>`, says of which.
+    """
+    groups = None if names is None else [str(name).split("/")[-2:][0] for name in names]
+    result = bootstrap(np.asarray(values), statistic, groups=groups)
     return result if result["n"] > 1 else {**result, "low": None, "high": None}
 
 
 def paired(clean: dict[str, Any], own: dict[str, Any], key: str) -> np.ndarray:
-    """The rows of clean and of another data set that have the same name, (N, 2, ...).
+    """The rows of clean and of another data set that have the same name, (N, 2, ...); see `pair_names`."""
+    of_clean, of_own = (dict(zip(names_of(result, key), result[key], strict=True)) for result in (clean, own))
+    return np.array([[of_clean[name], of_own[name]] for name in pair_names(clean, own, key)])
 
-    Rows of a file without names are paired in their order.
-    """
-    of_clean, of_own = (dict(zip(result.get("names", range(len(result[key]))), result[key], strict=True))
-                        for result in (clean, own))
-    return np.array([[of_clean[name], row] for name, row in of_own.items() if name in of_clean])
+
+def pair_names(clean: dict[str, Any], own: dict[str, Any], key: str) -> list[str]:
+    """The names (N,) of the rows of `paired`."""
+    known = set(names_of(clean, key))
+    return [name for name in names_of(own, key) if name in known]
+
+
+def names_of(result: dict[str, Any], key: str) -> list[str]:
+    """The names of a data set's rows; rows of an older file without names are called by their place."""
+    return result.get("names") or [str(i) for i in range(len(result[key]))]
 
 
 def plot_grid(count: int, **options: Any) -> tuple[Any, list]:
@@ -227,14 +251,16 @@ def measured(path: Path, settings: Settings, measure: Callable, names: Sequence[
         raise InputError(f"The data set '{alone[0]}' in '{settings.data_dir[0]}' has none of the images of "
                          "'clean'; make it with make_data.py.")
     record = json.loads(json.dumps({**asdict(settings), "clean": images["clean"]}, default=str))
+    hashes = {data: settings.hash_of(data) for data in names}
     results = {}
     if path.exists():
         before = json.loads(path.read_text())
         results = before["results"] if before["settings"] == record else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for data in names:
-        if results.get(data, {}).get("images") != images[data]:
-            results[data] = {"images": images[data], **measure(settings, data)}
+        made_of = {"images": images[data], "sha256": hashes[data] + hashes["clean"]}
+        if {name: results.get(data, {}).get(name) for name in made_of} != made_of:
+            results[data] = {**made_of, **measure(settings, data)}
             write_json(path, {"settings": record, "results": results})
     return {data: results[data] for data in names}
 

@@ -50,7 +50,7 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                 noise_draws=settings.noise_draws, seed=settings.seed)
             attention = cross_attention_maps(model, latents, prompt, timesteps, noise=noise)
             mask = common.load_mask(settings.mask_path(concept, path), resolution, latents.shape[-2:])
-            rows.append({"area": mask.mean().item(),
+            rows.append({"name": f"{concept}/{path.stem}", "area": mask.mean().item(),
                          "ssm": mass_inside(ssm[1], mask).tolist(),
                          "attention": mass_inside(attention[1], mask).tolist(),
                          "start_ssm": (ssm[0].mean((1, 2)) / ssm[1].mean((1, 2))).tolist(),
@@ -63,18 +63,22 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:
     clean = results["clean"]
-    found = {"share of the image that the mask covers": estimate([row["area"] for row in clean["rows"]])}
+    names = [row["name"] for row in clean["rows"]]
+
+    def of_concepts(values, statistic=np.mean):
+        return estimate(values, statistic, names)
+    found = {"share of the image that the mask covers": of_concepts([row["area"] for row in clean["rows"]])}
     for i, t in enumerate(clean["timesteps"]):
         value = {name: np.array([row[name][i] for row in clean["rows"]])
                  for name in ("ssm", "attention", "start_ssm", "start_attention")}
-        found |= {f"t = {t}: share of the map's mass inside the mask, SSM": estimate(value["ssm"]),
+        found |= {f"t = {t}: share of the map's mass inside the mask, SSM": of_concepts(value["ssm"]),
                   f"t = {t}: share of the map's mass inside the mask, cross-attention":
-                      estimate(value["attention"]),
-                  f"t = {t}: SSM less cross-attention": estimate(value["ssm"] - value["attention"]),
+                      of_concepts(value["attention"]),
+                  f"t = {t}: SSM less cross-attention": of_concepts(value["ssm"] - value["attention"]),
                   f"t = {t}: start token's mean map over the word's, SSM":
-                      estimate(value["start_ssm"], np.median),
+                      of_concepts(value["start_ssm"], np.median),
                   f"t = {t}: start token's mean map over the word's, cross-attention":
-                      estimate(value["start_attention"], np.median)}
+                      of_concepts(value["start_attention"], np.median)}
     return found
 
 

@@ -53,13 +53,14 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
              "clean: Spearman correlation of median loss and timestep":
                  float(np.corrcoef(ranks, np.arange(len(timesteps)))[0, 1]),
              "clean: mean loss at the last timestep over that at the first":
-                 estimate(losses, lambda rows: rows[:, -1].mean() / rows[:, 0].mean())}
+                 estimate(losses, lambda rows: rows[:, -1].mean() / rows[:, 0].mean(),
+                          common.names_of(clean, "losses"))}
     for data, result in results.items():
         if data == "clean":
             continue
-        pairs = common.paired(clean, result, "losses")  # (N, 2, timesteps)
+        pairs, names = (take(clean, result, "losses") for take in (common.paired, common.pair_names))
 
-        def below(rows):
+        def below(rows):  # (N, 2, timesteps)
             """The timestep below which 90 % of the absolute change of the mean loss lies, interpolated."""
             change = np.abs((rows[:, 1] - rows[:, 0]).mean(0)).cumsum()
             return np.interp(0.9 * change[-1], change, timesteps)
@@ -67,13 +68,10 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
         def increase(rows, low, high):
             at = (timesteps >= low) & (timesteps < high)
             return rows[:, 1, at].mean() / rows[:, 0, at].mean() - 1
-        found |= {f"{data}: timestep below which 90 % of the loss change lies": estimate(pairs, below),
-                  f"{data}: relative loss increase at t = 0":
-                      estimate(pairs, lambda rows: increase(rows, 0, 1)),
-                  f"{data}: relative loss increase at t < 500":
-                      estimate(pairs, lambda rows: increase(rows, 0, 500)),
-                  f"{data}: relative loss increase at t >= 700":
-                      estimate(pairs, lambda rows: increase(rows, 700, 10_000))}
+        found[f"{data}: timestep below which 90 % of the loss change lies"] = estimate(pairs, below, names)
+        found |= {f"{data}: relative loss increase at {where}": estimate(
+                      pairs, lambda rows, ends=ends: increase(rows, *ends), names)
+                  for where, ends in (("t = 0", (0, 1)), ("t < 500", (0, 500)), ("t >= 700", (700, 10_000)))}
     return found
 
 

@@ -29,7 +29,7 @@ class Settings(common.Settings):
 
 def measure(settings: Settings, data: str) -> dict[str, Any]:
     """Counts of the changes by LEVELS, (images, 129), before and after JPEG, of images with a clean one."""
-    counts = {"before": [], "after": []}
+    counts = {"before": [], "after": [], "names": []}
     for concept in settings.concepts_in(data):
         for path in settings.image_paths(data, concept):
             original = settings.data_dir[0] / "clean" / concept / path.name
@@ -41,6 +41,7 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
                                  ("after", jpeg_tensor(poisoned, settings.jpeg_quality) - clean)):
                 levels = (change * 255).round().clamp(-64, 64).long().flatten() + 64
                 counts[name].append(torch.bincount(levels, minlength=129).tolist())
+            counts["names"].append(f"{concept}/{path.stem}")
     return counts
 
 
@@ -58,15 +59,17 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for data, result in results.items():
         for when in ("before", "after") if data != "clean" else ("after",):
-            counts = np.array(result[when], dtype=float)
+            counts, names = np.array(result[when], dtype=float), common.names_of(result, when)
             of = "JPEG of clean" if data == "clean" else f"{data} {when} JPEG"
-            found[f"{of}: excess kurtosis"] = estimate(counts, lambda rows: moments(rows.sum(0))[0])
-            found[f"{of}: bimodality coefficient"] = estimate(counts, lambda rows: moments(rows.sum(0))[1])
+            found[f"{of}: excess kurtosis"] = estimate(
+                counts, lambda rows: moments(rows.sum(0))[0], names)
+            found[f"{of}: bimodality coefficient"] = estimate(
+                counts, lambda rows: moments(rows.sum(0))[1], names)
             if data != "clean":
                 eps = LEVELS[np.flatnonzero(np.array(result["before"]).sum(0))[-1]]
                 ends = np.abs(np.abs(LEVELS) - eps) <= 2
                 found[f"{of}: share within 2 levels of the budget's ends"] = estimate(
-                    counts, lambda rows, ends=ends: rows[:, ends].sum() / rows.sum())
+                    counts, lambda rows, ends=ends: rows[:, ends].sum() / rows.sum(), names)
     return found
 
 

@@ -7,24 +7,28 @@ set -euo pipefail
 output=$1
 model=${2:-$(python -m szt_utils.pocket)}
 resolution=${5:-128}
-own=${3:+--clean_dir $3 --mask_dir $4}
+own=()
+[ $# -gt 2 ] && own=(--clean_dir "$3" --mask_dir "$4")
 here=examples/figures
 
-python $here/make_data.py --pretrained_model_name_or_path "$model" --output_dir "$output/few" $own --resolution "$resolution"
+python $here/make_data.py --pretrained_model_name_or_path "$model" --output_dir "$output/few" ${own[@]+"${own[@]}"} --resolution "$resolution"
 # Fig. 4 wants hundreds of images: 25 more of every concept, which nothing is trained on.
 more=()
-if [ -z "$own" ]; then
-  python $here/make_data.py --output_dir "$output/more" --images 25 --seed 1 --train_steps 0
+if [ ${#own[@]} = 0 ]; then
+  python $here/make_data.py --pretrained_model_name_or_path "$model" --output_dir "$output/more" --images 25 --seed 1 --train_steps 0
   more=("$output/more")
 fi
 
-for figure in fig2 fig3 fig5 fig6 fig7 spectra; do
+# Only a U-Net has the cross-attention of Fig. 2.
+figures="fig3 fig5 fig6 fig7 spectra"
+[ -d "$model/transformer" ] || figures="fig2 $figures"
+for figure in $figures; do
   python $here/$figure.py --pretrained_model_name_or_path "$model" --data_dir "$output/few" --output_dir "$output"
 done
-python $here/fig4.py --pretrained_model_name_or_path "$model" --data_dir "$output/few" "${more[@]}" --output_dir "$output"
+python $here/fig4.py --pretrained_model_name_or_path "$model" --data_dir "$output/few" ${more[@]+"${more[@]}"} --output_dir "$output"
 
 # The diagnosis: clean images of one half calibrate it; the other half and its poisoned copies test it.
-[ -n "$own" ] && exit
+[ ${#own[@]} = 0 ] || exit 0
 python examples/calibration.py --output_dir "$output/images"
 diagnose() {
   python diagnose_images.py --pretrained_model_name_or_path "$model" --image_dir "$1" --output_dir "$2" "${@:3}"

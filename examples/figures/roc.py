@@ -26,22 +26,27 @@ def scores(folder: Path) -> dict[str, float]:
     return {name: image["score"] for name, image in images.items() if image["score"] is not None}
 
 
-def area(clean: list[float], poisoned: list[float]) -> dict[str, float]:
-    """ROC-AUC with its interval over resamples of both."""
-    tagged = np.array([(value, 0) for value in clean] + [(value, 1) for value in poisoned])
+def area(clean: dict[str, float], poisoned: dict[str, float]) -> dict[str, float]:
+    """ROC-AUC with its interval.
+
+    An image is resampled with its poisoned copy, and squares of one photograph together: their names differ
+    in what follows the last dash.
+    """
+    names = sorted({*clean, *poisoned})
+    rows = np.array([[clean.get(name, np.nan), poisoned.get(name, np.nan)] for name in names])
 
     def auc(rows):
-        kinds = [rows[rows[:, 1] == kind, 0] for kind in (0, 1)]
+        kinds = [column[~np.isnan(column)] for column in rows.T]
         return roc_auc(*kinds) if len(kinds[0]) and len(kinds[1]) else np.nan
-    return bootstrap(tagged, auc, draws=500)
+    return bootstrap(rows, auc, groups=[name.rpartition("-")[0] or name for name in names], draws=500)
 
 
 def areas(clean: dict[str, float], poisoned: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Areas by poison, and for photographs alone (by file name) where both sides have some."""
     found = {}
     for name, of_poison in poisoned.items():
-        found[name] = area(list(clean.values()), list(of_poison.values()))
-        photographs = [[value for file, value in of_kind.items() if "photo" in file]
+        found[name] = area(clean, of_poison)
+        photographs = [{file: value for file, value in of_kind.items() if "photo" in file}
                        for of_kind in (clean, of_poison)]
         if all(photographs):
             found[f"{name}, photographs"] = area(*photographs)

@@ -36,7 +36,8 @@ class Curves:
 
     log_snr: np.ndarray  # (T,)
     increase: Mapping[str, np.ndarray]  # poison: (T,) mean loss over that of clean images, less 1
-    gradient: Mapping[str, np.ndarray]  # data: (concepts, T)
+    of_gradient: np.ndarray  # (S,), the log-SNR of the gradients
+    gradient: Mapping[str, np.ndarray]  # data: (concepts, S)
     thresholds: np.ndarray  # (K,), log-SNR, interpolated
     similarity: np.ndarray  # (concepts, K), means over the poisons
 
@@ -49,14 +50,16 @@ def read_curves(folder: Path, table: Path) -> Curves:
     losses, norms = (read_json(folder / f"{name}.json")["results"] for name in ("fig4", "fig5"))
     if "log_snr" not in losses["clean"] or "log_snr" not in norms["clean"]:
         raise InputError(f"The figures in '{folder}' have no log_snr; measure them again.")
-    known = [i for i, value in enumerate(losses["clean"]["log_snr"]) if value is not None]
+    known, of_norms = ([i for i, value in enumerate(of["clean"]["log_snr"]) if value is not None]
+                       for of in (losses, norms))
     timesteps, log_snr = (np.array(losses["clean"][name], float)[known] for name in ("timesteps", "log_snr"))
     means = {data: paired(losses["clean"], result, "losses").mean(0)[:, known]
              for data, result in losses.items() if data in DASHES}
     thresholds, similarity = read_thresholds(read_table(table))
     return Curves(log_snr,
                   {data: own / clean - 1 for data, (clean, own) in means.items()},
-                  {data: np.array(result["norms"])[:, known] for data, result in norms.items()},
+                  np.array(norms["clean"]["log_snr"], float)[of_norms],
+                  {data: np.array(result["norms"])[:, of_norms] for data, result in norms.items()},
                   np.interp(thresholds, timesteps, log_snr), similarity)
 
 
@@ -84,17 +87,26 @@ def read_thresholds(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(thresholds), np.array(rows)
 
 
+def mean_between(log_snr: np.ndarray, values: np.ndarray, low: float, high: float) -> float:
+    """The mean of values (T,), linear between their falling log-SNRs, over the log-SNR from low to high."""
+    grid = np.linspace(low, high, 501)
+    return float(np.interp(grid, log_snr[::-1], values[::-1]).mean())
+
+
 def claims(models: Mapping[str, Curves]) -> dict[str, Any]:
+    """Means are over the log-SNR, in the range that all models share."""
     found = {}
+    low = max(curves.log_snr[-1] for curves in models.values())
+    high = min(curves.log_snr[0] for curves in models.values())
     for label, curves in models.items():
-        noisy, snr, rows = curves.log_snr < PAPER_LOG_SNR, curves.thresholds, curves.similarity
+        snr, rows = curves.thresholds, curves.similarity
         for data, increase in curves.increase.items():
-            found[f"{label}, {data}: mean relative loss increase above the paper's SNR"] = increase[
-                ~noisy].mean()
-            found[f"{label}, {data}: the same below it"] = increase[noisy].mean()
+            for where, ends in (("above", (PAPER_LOG_SNR, high)), ("below", (low, PAPER_LOG_SNR))):
+                found[f"{label}, {data}: mean relative loss increase {where} the paper's SNR"] = (
+                    mean_between(curves.log_snr, increase, *ends))
         for data, norms in curves.gradient.items():
             found[f"{label}, {data}: log-SNR of the peak of the gradient"] = estimate(
-                norms, lambda rows, c=curves: c.log_snr[rows.mean(0).argmax()])
+                norms, lambda rows, c=curves: c.of_gradient[rows.mean(0).argmax()])
         found |= {f"{label}: log-SNR of the best threshold": estimate(
                       rows, lambda rows, snr=snr: snr[rows.mean(0).argmax()]),
                   f"{label}: similarity with the best threshold": estimate(
@@ -112,7 +124,7 @@ def plot(models: Mapping[str, Curves], path: Path) -> None:
             increase.plot(curves.log_snr, values, DASHES[data], color=color, label=f"{label}, {data}")
         for data, norms in curves.gradient.items():
             mean = norms.mean(0)
-            gradient.plot(curves.log_snr, mean / mean.max(), DASHES.get(data, ":"), color=color,
+            gradient.plot(curves.of_gradient, mean / mean.max(), DASHES.get(data, ":"), color=color,
                           label=f"{label}, {data}")
         rows = curves.similarity
         error = rows.std(0, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else None

@@ -54,12 +54,15 @@ def claims(results: dict[str, Any]) -> dict[str, Any]:
         rows = np.stack([np.array([of_clean[name], before, after]) for name, before, after in zip(
             result["names"], result["before"], result["after"], strict=True)
             if name in of_clean])  # (N, 3, bands)
+        names = [name for name in result["names"] if name in of_clean]
         if data != "clean":
-            found[f"{data}: distance to clean, ln, before JPEG"] = estimate(rows, lambda r: distance(r, 1))
-        found[f"{data}: distance to clean, ln, after JPEG"] = estimate(rows, lambda r: distance(r, 2))
+            found[f"{data}: distance to clean, ln, before JPEG"] = estimate(
+                rows, lambda r: distance(r, 1), names)
+        found[f"{data}: distance to clean, ln, after JPEG"] = estimate(
+            rows, lambda r: distance(r, 2), names)
         if data != "clean":
             found[f"{data}: share of the distance that JPEG removes"] = estimate(
-                rows, lambda r: 1 - distance(r, 2) / distance(r, 1))
+                rows, lambda r: 1 - distance(r, 2) / distance(r, 1), names)
     return found
 
 

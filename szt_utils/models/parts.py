@@ -12,8 +12,8 @@ import torch
 
 from ..errors import InputError, first_line
 
-__all__ = ["Condition", "Step", "absent_parts", "check_weights", "load_config", "load_index",
-           "load_network", "load_part", "pipeline_parts", "quiet_loading", "unusable"]
+__all__ = ["Condition", "Step", "absent_parts", "check_weights", "file_precision", "load_config",
+           "load_index", "load_network", "load_part", "pipeline_parts", "quiet_loading", "unusable"]
 
 # The inputs of the network besides the noised latents and the timestep: tensors (B, ...) by name.
 Condition = dict[str, torch.Tensor]
@@ -149,6 +149,30 @@ def pipeline_parts(index: dict[str, Any], path: str, dtype: torch.dtype, revisio
                 precision = {"dtype" if classes[0] == "transformers" else "torch_dtype": dtype}
                 parts[name] = load_part(cls, path, name, revision=revision, variant=variant, **precision)
     return parts
+
+
+def file_precision(path: str, revision: str | None = None,
+                   variant: str | None = None) -> dict[str, torch.dtype]:
+    """The precision of a pipeline's parts in their safetensors files, as `torch_dtype` of `from_pretrained`.
+
+    Other parts are float32, the "default".
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import safe_open
+
+    home = Path(path) if Path(path).is_dir() else Path(
+        DiffusionPipeline.download(path, revision=revision, variant=variant))
+    known = {"F16": torch.float16, "BF16": torch.bfloat16}
+    found = {"default": torch.float32}
+    for folder in home.iterdir():
+        files = sorted(folder.glob("*.safetensors"))
+        own = [file for file in files if f".{variant}" in file.name] or [
+            file for file in files if "." not in file.stem]
+        if own:
+            with safe_open(own[0], "pt") as weights:
+                kind = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+            found[folder.name] = known.get(kind, torch.float32)
+    return found
 
 
 def load_index(path: str, revision: str | None = None) -> dict[str, Any]:

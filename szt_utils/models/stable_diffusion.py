@@ -12,7 +12,7 @@ import torch
 from ..errors import InputError
 from ..images import to_vae_range
 from ..schedules import kind_of
-from .parts import Condition, Step, load_network, load_part, quiet_loading
+from .parts import Condition, Step, file_precision, load_network, load_part, quiet_loading
 
 __all__ = ["StableDiffusion"]
 
@@ -198,7 +198,9 @@ class StableDiffusion:
         for name, given in (("tokenizer", tokenizers or self.tokenizers),
                             ("text_encoder", [] if from_files else self.text_encoders)):
             parts |= {name if i == 0 else f"{name}_{i + 1}": part for i, part in enumerate(given)}
-        if not from_files:
+        if from_files:
+            parts["torch_dtype"] = file_precision(self.path, self.revision, self.variant)
+        else:
             parts |= {self.network_name: self.network, "torch_dtype": self.dtype}
             parts |= {} if self.vae is None else {"vae": self.vae}
         with quiet_loading():

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .scenes import BACKGROUNDS, NOVEL_CONCEPTS, concept_scenes
 
 __all__ = ["NOVEL_CONCEPTS", "PROMPTS", "calibration_path", "clip_path", "dino_path", "familiarity_path",
-           "model_path", "pixel_path", "sam_path", "write_concept"]
+           "is_bundled", "model_path", "pixel_path", "sam_path", "write_concept"]
 
 PROMPTS = tuple(f"a photo of a {{}} on {background}" for background in BACKGROUNDS)
 
@@ -33,6 +33,11 @@ def model_path(network: str = "diffusion") -> str:
     "diffusion" is a Stable Diffusion model, "sdxl" an SDXL one, "flow" a Stable Diffusion 3 model without T5.
     """
     return _bundled(network)
+
+
+def is_bundled(path: str | Path | None) -> bool:
+    """Whether a model is one of the pocket world's."""
+    return path is not None and Path(path).resolve().is_relative_to(WEIGHTS.resolve())
 
 
 def dino_path() -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..arguments import script_parser, seed, user_path
+from ..arguments import number, script_parser, seed, user_path
 from ..errors import exit_on_input_error
 from . import NOVEL_CONCEPTS, clip_path, dino_path, model_path, pixel_path, write_concept
 
@@ -18,11 +18,14 @@ def parse_args() -> argparse.Namespace:
     add("--concept", help="a novel concept, e.g. teal-striped-star")
     add("--output_dir", type=user_path, help="folder for the concept's images")
     add("--masks", type=user_path, metavar="DIR", help="folder for the concept's masks")
-    add("--count", type=int, default=5, help="number of images (5)")
-    add("--seed", type=seed, default=0, help="another seed gives other images of the same concept")
+    add("--count", type=number(int, 1), help="number of images (5)")
+    add("--seed", type=seed, help="another seed gives other images of the same concept")
     args = parser.parse_args()
-    if args.concept and (not args.output_dir or args.count < 1):
-        parser.error("--concept needs --output_dir and a --count of at least 1")
+    if args.concept and not args.output_dir:
+        parser.error("--concept needs --output_dir")
+    for name in ("output_dir", "masks", "count", "seed"):
+        if getattr(args, name) is not None and not args.concept:
+            parser.error(f"argument --{name}: needs --concept")
     return args
 
 
@@ -32,7 +35,8 @@ def main() -> None:
         if args.list:
             print("\n".join(NOVEL_CONCEPTS))
         elif args.concept:
-            for path in write_concept(args.concept, args.output_dir, args.masks, args.count, args.seed):
+            for path in write_concept(args.concept, args.output_dir, args.masks, args.count or 5,
+                                      args.seed or 0):
                 print(path)
         else:
             print(PATHS[args.network]())

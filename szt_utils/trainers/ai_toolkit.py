@@ -10,7 +10,16 @@ import yaml
 
 from .buckets import area_buckets
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, first_size
+from .trainer import (
+    LEARNING_RATE,
+    MAX_TRAIN_STEPS,
+    RANK,
+    Plan,
+    Source,
+    Trainer,
+    check_min_snr,
+    first_size,
+)
 
 __all__ = ["AI_TOOLKIT"]
 
@@ -41,6 +50,8 @@ def _configs(plan: Plan) -> dict[str, str]:
              "min_denoising_steps": 0, "max_denoising_steps": _last_step(plan)}
     if plan.family.flow:
         train["timestep_type"] = "linear"
+    if plan.min_snr_gamma:
+        train["min_snr_gamma"] = plan.min_snr_gamma
     process = {"type": "sd_trainer", "training_folder": plan.output, "device": "cuda:0",
                "network": {"type": "lora", "linear": RANK, "linear_alpha": RANK},
                "save": {"dtype": "float16", "save_every": 250}, "datasets": [dataset], "train": train,
@@ -87,6 +98,7 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     for process in _processes(config):
         train, family = process.get("train", {}), plan.family
+        yield from check_min_snr(plan, "min_snr_gamma", config.number("min_snr_gamma", None, train))
         kind, needed = train.get("noise_scheduler", "ddpm"), "flowmatch" if family.flow else "ddpm"
         if kind != needed:
             yield f"noise_scheduler is {kind}; set it to {needed} for {family.title}."

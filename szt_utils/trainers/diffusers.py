@@ -8,7 +8,17 @@ from typing import Any
 
 from .buckets import square
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
+from .trainer import (
+    LEARNING_RATE,
+    MAX_TRAIN_STEPS,
+    RANK,
+    Plan,
+    Source,
+    Trainer,
+    check_min_snr,
+    check_range,
+    first_size,
+)
 
 __all__ = ["DIFFUSERS"]
 
@@ -30,7 +40,7 @@ def _script(plan: Plan) -> str:
     flags |= {"resolution": plan.resolution, "center_crop": True, "train_batch_size": 1, "rank": RANK,
               "learning_rate": LEARNING_RATE, "max_train_steps": MAX_TRAIN_STEPS, "mixed_precision": "bf16",
               "seed": 0, "output_dir": plan.output, "t_min": plan.zone.t_min,
-              "loss_mask_dir": plan.masks if plan.has_masks else None}
+              "loss_mask_dir": plan.masks if plan.has_masks else None, "snr_gamma": plan.min_snr_gamma}
     written = [f"--{name}" + ("" if value is True else f" {shlex.quote(str(value))}")
                for name, value in flags.items() if value is not None]
     return "\n".join([
@@ -68,6 +78,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     settings = config.settings
     if "resolution" not in settings and "t_min" not in settings:
         return  # not a command line
+    yield from check_min_snr(plan, "--snr_gamma", config.number("snr_gamma", None))
     if config.flag("szt"):
         yield ("--szt compresses and grows masks once more; leave it out and set "
                f"--t_min {plan.zone.t_min}.")

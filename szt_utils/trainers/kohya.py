@@ -15,6 +15,7 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
+    check_min_snr,
     check_range,
     check_share,
     first_size,
@@ -51,6 +52,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
         settings |= {"min_timestep": plan.zone.t_min, "max_timestep": plan.family.num_timesteps}
     if plan.family.name == "sd2":
         settings |= {"v2": True, "v_parameterization": True}
+    if plan.min_snr_gamma:
+        settings["min_snr_gamma"] = plan.min_snr_gamma
     if plan.family.name == "sd3":
         settings |= {"pretrained_model_name_or_path": f"{_FILES}sd3_medium.safetensors",
                      "clip_l": f"{_FILES}clip_l.safetensors", "clip_g": f"{_FILES}clip_g.safetensors",
@@ -101,6 +104,7 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_data(config)
+    yield from check_min_snr(plan, "min_snr_gamma", config.number("min_snr_gamma", None))
     if plan.family.name in _HAS_RANGE:
         yield from check_range(plan, config.number("min_timestep", 0),
                                config.number("max_timestep", plan.family.num_timesteps),

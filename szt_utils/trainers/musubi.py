@@ -91,4 +91,4 @@ MUSUBI = Trainer(
     models={"qwen-image": ("qwen_image", "networks.lora_qwen_image"),
             "z-image": ("zimage", "networks.lora_zimage")},
     buckets=area_buckets, mask_name=None, configs=_configs, command=_command, traps=_traps, sources=_sources,
-    check=_check, kept_step=32)
+    check=_check, kept_step=16)

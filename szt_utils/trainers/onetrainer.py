@@ -14,6 +14,7 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
+    check_min_snr,
     check_range,
     first_size,
     shifted,
@@ -36,6 +37,7 @@ def _configs(plan: Plan) -> dict[str, str]:
         "output_model_destination": f"{plan.output}/szt.safetensors",
         "workspace_dir": f"{plan.output}/workspace", "cache_dir": f"{plan.output}/cache",
         "resolution": str(plan.resolution), "aspect_ratio_bucketing": True, "concepts": [concept],
+        "samples": [],  # else it looks for a file that only its window writes
         "batch_size": 1, "learning_rate": LEARNING_RATE, "lora_rank": RANK, "lora_alpha": float(RANK),
         "epochs": max(1, MAX_TRAIN_STEPS // (10 * max(1, len(plan.captions)))), "train_dtype": "BFLOAT_16",
         "transformer" if plan.family.flow else "unet": {"train": True, "weight_dtype": "BFLOAT_16"},
@@ -45,6 +47,8 @@ def _configs(plan: Plan) -> dict[str, str]:
         "timestep_distribution": "UNIFORM",
         "min_noising_strength": plan.zone.t_min / plan.family.num_timesteps,
         "max_noising_strength": 1.0, "timestep_shift": 1.0, "dynamic_timestep_shifting": False}
+    if plan.min_snr_gamma:
+        settings |= {"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": plan.min_snr_gamma}
     return {"config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
 
 
@@ -79,6 +83,9 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     elif weight := config.number("unmasked_weight", 0.1):
         yield (f"unmasked_weight is {weight:g}, so this share of the background's loss stays; set it to 0"
                f"{'' if 'unmasked_weight' in settings else ' (it is 0.1 unless it is set)'}.")
+    is_min_snr = settings.get("loss_weight_fn") == "MIN_SNR_GAMMA"
+    yield from check_min_snr(plan, "loss_weight_fn MIN_SNR_GAMMA, with a loss_weight_strength,",
+                             config.number("loss_weight_strength", 5) if is_min_snr else None)
     steps = plan.family.num_timesteps
     low = config.number("min_noising_strength", 0)
     found = list(check_range(plan, low, config.number("max_noising_strength", 1),

@@ -7,7 +7,17 @@ from typing import Any
 
 from .buckets import rounded_buckets
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
+from .trainer import (
+    LEARNING_RATE,
+    MAX_TRAIN_STEPS,
+    RANK,
+    Plan,
+    Source,
+    Trainer,
+    check_min_snr,
+    check_range,
+    first_size,
+)
 
 __all__ = ["SIMPLETUNER"]
 
@@ -48,6 +58,8 @@ def _configs(plan: Plan) -> dict[str, str]:
         settings |= {"timestep_bias_strategy": "range", "timestep_bias_begin": plan.zone.t_min,
                      "timestep_bias_end": plan.family.num_timesteps, "timestep_bias_multiplier": _WEIGHT,
                      "disable_segmented_timestep_sampling": True}
+    if plan.min_snr_gamma:
+        settings["snr_gamma"] = plan.min_snr_gamma
     return {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             for name, content in (("config.json", settings), ("multidatabackend.json", datasets))}
 
@@ -94,6 +106,7 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_timesteps(plan, config)
+    yield from check_min_snr(plan, "snr_gamma", config.number("snr_gamma", None))
     linked = [mask.get("id") for _, masks in _images(config) for mask in masks]
     for name, entry in _datasets(config).items():
         if entry.get("dataset_type") == "conditioning" and name not in linked:
