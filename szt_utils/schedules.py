@@ -15,7 +15,7 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["Schedule", "kind_of"]
+__all__ = ["Schedule", "ddpm_log_snr", "flow_log_snr", "kind_of"]
 
 
 def kind_of(scheduler: Any) -> str:
@@ -24,6 +24,18 @@ def kind_of(scheduler: Any) -> str:
     if "sigma_data" in config:
         return "EDM"
     return "flow" if "shift" in config or config.get("use_flow_sigmas") else "DDPM"
+
+
+def ddpm_log_snr(signal: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """ln(signal / noise) of the variances at timesteps, long (B,) -> float64 (B,), from all abar (T,)."""
+    abar = signal.cpu().double()[timesteps.cpu()]
+    return abar.log() - (1 - abar).log()
+
+
+def flow_log_snr(num_timesteps: int, timesteps: torch.Tensor) -> torch.Tensor:
+    """The same of rectified flow with T timesteps; -inf at the last, pure noise."""
+    sigmas = (timesteps.cpu().double() + 1) / num_timesteps
+    return 2 * ((1 - sigmas).log() - sigmas.log())
 
 
 class Schedule:
@@ -61,7 +73,5 @@ class Schedule:
         if self._edm is not None:
             return self._edm[timesteps]
         if self._signal is not None:
-            signal = self._signal.cpu().double()[timesteps]
-            return signal.log() - (1 - signal).log()
-        sigmas = (timesteps.double() + 1) / self.num_timesteps
-        return 2 * ((1 - sigmas).log() - sigmas.log())
+            return ddpm_log_snr(self._signal, timesteps)
+        return flow_log_snr(self.num_timesteps, timesteps)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..schedules import flow_log_snr
 from .parts import Step, absent_parts, load_index, load_part
 from .stable_diffusion import StableDiffusion
 
@@ -106,8 +107,7 @@ class Flow(StableDiffusion):
         return noise - latents
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        sigmas = (timesteps.cpu().double() + 1) / self.num_timesteps
-        return 2 * ((1 - sigmas).log() - sigmas.log())
+        return flow_log_snr(self.num_timesteps, timesteps)
 
     def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..images import to_vae_range
-from ..schedules import kind_of
+from ..schedules import ddpm_log_snr, kind_of
 from .parts import Condition, Step, file_precision, load_network, load_part, quiet_loading
 
 __all__ = ["StableDiffusion"]
@@ -179,8 +179,7 @@ class StableDiffusion:
         return scheduler.timesteps, step
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        signal = self.scheduler.alphas_cumprod.double()[timesteps.cpu()]
-        return signal.log() - (1 - signal).log()
+        return ddpm_log_snr(self.scheduler.alphas_cumprod, timesteps)
 
     def pipeline(self, *, tokenizers: list | None = None, from_files: bool = False) -> Any:
         from diffusers import StableDiffusionPipeline

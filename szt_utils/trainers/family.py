@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..schedules import ddpm_log_snr, flow_log_snr
+
 __all__ = ["FAMILIES", "Family"]
 
 
@@ -26,11 +28,9 @@ class Family:
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The log signal-to-noise ratio at timesteps, long (B,) -> float64 (B,)."""
         if self.flow:
-            sigmas = (timesteps.double() + 1) / self.num_timesteps
-            return 2 * ((1 - sigmas).log() - sigmas.log())
+            return flow_log_snr(self.num_timesteps, timesteps)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.num_timesteps, dtype=torch.float64)**2
-        signal = (1 - betas).cumprod(0)[timesteps]
-        return signal.log() - (1 - signal).log()
+        return ddpm_log_snr((1 - betas).cumprod(0), timesteps)
 
 
 FAMILIES = {family.name: family for family in (
