@@ -32,6 +32,7 @@ from szt_utils.arguments import (
     check_training_flags,
     number,
     script_parser,
+    user_path,
 )
 from szt_utils.errors import InputError, exit_on_input_error
 
@@ -55,7 +56,7 @@ def parse_args(argv: list[str], entry: str | None = None, unset: Sequence[str] =
     parser = script_parser(__doc__) if entry is None else script_parser(__doc__, EntryParser, prog=entry)
     add_safe_zone_flags(parser)
     add = parser.add_argument_group("Several concepts in one run").add_argument
-    add("--concepts",
+    add("--concepts", type=user_path,
         help="JSON file: a list of objects, one per concept, of a concept's own flags without their dashes. "
              "What an object leaves out comes from the command line. Results equal those of separate runs")
     add("--concepts_per_batch", type=number(int, 1), default=8,
@@ -90,7 +91,7 @@ def read_settings(args: argparse.Namespace,
         flags = [f"--{flag}" if value is True else f"--{flag}={value}"
                  for flag, value in entry.items() if flag not in unset]
         concept = ConceptSettings.from_flags(vars(parse_args([*argv, *flags], name, unset)))
-        if "output_dir" not in entry:
+        if entry.get("output_dir") in (None, False):
             folder = str(Path(shared.output_dir) / safe_file_name(concept.placeholder_token))
             concept = replace(concept, output_dir=folder)
         folders = [Path(other.output_dir).resolve() for other in concepts]

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         if not path.exists():
             write_json(path, {**of, "images": list(measure(Path(args.image_dir), args.most))})
         before = read_json(path)
-        if {name: before.get(name) for name in of} != of:
+        if not isinstance(before, dict) or {name: before.get(name) for name in of} != of:
             raise InputError(f"'{path}' was made with another --image_dir or --most; give another "
                              "--output_dir.")
         records = before["images"]

@@ -318,7 +318,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--validation_epochs", type=count, help="deprecated: the same in epochs")
     add("--local_rank", type=int, default=-1, help="set by launchers")
     add("--checkpointing_steps", type=count, default=500,
-        help="save a checkpoint to resume from every so many steps")
+        help="save a checkpoint to resume from every so many steps, and after the last")
     add("--checkpoints_total_limit", type=count, help="keep only so many checkpoints")
     add("--resume_from_checkpoint", type=user_path, help='a folder checkpoint-N of --output_dir, or "latest"')
     add("--enable_xformers_memory_efficient_attention", action="store_true")

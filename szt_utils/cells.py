@@ -32,7 +32,7 @@ from .fingerprint import identity
 from .folder_run import provenance
 from .generation import load_pipeline
 from .images import contact_sheet, list_images, read_image
-from .metrics import SCORES
+from .metrics import SCORES, SET_METRICS
 from .notices import notice
 from .poisoning import PoisonSettings, poison_folder
 from .purifying import PurifySettings, purify_folder
@@ -213,13 +213,26 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
         except InputError as error:
             failures.append(f"{cell.name}: {error}")
             continue
-        seconds = round(shared + time.perf_counter() - start, 2)
-        append_cell(table.output_dir,
-                    replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run),
-                    instead_of=next((old for old in finished if old == cell), None))
+        if old := next((old for old in finished if old == cell), None):
+            made = replace(old, metrics={**old.metrics, **metrics})
+        else:
+            seconds = round(shared + time.perf_counter() - start, 2)
+            made = replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run)
+        append_cell(table.output_dir, made, instead_of=old)
         print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
     return failures
+
+
+def _scores_of(table: Table, concept: DatasetConcept) -> set[str]:
+    """The scores that each cell of a concept has: a finished one that lacks some is scored again.
+
+    Attributes are the pocket world's, and sets of fewer than two images have no score of their own.
+    """
+    count = len(concept.prompts) * table.settings.images_per_prompt
+    if concept.image_dir is not None:
+        count = min(count, len(list_images(concept.image_dir)))
+    return {name for name in table.metrics if name != "attributes" and (count > 1 or name not in SET_METRICS)}
 
 
 def check_purifier(table: Table) -> None:
@@ -268,9 +281,8 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
                "version: none of them counts")
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
                                in itertools.product(seeds, concepts, table.data, table.defences)))
-    # A cell that lacks a score is scored again; what it was made of is still there.
-    wanted = {name for name in table.metrics if name != "attributes"}
-    missing = [cell for cell in cells if not wanted <= {*finished.get(cell, ())}]
+    wanted = {name: _scores_of(table, concept) for name, concept in concepts.items()}
+    missing = [cell for cell in cells if not wanted[cell.concept] <= {*finished.get(cell, ())}]
     print(f"{len(cells)} cells, {len(missing)} of them to do.")
     if dry_run:
         print(plan(missing, passes(table, missing, concepts), read_cells(table.output_dir),

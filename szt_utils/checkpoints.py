@@ -36,9 +36,11 @@ def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
         run = _run_of(output_dir)
         return next((checkpoint for checkpoint in reversed(checkpoints)
                      if run is None or load_common(checkpoint).get("run", run) == run), None)
-    elsewhere = Path(name).is_dir() and Path(name).resolve().parent != Path(output_dir).resolve()
+    path = Path(name)
+    is_elsewhere = len(path.parts) > 1 and path.is_dir() and (
+        path.resolve().parent != Path(output_dir).resolve())
     for checkpoint in checkpoints:
-        if checkpoint.name == Path(name).name and not (elsewhere and Path(name).name != name):
+        if checkpoint.name == path.name and not is_elsewhere:
             return checkpoint
     known = ", ".join(c.name for c in checkpoints) or "none"
     raise InputError(f"The checkpoint '{name}' is not in '{output_dir}'; there is: {known}.")

@@ -179,7 +179,7 @@ def start_concepts(run: Run, model: Model,
             concepts.append(_start_concept(run, model, settings, images, states, sizes, vocabulary))
     if not run.settings.no_cache_latents:
         model.vae = None  # the caches are all that the training needs of it
-    if model.t5 is not None:
+    if model.t5 is not None and concepts:
         captions = {caption for concept in concepts
                     for caption in concept.captions(run.settings.num_vectors).values()}
         with run.accelerator.autocast():

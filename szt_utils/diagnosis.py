@@ -147,7 +147,9 @@ def report(calibration: dict[str, Any], rows: Mapping[str, Sequence[float]]) -> 
               for name, row in rows.items()}
     suspects = sum(image["suspect"] for image in images.values())
     expected = (1 - SUSPECT_PERCENTILE) * len(images)
-    poisoned = chance(suspects, len(images), 1 - SUSPECT_PERCENTILE) <= 0.05 + 1e-9
+    # Of few clean images, more than one in twenty lies beyond all others.
+    rate = max(1 - SUSPECT_PERCENTILE, 1 / (len(calibration["scores"]) + 1))
+    poisoned = chance(suspects, len(images), rate) <= 0.05 + 1e-9
     return {"poisoned": bool(poisoned), "suspects": suspects, "images": images, "sentence": (
         f"{suspects} of {len(images)} images look poisoned (of clean ones, about {expected:.1f} would): "
         + ("this set is probably poisoned." if poisoned else "this set is probably clean."))}

@@ -102,7 +102,8 @@ class FolderRun:
             print(f"Results made or changed by hand are kept ({len(kept)}): {_some(kept)}; "
                   "delete them to make them again.")
         wanted = {name for job in jobs for name in names(job)}
-        others = [name for name in self.latest if name not in wanted and os.path.isfile(self.folder / name)]
+        others = [name for name, record in self.latest.items() if "source" in record and name not in wanted
+                  and os.path.isfile(self.folder / name)]
         if others:
             print(f"Results of images that are no longer there are kept ({len(others)}): {_some(others)}.")
         return work

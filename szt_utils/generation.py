@@ -54,10 +54,14 @@ def use_dpm_solver(pipeline: Any) -> None:
 
 
 def spell_out(pipeline: Any, prompt: str) -> str:
-    """A prompt with all tokens of each embedding of several vectors, unless the pipeline adds them itself."""
+    """A prompt with all tokens of each embedding of several vectors, unless the pipeline adds them itself.
+
+    A prompt that names several of one embedding stays as it is.
+    """
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    if hasattr(pipeline, "maybe_convert_prompt"):
+    if hasattr(pipeline, "maybe_convert_prompt") or any(
+            f"{token}_1" in prompt for token in pipeline.tokenizer.added_tokens_encoder):
         return prompt
     return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, pipeline.tokenizer)
 

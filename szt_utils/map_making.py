@@ -79,7 +79,7 @@ def make_maps(settings: MapSettings, output_dir: str | Path) -> None:
             raise InputError(f"The timestep {late[0]} of --timesteps is above the model's last, "
                              f"{model.num_timesteps - 1}.")
         prompt = _tokenize_learned(model, settings)
-        labels = list(settings.tokens or dict.fromkeys(settings.prompt.split()))
+        labels = list(dict.fromkeys(settings.tokens or settings.prompt.split()))
         hashes = {path: _input_hash(path, resolution, settings) for path in folders}
         work = run.missing(list(folders), lambda path: [folders[path] + name for name in RESULTS],
                            lambda path, record: record.get("sha256") == hashes[path])

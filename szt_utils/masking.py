@@ -163,15 +163,17 @@ def mask_folder(settings: MaskingSettings) -> None:
     """Make the masks of a folder of images that are missing or outdated; print a summary and what to check.
 
     Masks that were made by clicking or changed by hand are kept. InputError before any work for images,
-    prompts and folders that cannot be used.
+    prompts and folders that cannot be used, and at the end for images that the model cannot mask.
     """
     with Masks(settings) as masks:
         jobs = read_jobs(settings.image_dir)
         make = {"auto": mask_by_consensus, "ui": mask_by_hand}.get(settings.way, mask_by_prompt)
-        make(settings, jobs, masks)
+        failures = make(settings, jobs, masks)
         report(jobs, masks)
         if settings.preview:
             write_preview(settings, jobs, masks)
+    if failures:
+        raise InputError(" ".join(failures))
 
 
 def read_jobs(image_dir: str | Path) -> list[ImageJob]:
@@ -194,8 +196,8 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
     return [relative_prompt(job.image.size, settings.point, settings.box) for job in jobs]
 
 
-def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
-    """Mask every image by its own prompt; an InputError at the end names those that have no mask."""
+def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> list[str]:
+    """Mask every image by its own prompt; a sentence for each that cannot be masked."""
     prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
 
     def recorded(job: ImageJob) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
 
     work = masks.outdated(jobs, settings.way, lambda job: [recorded(job)])
     if not work:
-        return
+        return []
     segmenter = _load_segmenter(settings)
     if settings.text is not None and not segmenter.takes_text:
         raise InputError(f"The model '{segmenter.name}' takes no --text; give --point, --box, --points_file, "
@@ -219,8 +221,7 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
             failures.append(f"'{job.path}': {error}")
         else:
             masks.save_mask(job, mask, settings.way, recorded(job), score)
-    if failures:
-        raise InputError(" ".join(failures))
+    return failures
 
 
 def _mask_of(segmenter: SamCheckpoint | SamModel | None, image: Image.Image,

@@ -184,7 +184,8 @@ def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> 
 
 
 def _save_pipeline(model: Model, group: Group, concept: Concept) -> None:
-    """Save the whole pipeline with the new token, as its files are but for text encoders in float32.
+    """Save the whole pipeline with the new token, in the precision of its safetensors files, but for text
+    encoders in float32.
 
     It is written beside and moved when complete, the index last.
     """

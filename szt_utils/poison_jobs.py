@@ -89,8 +89,8 @@ def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilat
         loss_mask = dilate(loss_mask, mask_dilation)
         h, w = loss_mask.shape[-2:]
         if not to_latent_grid(loss_mask, (h // 8, w // 8)).any():
-            raise InputError(f"The mask '{job.loss_mask_path}' fills half of no cell of 8 x 8 pixels: no "
-                             "loss would count; give a larger mask or --mask_dilation.")
+            raise InputError(f"The mask '{job.loss_mask_path}' covers less than half of every 8 x 8 "
+                             "cell, so no loss would count; give a larger mask or --mask_dilation.")
     return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask, loss_mask)
 
 

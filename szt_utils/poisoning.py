@@ -259,15 +259,15 @@ def warnings_to(report: Callable[[str], None]) -> Iterator[None]:
         report(warning.message)
 
 
-def check_t_min(folder: Path, settings: PoisonSettings) -> None:
+def check_t_min(run: FolderRun, settings: PoisonSettings) -> None:
     """InputError when the adaptive poisons of a folder begin at another timestep.
 
     The arguments do not tell: they name Stable Diffusion's t_min, whether it was given or not.
     """
-    if settings.adaptive and (folder / "options.json").exists():
+    if settings.adaptive and run.records:
         schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
-        if read_json(folder / "options.json").get("t_min") not in (None, settings.zone(schedule).t_min):
-            raise InputError(f"The folder '{folder}' was made with another --t_min; "
+        if read_json(run.folder / "options.json").get("t_min") not in (None, settings.zone(schedule).t_min):
+            raise InputError(f"The folder '{run.folder}' was made with another --t_min; "
                              "give another --output_dir.")
 
 
@@ -281,7 +281,7 @@ def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
         return input_hash(settings, tensors), tensors.attacked.shape
 
     with FolderRun(output_dir, "poison_images.py", settings.arguments(), settings.image_dir) as run:
-        check_t_min(run.folder, settings)
+        check_t_min(run, settings)
         jobs = find_jobs(settings.image_dir, settings.mask_dir, settings.loss_mask_dir)
         if settings.target_image not in _TARGETS:
             read_image(settings.target_image)

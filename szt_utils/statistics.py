@@ -33,7 +33,9 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.
 
 def chance(found: int, total: int, rate: float = 0.05) -> float:
     """Probability that `found` or more of `total` clean images are called poisoned, at this rate each."""
-    return sum(math.comb(total, i) * rate**i * (1 - rate) ** (total - i) for i in range(found, total + 1))
+    logs = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1)
+            + i * math.log(rate) + (total - i) * math.log1p(-rate) for i in range(found, total + 1)]
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def mass_inside(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -62,14 +62,15 @@ def read_cells(folder: str | Path, settings: str | None = None) -> list[Cell]:
     With `settings`, a `settings_key`, only those whose run has them, or is not recorded. A last line that a
     crash cut short is ignored. InputError names a damaged line or a cell's second line.
     """
-    cells, runs = {}, dict(enumerate(map(settings_key, read_runs(folder))))
+    cells, records = {}, read_runs(folder)
+    runs = {i: (settings_key(record), *map(record.get, OF_PURIFIER)) for i, record in enumerate(records)}
     for path in sorted((Path(folder) / "cells").glob("*.jsonl")):
         for number, line in enumerate(_whole_lines(path), 1):
             try:
                 cell = Cell(**parse_json(line))
                 if not all(isinstance(value, int | float) for value in cell.metrics.values()):
                     raise TypeError
-                place = cell, runs.get(cell.run)
+                place = cell, runs.get(cell.run, (None,))
                 known = place in cells  # a list in the place of a name has no hash
             except (ValueError, TypeError, AttributeError):
                 raise InputError(f"Line {number} of '{path}' is damaged; restore the line, or remove it to "
@@ -78,7 +79,7 @@ def read_cells(folder: str | Path, settings: str | None = None) -> list[Cell]:
                 raise InputError(f"Line {number} of '{path}' repeats the cell '{cell.name}'; "
                                  "remove one of the two lines.")
             cells[place] = None
-    return list(dict.fromkeys(cell for cell, own in cells if settings is None or own in (None, settings)))
+    return list(dict.fromkeys(cell for cell, own in cells if settings is None or own[0] in (None, settings)))
 
 
 def read_table(folder: str | Path) -> list[Cell]:

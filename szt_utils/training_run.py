@@ -82,6 +82,9 @@ class Run:
         self.resources.close()
         if kind is not None:
             return
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
         if not self.together and not self.stopped:
             self.accelerator.wait_for_everyone()  # launchers end all processes when one reports a failure
         self.accelerator.end_training()

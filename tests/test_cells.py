@@ -164,14 +164,14 @@ def test_a_cell_that_lacks_a_score_is_scored_again_and_not_trained(tmp_path, cap
                 table.learned(cell).parent.mkdir(parents=True)
                 table.learned(cell).touch()
 
-    for metrics, missing in ((["dino"], 1), (["dino", "clip"], 1), (["dino", "clip"], 0), (["clip"], 0)):
+    for metrics, missing in ((["dino"], 1), (["clip"], 1), (["dino", "clip"], 0), (["fid", "clip"], 1)):
         one = table(tmp_path, "--data", "clean", "--defences", "nominal", "--metrics", *metrics)
         cells.make_table(one, concepts, [0], train=train,
                          score=lambda *_, metrics=metrics: dict.fromkeys(metrics, 0.5))
         assert capsys.readouterr().out.startswith(f"1 cells, {missing} of them to do.")
     assert trained == [f"clean_nominal_{STAR}_0"]
     (cell,) = one.cells()
-    assert cell.metrics == {"dino": 0.5, "clip": 0.5}
+    assert cell.metrics == {"dino": 0.5, "clip": 0.5, "fid": 0.5}
 
 
 def test_a_cell_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch, capsys):

@@ -151,15 +151,21 @@ def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, 
 
 
 def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):
-    """Each of two processes trains its own as if it were alone, although one that fails is done early."""
-    entries.append({**entries[0], "train_data_dir": "missing", "output_dir": "failed"})
-    done = two_ranks(*together(tiny_model, tmp_path, entries, max_train_steps=4), expect=1)
-    assert "failed: The image folder 'missing' does not exist" in done.stderr
+    """Each of two processes trains its own as if it were alone: one has two, the other one."""
+    two_ranks(*together(tiny_model, tmp_path, entries, max_train_steps=4))
     run_script(SCRIPT, *alone(tiny_model, tmp_path / "alone", entries[1], max_train_steps=4))
     assert torch.equal(rows(tmp_path / "heart"), rows(tmp_path / "alone"))
     run_here(alone(tiny_model, tmp_path / "alone-star", entries[0], max_train_steps=4))
     assert distance(rows(tmp_path / "star"), rows(tmp_path / "alone-star")) < TOLERANCE
     assert rows(tmp_path / "other").isfinite().all()
+
+
+def test_a_process_whose_concepts_fail_does_not_end_the_others(tiny_model, entries, tmp_path):
+    """The launcher would: it ends all processes when one reports a failure."""
+    failed = {**entries[0], "train_data_dir": "missing", "output_dir": "failed"}
+    done = two_ranks(*together(tiny_model, tmp_path, [entries[0], failed], max_train_steps=60), expect=1)
+    assert "failed: The image folder 'missing' does not exist" in done.stderr
+    assert rows(tmp_path / "star").isfinite().all()
 
 
 def test_a_concept_can_go_without_a_defence_of_the_command_line(tiny_model, entries, heart, tmp_path):

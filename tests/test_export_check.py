@@ -79,9 +79,9 @@ TRAPS = [
     ("kohya", "sdxl", "dataset.toml", put("datasets", 0, resolution=512), "trains at a resolution of 512"),
     ("kohya", "sdxl", "dataset.toml", lambda content: content["datasets"][0]["subsets"].append(
         {"image_dir": "prior", "is_reg": True}), "A subset with is_reg stands in one"),
-    ("kohya", "sd2", "config.toml", put(min_snr_gamma=None), "min_snr_gamma is not set: Stable Diff"),
+    ("kohya", "sd2", "config.toml", put(min_snr_gamma=None), "set min_snr_gamma to 5."),
     # OneTrainer
-    ("onetrainer", "sd2", "config.json", put(loss_weight_fn=None), "loss_weight_fn MIN_SNR_GAMMA, with a"),
+    ("onetrainer", "sd2", "config.json", put(loss_weight_fn=None), "set loss_weight_fn to MIN_SNR_"),
     ("onetrainer", "sdxl", "config.json", put(unmasked_weight=None), "it is 0.1 unless it is set"),
     ("onetrainer", "sdxl", "config.json", put(unmasked_weight=0.5), "unmasked_weight is 0.5"),
     ("onetrainer", "sdxl", "config.json", put(masked_training=False), "masked_training is off"),
@@ -92,7 +92,7 @@ TRAPS = [
     ("onetrainer", "flux", "config.json", put(dynamic_timestep_shifting=True), "moves the range"),
     ("onetrainer", "sdxl", "config.json", put("concepts", 0, image={}), "enable_crop_jitter is on"),
     # ai-toolkit
-    ("ai-toolkit", "sd2", "config.yaml", put(*TRAIN, min_snr_gamma=None), "min_snr_gamma is not set"),
+    ("ai-toolkit", "sd2", "config.yaml", put(*TRAIN, min_snr_gamma=None), "set min_snr_gamma to 5."),
     ("ai-toolkit", "sdxl", "config.yaml", put(*TRAIN, min_denoising_steps=500, max_denoising_steps=999),
      "min_denoising_steps 500 is the wrong way round"),
     ("ai-toolkit", "sdxl", "config.yaml", put(*TRAIN, max_denoising_steps=None), "set it to 501."),
@@ -106,7 +106,7 @@ TRAPS = [
     ("ai-toolkit", "sdxl", "config.yaml", put(*IMAGES, buckets=False), "buckets is false"),
     ("ai-toolkit", "sdxl", "config.yaml", put(*IMAGES, resolution=[128, 768]), "resolution of 768"),
     # SimpleTuner
-    ("simpletuner", "sd2", "config.json", put(snr_gamma=None), "snr_gamma is not set"),
+    ("simpletuner", "sd2", "config.json", put(snr_gamma=None), "set snr_gamma to 5."),
     ("simpletuner", "sdxl", "config.json", put(disable_segmented_timestep_sampling=None, train_batch_size=4),
      "spread over all timesteps"),
     ("simpletuner", "sdxl", "config.json", put(timestep_bias_strategy=None), "is not range"),

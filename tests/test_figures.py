@@ -145,6 +145,16 @@ def test_the_committed_claims_follow_from_the_committed_json(folder, name, modul
     assert Image.open(tmp_path / f"{name}.png").size[0] > 400
 
 
+def test_squares_of_one_photograph_are_resampled_together(module):
+    names = [f"p{i}-{share}.png" for i in range(6) for share in (100, 50)]
+    clean = {name: float(i // 2) for i, name in enumerate(names)}
+    poisoned = {name: value + 1.5 for name, value in clean.items()}
+    found = module("roc").area(clean, poisoned)
+    assert found["n"] == 6 and found["value"] == pytest.approx(
+        module("roc").area({n: v for n, v in clean.items() if "100" in n},
+                           {n: v for n, v in poisoned.items() if "100" in n})["value"])
+
+
 def test_redrawing_without_a_json_is_one_sentence(module, tmp_path):
     with pytest.raises(SystemExit, match=r"error: No such file or directory: .*fig6\.json"):
         run_figure("fig6", "--redraw", "--output_dir", tmp_path)

@@ -247,7 +247,10 @@ def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_pa
 
 
 def test_results_of_images_that_are_gone_are_named(tmp_path, capsys):
-    do_all(tmp_path)
+    with run_in(tmp_path) as run:
+        run.begin()
+        run.work(batches_of(run), lambda batch: [({**record, "source": "of an image"}, image)
+                                                 for record, image in make(batch)])
     with run_in(tmp_path) as run:
         run.batches("ab", lambda job: f"{job}.png", lambda job: (f"hash of {job}", SHAPES[job]))
     assert "no longer there are kept (2): c.png, d.png." in capsys.readouterr().out

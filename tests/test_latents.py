@@ -1,5 +1,7 @@
 """The cache of moments is the live encoder, bit for bit, under one seed; and it needs the VAE no more."""
 
+import os
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -107,6 +109,7 @@ def test_a_large_cache_lives_in_a_file_that_goes_with_it(encode, image, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="not on macOS")
 def test_a_large_cache_without_room_is_an_error_and_no_bus_error(encode, image, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

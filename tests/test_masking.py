@@ -59,6 +59,24 @@ def test_the_flags_of_the_script_are_the_settings():
     assert Masks(settings()).script in {path.name for path in ROOT.glob("*.py")}
 
 
+def test_an_image_without_a_mask_stops_no_other(folder, monkeypatch, capsys):
+    def refuse_one(segmenter, image, prompt):
+        if not done:
+            done.append(image)
+            raise InputError("Nothing was found.")
+        done.append(image)
+        return torch.ones(image.size[::-1], dtype=torch.bool), None
+    done = []
+    monkeypatch.setattr("szt_utils.masking._mask_of", refuse_one)
+    monkeypatch.setattr("szt_utils.masking.is_foreign", lambda *_: False)
+    made = settings(**folder | {"point": [(0.5, 0.5)]})
+    with pytest.raises(InputError, match=r"^'.*\.png': Nothing was found\.$"):
+        mask_folder(made)
+    images = len(read_jobs(folder["image_dir"]))
+    assert len(done) == images == 2 and len(list(ROOT.joinpath(made.output_dir).glob("*.png"))) == images - 1
+    assert "masks" in capsys.readouterr().out  # the report comes nevertheless
+
+
 def test_the_prompt_of_a_point_and_a_box_follows_the_images_size(folder):
     jobs = read_jobs(folder["image_dir"])
     prompts = sam_prompts_for(settings(**folder | {"point": [(0.5, 0.25)]}), jobs)

@@ -26,7 +26,7 @@ def test_a_loss_mask_that_fills_no_latent_cell_is_refused(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     mask.save(tmp_path / "mask.png")
     job = ImageJob("a.png", tmp_path / "a.png", None, tmp_path / "mask.png")
-    with pytest.raises(InputError, match="mask.png' fills half of no cell"):
+    with pytest.raises(InputError, match="mask.png' covers less than half of every"):
         read_job(job, 64)
     assert read_job(job, 64, mask_dilation=8).loss_mask.sum() > 100
 

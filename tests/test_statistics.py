@@ -7,6 +7,7 @@ import torch
 from szt_utils.statistics import (
     bimodality,
     bootstrap,
+    chance,
     excess_kurtosis,
     high_frequency_share,
     mass_inside,
@@ -33,6 +34,12 @@ def test_the_bootstrap_resamples_groups_as_one():
         alone["high"] - alone["low"], rel=0.1)
     blind = bootstrap(np.tile(values, 3))
     assert blind["high"] - blind["low"] < 0.7 * (alone["high"] - alone["low"])
+
+
+def test_chance_is_the_tail_of_a_binomial_of_any_size():
+    assert chance(0, 7) == pytest.approx(1) and chance(1, 1) == pytest.approx(0.05)
+    assert chance(2, 3, 0.5) == pytest.approx(0.5)
+    assert chance(500, 5000, 0.1) == pytest.approx(0.5, abs=0.02) and chance(5000, 5000) < 1e-300
 
 
 def test_the_bootstrap_resamples_whole_rows():

@@ -63,7 +63,7 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:
     clean = results["clean"]
-    names = [row["name"] for row in clean["rows"]]
+    names = [row.get("name", str(i)) for i, row in enumerate(clean["rows"])]
 
     def of_concepts(values, statistic=np.mean):
         return estimate(values, statistic, names)

@@ -161,7 +161,7 @@ def file_precision(path: str, revision: str | None = None,
     from safetensors import safe_open
 
     home = Path(path) if Path(path).is_dir() else Path(
-        DiffusionPipeline.download(path, revision=revision, variant=variant))
+        DiffusionPipeline.download(path, revision=revision, variant=variant, safety_checker=None))
     known = {"F16": torch.float16, "BF16": torch.bfloat16}
     found = {"default": torch.float32}
     for folder in home.iterdir():

@@ -98,7 +98,8 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     for process in _processes(config):
         train, family = process.get("train", {}), plan.family
-        yield from check_min_snr(plan, "min_snr_gamma", config.number("min_snr_gamma", None, train))
+        yield from check_min_snr(plan, _sources(plan, config),
+                                 bool(config.number("min_snr_gamma", 0, train)), "min_snr_gamma to 5")
         kind, needed = train.get("noise_scheduler", "ddpm"), "flowmatch" if family.flow else "ddpm"
         if kind != needed:
             yield f"noise_scheduler is {kind}; set it to {needed} for {family.title}."

@@ -78,7 +78,8 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     settings = config.settings
     if "resolution" not in settings and "t_min" not in settings:
         return  # not a command line
-    yield from check_min_snr(plan, "--snr_gamma", config.number("snr_gamma", None))
+    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("snr_gamma", 0)),
+                             "--snr_gamma to 5")
     if config.flag("szt"):
         yield ("--szt compresses and grows masks once more; leave it out and set "
                f"--t_min {plan.zone.t_min}.")

@@ -104,7 +104,8 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_data(config)
-    yield from check_min_snr(plan, "min_snr_gamma", config.number("min_snr_gamma", None))
+    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("min_snr_gamma", 0)),
+                             "min_snr_gamma to 5")
     if plan.family.name in _HAS_RANGE:
         yield from check_range(plan, config.number("min_timestep", 0),
                                config.number("max_timestep", plan.family.num_timesteps),

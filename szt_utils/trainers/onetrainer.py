@@ -83,9 +83,8 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     elif weight := config.number("unmasked_weight", 0.1):
         yield (f"unmasked_weight is {weight:g}, so this share of the background's loss stays; set it to 0"
                f"{'' if 'unmasked_weight' in settings else ' (it is 0.1 unless it is set)'}.")
-    is_min_snr = settings.get("loss_weight_fn") == "MIN_SNR_GAMMA"
-    yield from check_min_snr(plan, "loss_weight_fn MIN_SNR_GAMMA, with a loss_weight_strength,",
-                             config.number("loss_weight_strength", 5) if is_min_snr else None)
+    yield from check_min_snr(plan, _sources(plan, config), settings.get("loss_weight_fn") == "MIN_SNR_GAMMA",
+                             "loss_weight_fn to MIN_SNR_GAMMA and loss_weight_strength to 5")
     steps = plan.family.num_timesteps
     low = config.number("min_noising_strength", 0)
     found = list(check_range(plan, low, config.number("max_noising_strength", 1),

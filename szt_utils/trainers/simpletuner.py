@@ -106,7 +106,8 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_timesteps(plan, config)
-    yield from check_min_snr(plan, "snr_gamma", config.number("snr_gamma", None))
+    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("snr_gamma", 0)),
+                             "snr_gamma to 5")
     linked = [mask.get("id") for _, masks in _images(config) for mask in masks]
     for name, entry in _datasets(config).items():
         if entry.get("dataset_type") == "conditioning" and name not in linked:

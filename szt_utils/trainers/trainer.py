@@ -25,7 +25,7 @@ __all__ = ["LEARNING_RATE", "MAX_TRAIN_STEPS", "RANK", "SHIFT", "SIGMOID_SCALE",
 RANK = 16
 LEARNING_RATE = 1e-4
 MAX_TRAIN_STEPS = 1000
-MIN_SNR_GAMMA = 5.0  # with velocities and masks: without it, SZT learned nothing on a small model
+MIN_SNR_GAMMA = 5.0  # with velocities and masks: without it, SZT recovered nothing on a small model
 # For trainers without a range of timesteps: 98.8 % of sigmoid(0.5 * normal), shifted by 5, is above 0.618.
 SHIFT, SIGMOID_SCALE = 5.0, 0.5
 _SHARE = 0.95  # of the draws in the zone that is enough where no range can be set
@@ -138,11 +138,11 @@ def first_size(value: Any) -> float | None:
     return float(first) if 64 <= float(first) <= 2**16 else None
 
 
-def check_min_snr(plan: Plan, name: str, value: float | None) -> Iterator[str]:
-    """Findings about the setting `name` for Min-SNR weighting."""
-    if plan.family.velocity and not value:
-        yield (f"{name} is not set: {plan.family.title} predicts velocity, and with masks a token learned to "
-               f"fill the image on a small model, but not with Min-SNR; set it to {MIN_SNR_GAMMA:g}.")
+def check_min_snr(plan: Plan, sources: Sequence[Source], is_set: bool, remedy: str) -> Iterator[str]:
+    """Findings about Min-SNR weighting, which masks need when a model predicts velocity."""
+    if plan.family.velocity and not is_set and any(source.masks or source.has_alpha for source in sources):
+        yield (f"{plan.family.title} predicts velocity: on a small model, training with masks failed without "
+               f"Min-SNR weighting; set {remedy}.")
 
 
 def check_range(plan: Plan, low: float, high: float, names: tuple[str, str],
