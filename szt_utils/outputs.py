@@ -71,6 +71,9 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
                      "the third part of the defence is missing")
+    if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.weights is None
+            and model.scheduler.config.get("prediction_type") == "v_prediction"):
+        lines.append("the model predicts velocity: on a small one, masks failed without --snr_gamma 5")
     if model.t5 is not None:
         lines.append("T5 gets no embedding of the token: it reads its spelling")
     if model.family == "SDXL":
