@@ -37,8 +37,8 @@ def test_diffusers_loads_them_and_they_draw_what_the_prompt_says(network):
     assert {image.size for image in images} == {(128, 128)}
     read = read_attributes(image_features(images, pocket.dino_path(), normalized=False), pocket.dino_path())
     right = {kind: sum(a[kind] == b[kind] for a, b in zip(words, read, strict=True)) for kind in words[0]}
-    shapes = 2 if network == "flow" else 4  # it is not trained to the end; by chance it would be half a one
-    assert min(right["color"], right["pattern"], right["background"]) >= 5 and right["shape"] >= shapes, right
+    # By chance half a shape would be right.
+    assert min(right["color"], right["pattern"], right["background"]) >= 5 and right["shape"] >= 4, right
 
 
 @pytest.mark.parametrize("network", PIPELINES)
