@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from .embeddings import load_into
 from .errors import InputError
 from .evaluation import evaluate_token
 from .files import atomic_path, write_json
-from .fingerprint import identity
 from .folder_run import provenance
 from .generation import load_pipeline
 from .images import contact_sheet, list_images, read_image
@@ -191,7 +190,6 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
     run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
                  table.settings.resolution)
-    silent = True
     try:
         train(table, concept, cells)
     except InputError as error:  # of one of several cells, perhaps
@@ -199,13 +197,13 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
                    if cell.concept == concept.name):
             raise
         failures.append(str(error))
-        silent = False
+    is_told = bool(failures)  # why an embedding is missing
     shared = (time.perf_counter() - start) / len(cells)
     share = sum(passes(table, cells, {concept.name: concept}).values()) / len(cells)
     for i, cell in enumerate(cells, 1):
         start = time.perf_counter()
         if not table.learned(cell).exists():
-            if silent:
+            if not is_told:
                 failures.append(f"{cell.name}: its training left no '{table.learned_file}'.")
             continue
         try:
@@ -235,11 +233,12 @@ def _scores_of(table: Table, concept: DatasetConcept) -> set[str]:
     return {name for name in table.metrics if name != "attributes" and (count > 1 or name not in SET_METRICS)}
 
 
-def check_purifier(table: Table) -> None:
+def check_purifier(table: Table, finished: Iterable[Cell]) -> None:
     """InputError when finished cells were purified by another model than those to make."""
     runs = dict(enumerate(read_runs(table.output_dir)))
-    ours = [identity(path) if path else None for path in (table.pdmpure_model, table.upscaler)]
-    for cell in table.finished():
+    record = table.record
+    ours = [record.get(name) for name in OF_PURIFIER]
+    for cell in finished:
         uses = table.defences.get(cell.defence, {}).get("purify", {}).get("method") == "pdmpure"
         if uses and cell.run in runs and [runs[cell.run].get(name) for name in OF_PURIFIER] != ours:
             raise InputError(f"The cells of {cell.defence} in '{table.output_dir}' were made with another "
@@ -275,7 +274,7 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     inversion's, or another method's. A cell that fails is left out, and an InputError at the end names it.
     """
     finished = {cell: cell.metrics for cell in table.finished()}
-    check_purifier(table)
+    check_purifier(table, finished)
     if not finished and read_cells(table.output_dir):
         notice(f"the cells in '{table.output_dir}' were made with other settings, models or an earlier "
                "version: none of them counts")

@@ -66,6 +66,10 @@ def _check_sources(plan: Plan, trainer: Trainer, config: Config) -> Iterator[str
         if not (plan.folder / source.images).resolve().is_relative_to(plan.folder):
             yield f"The config trains on '{source.images}', which is not in '{plan.folder}'; correct it."
         yield from _check_images(plan, trainer, source, True)
+    has_masks = any(source.masks or source.has_alpha for source in sources)
+    if plan.family.velocity and has_masks and not trainer.has_min_snr(config):
+        yield (f"{plan.family.title} predicts velocity: on a small model, training with masks failed without "
+               f"Min-SNR weighting; set {trainer.min_snr}.")
 
 
 def _check_images(plan: Plan, trainer: Trainer, source: Source, is_configured: bool) -> list[str]:

@@ -220,15 +220,14 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
     if not ours:
         raise InputError(f"The folder '{output_dir}' holds files that this script did not write; "
                          "give another --output_dir.")
-    stats = output_dir / "stats.jsonl"
-    records = read_stats(stats) if stats.exists() else []
     changed = [f"--{name}" for name, value in arguments.items()
                if name not in before or before[name] != value]
     if changed and any(path.is_file() and path.name != "options.json" and not path.name.startswith(".")
                        for path in output_dir.rglob("*")):  # else the run has failed before its first result
         raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
                          "give another --output_dir.")
-    return records
+    stats = output_dir / "stats.jsonl"
+    return read_stats(stats) if stats.exists() else []
 
 
 def library_versions() -> dict[str, str]:

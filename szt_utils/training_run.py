@@ -164,8 +164,10 @@ class Run:
     def stopping(self, step: int) -> bool:
         """Whether the run must end after this step; several ranks agree every few seconds, or every ten
         steps if these are faster."""
-        if self.num_ranks == 1 or step < self._agree_at:
-            return self.num_ranks == 1 and self.stopped is not None
+        if self.num_ranks == 1:
+            return self.stopped is not None
+        if step < self._agree_at:
+            return False
         (before, start), now = self._agreed, time.monotonic()
         seconds, asked = self._sum((now - start) / self.num_ranks, self.stopped is not None)
         self._agreed = step, now

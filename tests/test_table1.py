@@ -141,7 +141,7 @@ def test_the_committed_cells_of_an_earlier_version_give_its_tables(tmp_path, cap
     """No cell is computed again, and the tables are the same to the last byte."""
     assert table("--output_dir", RESULTS).finished() == []  # its models were others
     monkeypatch.setattr(Table, "finished", lambda table: read_cells(table.output_dir))
-    monkeypatch.setattr("szt_utils.cells.check_purifier", lambda table: None)
+    monkeypatch.setattr("szt_utils.cells.check_purifier", lambda *_: None)
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     shutil.copy(RESULTS / "run.json", tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}

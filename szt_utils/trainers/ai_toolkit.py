@@ -10,16 +10,7 @@ import yaml
 
 from .buckets import area_buckets
 from .config_files import Config
-from .trainer import (
-    LEARNING_RATE,
-    MAX_TRAIN_STEPS,
-    RANK,
-    Plan,
-    Source,
-    Trainer,
-    check_min_snr,
-    first_size,
-)
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, first_size
 
 __all__ = ["AI_TOOLKIT"]
 
@@ -98,8 +89,6 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     for process in _processes(config):
         train, family = process.get("train", {}), plan.family
-        yield from check_min_snr(plan, _sources(plan, config),
-                                 bool(config.number("min_snr_gamma", 0, train)), "min_snr_gamma to 5")
         kind, needed = train.get("noise_scheduler", "ddpm"), "flowmatch" if family.flow else "ddpm"
         if kind != needed:
             yield f"noise_scheduler is {kind}; set it to {needed} for {family.title}."
@@ -131,4 +120,6 @@ AI_TOOLKIT = Trainer(
     models={"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
             "qwen-image": "qwen_image", "z-image": "zimage"},
     buckets=area_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
-    sources=_sources, check=_check, kept_step=32)
+    sources=_sources, check=_check, kept_step=32, min_snr="min_snr_gamma to 5",
+    has_min_snr=lambda config: all(config.number("min_snr_gamma", 0, process.get("train", {}))
+                                   for process in _processes(config)))

@@ -8,17 +8,7 @@ from typing import Any
 
 from .buckets import square
 from .config_files import Config
-from .trainer import (
-    LEARNING_RATE,
-    MAX_TRAIN_STEPS,
-    RANK,
-    Plan,
-    Source,
-    Trainer,
-    check_min_snr,
-    check_range,
-    first_size,
-)
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
 
 __all__ = ["DIFFUSERS"]
 
@@ -78,8 +68,6 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     settings = config.settings
     if "resolution" not in settings and "t_min" not in settings:
         return  # not a command line
-    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("snr_gamma", 0)),
-                             "--snr_gamma to 5")
     if config.flag("szt"):
         yield ("--szt compresses and grows masks once more; leave it out and set "
                f"--t_min {plan.zone.t_min}.")
@@ -111,4 +99,5 @@ DIFFUSERS = Trainer(
             "qwen-image": ("dreambooth", "train_dreambooth_lora_qwen_image"),
             "z-image": ("dreambooth", "train_dreambooth_lora_z_image")},
     buckets=square, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
-    sources=_sources, check=_check, caption_files=False)
+    sources=_sources, check=_check, caption_files=False,
+    has_min_snr=lambda config: bool(config.number("snr_gamma", 0)), min_snr="--snr_gamma to 5")

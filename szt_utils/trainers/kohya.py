@@ -15,7 +15,6 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
-    check_min_snr,
     check_range,
     check_share,
     first_size,
@@ -104,8 +103,6 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_data(config)
-    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("min_snr_gamma", 0)),
-                             "min_snr_gamma to 5")
     if plan.family.name in _HAS_RANGE:
         yield from check_range(plan, config.number("min_timestep", 0),
                                config.number("max_timestep", plan.family.num_timesteps),
@@ -141,4 +138,5 @@ KOHYA = Trainer(
     models={"sd15": "train_network.py", "sd2": "train_network.py", "sdxl": "sdxl_train_network.py",
             "sd3": "sd3_train_network.py", "flux": "flux_train_network.py"},
     buckets=area_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
-    sources=_sources, check=_check)
+    sources=_sources, check=_check, has_min_snr=lambda config: bool(config.number("min_snr_gamma", 0)),
+    min_snr="min_snr_gamma to 5")

@@ -14,7 +14,6 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
-    check_min_snr,
     check_range,
     first_size,
     shifted,
@@ -83,8 +82,6 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     elif weight := config.number("unmasked_weight", 0.1):
         yield (f"unmasked_weight is {weight:g}, so this share of the background's loss stays; set it to 0"
                f"{'' if 'unmasked_weight' in settings else ' (it is 0.1 unless it is set)'}.")
-    yield from check_min_snr(plan, _sources(plan, config), settings.get("loss_weight_fn") == "MIN_SNR_GAMMA",
-                             "loss_weight_fn to MIN_SNR_GAMMA and loss_weight_strength to 5")
     steps = plan.family.num_timesteps
     low = config.number("min_noising_strength", 0)
     found = list(check_range(plan, low, config.number("max_noising_strength", 1),
@@ -110,4 +107,6 @@ ONETRAINER = Trainer(
             "sdxl": "STABLE_DIFFUSION_XL_10_BASE", "sd3": "STABLE_DIFFUSION_3", "flux": "FLUX_DEV_1",
             "qwen-image": "QWEN", "z-image": "Z_IMAGE"},
     buckets=aspect_buckets, mask_name="images/{}-masklabel.png", configs=_configs, command=_command,
-    traps=_traps, sources=_sources, check=_check)
+    traps=_traps, sources=_sources, check=_check,
+    has_min_snr=lambda config: config.settings.get("loss_weight_fn") == "MIN_SNR_GAMMA",
+    min_snr="loss_weight_fn to MIN_SNR_GAMMA and loss_weight_strength to 5")

@@ -7,17 +7,7 @@ from typing import Any
 
 from .buckets import rounded_buckets
 from .config_files import Config
-from .trainer import (
-    LEARNING_RATE,
-    MAX_TRAIN_STEPS,
-    RANK,
-    Plan,
-    Source,
-    Trainer,
-    check_min_snr,
-    check_range,
-    first_size,
-)
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
 
 __all__ = ["SIMPLETUNER"]
 
@@ -106,8 +96,6 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_timesteps(plan, config)
-    yield from check_min_snr(plan, _sources(plan, config), bool(config.number("snr_gamma", 0)),
-                             "snr_gamma to 5")
     linked = [mask.get("id") for _, masks in _images(config) for mask in masks]
     for name, entry in _datasets(config).items():
         if entry.get("dataset_type") == "conditioning" and name not in linked:
@@ -163,4 +151,5 @@ SIMPLETUNER = Trainer(
     models={"sd15": "sd1x", "sd2": "sd2x", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
             "qwen-image": "qwen_image", "z-image": "z_image"},
     buckets=rounded_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
-    sources=_sources, check=_check)
+    sources=_sources, check=_check, has_min_snr=lambda config: bool(config.number("snr_gamma", 0)),
+    min_snr="snr_gamma to 5")

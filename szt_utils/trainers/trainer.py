@@ -18,8 +18,7 @@ from .config_files import Config
 from .family import Family
 
 __all__ = ["LEARNING_RATE", "MAX_TRAIN_STEPS", "RANK", "SHIFT", "SIGMOID_SCALE", "Plan", "Source", "Trainer",
-           "check_min_snr", "check_range", "check_share", "first_size", "flux_shift", "share_in_zone",
-           "shifted"]
+           "check_range", "check_share", "first_size", "flux_shift", "share_in_zone", "shifted"]
 
 # Of the LoRA in the config files: a start, not a recommendation.
 RANK = 16
@@ -97,7 +96,8 @@ class Trainer:
     {} for the stem; None for a trainer without masked loss. `configs` are its config files by name, `command`
     starts it in its own folder, `traps` are what to mind, as functions of a plan. `sources` and `check` read
     its config files. Captions are `<stem>.txt` beside the images, unless `caption_files` is false. Sizes
-    within the area whose sides are multiples of `kept_step` are kept, too.
+    within the area whose sides are multiples of `kept_step` are kept, too. `has_min_snr` says whether
+    config files weight the loss by Min-SNR, `min_snr` what to set for it.
     """
 
     name: str
@@ -113,6 +113,8 @@ class Trainer:
     check: Callable[[Plan, Config], Iterator[str]]
     caption_files: bool = True
     kept_step: int | None = None
+    has_min_snr: Callable[[Config], bool] = lambda config: False
+    min_snr: str = ""
 
     def keeps(self, size: Size, resolution: int, family: str) -> bool:
         """Whether the trainer trains at a size as it is."""
@@ -136,13 +138,6 @@ def first_size(value: Any) -> float | None:
     """The first side of a resolution in a config: 512, "512,768" or [512, 768]; None for megapixels."""
     first = value[0] if isinstance(value, list) else str(value or 0).partition(",")[0]
     return float(first) if 64 <= float(first) <= 2**16 else None
-
-
-def check_min_snr(plan: Plan, sources: Sequence[Source], is_set: bool, remedy: str) -> Iterator[str]:
-    """Findings about Min-SNR weighting, which masks need when a model predicts velocity."""
-    if plan.family.velocity and not is_set and any(source.masks or source.has_alpha for source in sources):
-        yield (f"{plan.family.title} predicts velocity: on a small model, training with masks failed without "
-               f"Min-SNR weighting; set {remedy}.")
 
 
 def check_range(plan: Plan, low: float, high: float, names: tuple[str, str],
