@@ -1,6 +1,7 @@
 """Learned token embeddings: placeholder tokens, training of the new rows only, loading into models."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from .notices import notice
 
 __all__ = ["NewRows", "add_embedding", "add_placeholder", "add_tokens", "check_room", "join_rows",
            "load_into", "ordinary_embeddings", "ordinary_words_with", "placeholder_prompt", "take_rows",
-           "train_rows"]
+           "train_rows", "with_all_vectors"]
 
 # Words of ordinary prompts; a bare placeholder that occurs inside one of them
 # would be replaced there as well.
@@ -111,6 +112,20 @@ def ordinary_words_with(placeholder: str, vocabulary: list[str]) -> list[str]:
 def placeholder_prompt(placeholder: str, num_vectors: int = 1) -> str:
     """What stands for the concept in a training prompt: all its tokens with spaces between."""
     return " ".join(_tokens(placeholder, num_vectors))
+
+
+def with_all_vectors(tokenizer: Any, text: str, within: str | None = None) -> str:
+    """A text in which a learned token is followed by those of its further vectors, as in
+    `placeholder_prompt`.
+
+    A token stays as it is if `within`, by default the text itself, names its further vectors already.
+    """
+    added = tokenizer.get_added_vocab()
+    for token in added:
+        count = next(i for i in itertools.count(1) if f"{token}_{i}" not in added)
+        if f"{token}_1" not in (within or text):
+            text = text.replace(token, placeholder_prompt(token, count))
+    return text
 
 
 class NewRows(torch.nn.Module):

@@ -18,7 +18,7 @@ from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .devices import best_device, dtype_of
 from .embedding_files import embedding_paths
-from .embeddings import load_into
+from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .files import write_json
 from .folder_run import FolderRun
@@ -127,10 +127,10 @@ def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: 
 def _check_room(pipeline: Any, token: str, prompt: str) -> None:
     """InputError for a prompt that is so long that a CLIP tokenizer cuts off vectors of the embedding."""
     tokenizer = pipeline.tokenizer
-    spell_out = getattr(pipeline, "maybe_convert_prompt", lambda text, _: text)
-    kept = tokenizer(spell_out(prompt, tokenizer), truncation=True,
+    kept = tokenizer(with_all_vectors(tokenizer, prompt), truncation=True,
                      max_length=tokenizer.model_max_length).input_ids
-    if not {*tokenizer.convert_tokens_to_ids(spell_out(token, tokenizer).split())} <= {*kept}:
+    vectors = with_all_vectors(tokenizer, token).split()
+    if not {*tokenizer.convert_tokens_to_ids(vectors)} <= {*kept}:
         raise InputError(f"The prompt '{prompt}' leaves no room for all vectors of '{token}' among the "
                          f"{tokenizer.model_max_length} tokens that the model takes; shorten it.")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .embeddings import load_into
+from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .images import read_image, save_png
 from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
@@ -54,16 +54,10 @@ def use_dpm_solver(pipeline: Any) -> None:
 
 
 def spell_out(pipeline: Any, prompt: str) -> str:
-    """A prompt with all tokens of each embedding of several vectors, unless the pipeline adds them itself.
-
-    A prompt that names several of one embedding stays as it is.
-    """
-    from diffusers.loaders import TextualInversionLoaderMixin
-
-    if hasattr(pipeline, "maybe_convert_prompt") or any(
-            f"{token}_1" in prompt for token in pipeline.tokenizer.added_tokens_encoder):
+    """A prompt `with_all_vectors`, unless the pipeline adds them itself."""
+    if hasattr(pipeline, "maybe_convert_prompt"):
         return prompt
-    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, pipeline.tokenizer)
+    return with_all_vectors(pipeline.tokenizer, prompt)
 
 
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 25,

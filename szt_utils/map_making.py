@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
 from .embedding_files import embedding_paths
-from .embeddings import add_embedding, placeholder_prompt
+from .embeddings import add_embedding, with_all_vectors
 from .errors import InputError
 from .folder_run import FolderRun, sha256_of
 from .images import read_image
@@ -119,24 +119,13 @@ def _folders(images: Sequence[str]) -> dict[str, str]:
 
 
 def _tokenize_learned(model: Model, settings: MapSettings) -> TokenizedPrompt:
-    """Tokenize the prompt after adding the learned embeddings.
-
-    As in a pipeline, an embedding's token stands for all of its vectors, wherever it is in the text; vectors
-    that are spelled out stay as they are.
-    """
-    learned = [add_embedding(model.tokenizers, model.text_encoders, path)
-               for path in settings.embeddings or []]
-    words = {token: placeholder_prompt(token, num_vectors) for token, num_vectors in learned}
-
-    def spell_out(text: str, like: str) -> str:
-        for token, vectors in words.items():
-            text = text if f"{token}_1" in like else text.replace(token, vectors)
-        return text
-
-    named = {token: token for token in settings.tokens or []} or dict.fromkeys(
-        settings.prompt.split(), settings.prompt)
-    return tokenize_words(model, spell_out(settings.prompt, settings.prompt),
-                          [spell_out(token, like) for token, like in named.items()])
+    """Tokenize the prompt after adding the learned embeddings, `with_all_vectors` as in a pipeline."""
+    for path in settings.embeddings or []:
+        add_embedding(model.tokenizers, model.text_encoders, path)
+    tokenizer, within = model.tokenizers[0], None if settings.tokens else settings.prompt
+    words = dict.fromkeys(settings.tokens or settings.prompt.split())
+    return tokenize_words(model, with_all_vectors(tokenizer, settings.prompt),
+                          [with_all_vectors(tokenizer, word, within) for word in words])
 
 
 def image_maps(model: Model, prompt: TokenizedPrompt, pixels: torch.Tensor,

@@ -99,6 +99,11 @@ def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
     spelled = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
         str(tiny_model), ["i"], "a <c> <c>_1 on", embeddings=[str(folder / "c.safetensors")]))
     assert spelled.words == ["a", "<c>", "<c>_1", "on"]
+    save_embedding(folder / "d.safetensors", "<d>", torch.randn(2, 32))
+    both = [str(folder / f"{name}.safetensors") for name in "cd"]
+    mixed = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
+        str(tiny_model), ["i"], "<d> <c> <c>_1", embeddings=both))
+    assert mixed.words == ["<d> <d>_1", "<c>", "<c>_1"]
     whole = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
         str(tiny_model), ["i"], "a <c> on", embeddings=[str(folder / "c.safetensors")]))
     assert whole.words == ["a", "<c> <c>_1 <c>_2", "on"] and whole.positions == [[1], [2, 3, 4], [5]]
