@@ -2,7 +2,8 @@
 
 A record of stats.jsonl says how a mask was made: "way", one of `WAYS`; "prompt", as in a points file, or the
 grid and the set of images of "auto", and whether it was GrabCut; "area", the mask's share of the image;
-"score", the model's own, if one made it; and for "auto" the "confidence" (`consensus.Choice`).
+"score", the model's own, if one made it; for "auto" the "confidence" (`consensus.Choice`); and for a prompt
+per image the "seconds".
 """
 
 import dataclasses
@@ -121,16 +122,6 @@ class Masks(FolderRun):
                   f"{printable(', '.join(clicked))}.")
         return work
 
-    def save_mask(self, job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
-                  score: float | None = None, **more: Any) -> Record:
-        """Write a mask, bool (H, W), and its record, which is returned."""
-        if score is not None:
-            more["score"] = round(score, 4)
-        record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
-                  "prompt": prompt, "area": round(mask.float().mean().item(), 4), **more}
-        self.save_image(record, Image.fromarray(mask.numpy()).convert("L"))
-        return record
-
     def read(self, job: ImageJob) -> SavedMask:
         """The image's mask as it is in the folder; one that cannot be used is named in its note."""
         record, by_hand = self.find(job.name)
@@ -148,6 +139,16 @@ class Masks(FolderRun):
             note = "The mask was made for another version of the image."
         clicks = _clicks(record or {}, job.image.size)
         return SavedMask(mask if mask.size == job.image.size else None, clicks, note, version)
+
+
+def masked(job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
+           score: float | None = None, **more: Any) -> tuple[Record, Image.Image]:
+    """The record of a mask, bool (H, W), and the mask as it is saved."""
+    if score is not None:
+        more["score"] = round(score, 4)
+    record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
+              "prompt": prompt, "area": round(mask.float().mean().item(), 4), **more}
+    return record, Image.fromarray(mask.numpy()).convert("L")
 
 
 def _clicks(record: Record, size: tuple[int, int]) -> dict[str, Any]:
@@ -168,12 +169,12 @@ def mask_folder(settings: MaskingSettings) -> None:
     with Masks(settings) as masks:
         jobs = read_jobs(settings.image_dir)
         make = {"auto": mask_by_consensus, "ui": mask_by_hand}.get(settings.way, mask_by_prompt)
-        failures = make(settings, jobs, masks)
-        report(jobs, masks)
-        if settings.preview:
-            write_preview(settings, jobs, masks)
-    if failures:
-        raise InputError(" ".join(failures))
+        try:
+            make(settings, jobs, masks)
+        finally:
+            report(jobs, masks)
+            if settings.preview:
+                write_preview(settings, jobs, masks)
 
 
 def read_jobs(image_dir: str | Path) -> list[ImageJob]:
@@ -196,8 +197,8 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
     return [relative_prompt(job.image.size, settings.point, settings.box) for job in jobs]
 
 
-def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> list[str]:
-    """Mask every image by its own prompt; a sentence for each that cannot be masked."""
+def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+    """Mask every image by its own prompt; InputError at the end for those that cannot be masked."""
     prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
 
     def recorded(job: ImageJob) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
 
     work = masks.outdated(jobs, settings.way, lambda job: [recorded(job)])
     if not work:
-        return []
+        return
     segmenter = _load_segmenter(settings)
     if settings.text is not None and not segmenter.takes_text:
         raise InputError(f"The model '{segmenter.name}' takes no --text; give --point, --box, --points_file, "
@@ -213,23 +214,25 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
     if is_foreign(settings, segmenter, jobs):
         print(f"warning: {_UNFAMILIAR}{_OTHER_MODELS}, or --grabcut.")
     masks.begin()
-    failures = []
-    for job in tqdm(work, unit="image"):
-        try:
-            mask, score = _mask_of(segmenter, job.image, prompts[job.name])
-        except InputError as error:
-            failures.append(f"'{job.path}': {error}")
-        else:
-            masks.save_mask(job, mask, settings.way, recorded(job), score)
-    return failures
+    with tqdm(total=len(work), unit="image") as progress:
+        def mask(batch: list[ImageJob]) -> list[tuple[Record, Image.Image]]:
+            [job] = batch
+            found, score = _mask_of(segmenter, job, prompts[job.name])
+            progress.update()
+            return [masked(job, found, settings.way, recorded(job), score)]
+
+        masks.work([[job] for job in work], mask)
 
 
-def _mask_of(segmenter: SamCheckpoint | SamModel | None, image: Image.Image,
+def _mask_of(segmenter: SamCheckpoint | SamModel | None, job: ImageJob,
              prompt: SamPrompt) -> tuple[torch.Tensor, float | None]:
     """The mask of a prompt and the model's score of it; by GrabCut without a model."""
-    if segmenter is None:
-        return grabcut(image, seeds_of(prompt, image.size)), None
-    return segment(segmenter, segmenter.embed(image), prompt)
+    try:
+        if segmenter is None:
+            return grabcut(job.image, seeds_of(prompt, job.image.size)), None
+        return segment(segmenter, segmenter.embed(job.image), prompt)
+    except InputError as error:
+        raise InputError(f"'{job.path}': {error}") from None
 
 
 def is_foreign(settings: MaskingSettings, segmenter: SamCheckpoint | SamModel | None,
@@ -259,14 +262,17 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
     for i, (job, choice) in enumerate(zip(jobs, choose_masks(candidates), strict=True)):
         if job.name in missing:
             logits = resize_to_image(candidates[i].logits[choice.index][None, None], embedded[i])
-            masks.save_mask(job, logits[0, 0] > 0, "auto", prompt, candidates[i].merit[choice.index].item(),
-                            confidence=round(choice.confidence, 3))
+            masks.save_image(*masked(job, logits[0, 0] > 0, "auto", prompt,
+                                     candidates[i].merit[choice.index].item(),
+                                     confidence=round(choice.confidence, 3)))
 
 
 def mask_by_hand(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Serve the mask page until Ctrl-C."""
     def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float | None) -> str | None:
-        return area_warning(masks.save_mask(jobs[index], mask, "ui", prompt_to_json(prompt), score))
+        record, image = masked(jobs[index], mask, "ui", prompt_to_json(prompt), score)
+        masks.save_image(record, image)
+        return area_warning(record)
 
     segmenter, notice = _load_segmenter(settings), ""
     if is_foreign(settings, segmenter, jobs):

@@ -16,6 +16,7 @@ from szt_utils.masking import (
     MaskingSettings,
     Masks,
     mask_folder,
+    masked,
     read_jobs,
     report,
     sam_prompts_for,
@@ -60,15 +61,13 @@ def test_the_flags_of_the_script_are_the_settings():
 
 
 def test_an_image_without_a_mask_stops_no_other(folder, monkeypatch, capsys):
-    def refuse_one(segmenter, image, prompt):
-        if not done:
-            done.append(image)
+    def refuse_one(segmenter, embedded, prompt):
+        done.append(embedded)
+        if len(done) == 1:
             raise InputError("Nothing was found.")
-        done.append(image)
-        return torch.ones(image.size[::-1], dtype=torch.bool), None
+        return torch.ones(128, 128, dtype=torch.bool), None
     done = []
-    monkeypatch.setattr("szt_utils.masking._mask_of", refuse_one)
-    monkeypatch.setattr("szt_utils.masking.is_foreign", lambda *_: False)
+    monkeypatch.setattr("szt_utils.masking.segment", refuse_one)
     made = settings(**folder | {"point": [(0.5, 0.5)]})
     with pytest.raises(InputError, match=r"^'.*\.png': Nothing was found\.$"):
         mask_folder(made)
@@ -108,8 +107,8 @@ def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys)
         report([one, two], masks)
         assert capsys.readouterr().out == ""  # no mask, no report
         masks.begin()
-        masks.save_mask(one, ~full, "ui", {}, 0.5)
-        masks.save_mask(two, full, "auto", {}, 0.5, confidence=0.2)
+        masks.save_image(*masked(one, ~full, "ui", {}, 0.5))
+        masks.save_image(*masked(two, full, "auto", {}, 0.5, confidence=0.2))
         report([one, two], masks)
         printed = capsys.readouterr().out
         assert f"{one.path.name}: the mask is all black" in printed
@@ -159,7 +158,7 @@ def test_a_clicked_mask_whose_image_has_changed_is_said_to_be_made_again(folder,
     with Masks(settings(**folder, ui=True)) as masks:
         masks.begin()
         for job in (one, two):
-            masks.save_mask(job, torch.ones(128, 128, dtype=torch.bool), "ui", clicks, 0.5)
+            masks.save_image(*masked(job, torch.ones(128, 128, dtype=torch.bool), "ui", clicks, 0.5))
         assert masks.read(one).clicks == clicks and masks.read(one).note == ""
         Image.new("RGB", (100, 128)).save(one.path)
         one, two = read_jobs(folder["image_dir"])

@@ -49,12 +49,10 @@ def distance(rows: np.ndarray, which: int) -> float:
 
 def claims(results: dict[str, Any]) -> dict[str, Any]:
     found, clean = {}, results["clean"]
-    of_clean = dict(zip(clean["names"], clean["before"], strict=True))
     for data, result in results.items():
-        rows = np.stack([np.array([of_clean[name], before, after]) for name, before, after in zip(
-            result["names"], result["before"], result["after"], strict=True)
-            if name in of_clean])  # (N, 3, bands)
-        names = [name for name in result["names"] if name in of_clean]
+        rows = np.concatenate([common.paired(clean, result, "before"),
+                               common.paired(clean, result, "after")[:, 1:]], 1)  # (N, 3, bands)
+        names = common.pair_names(clean, result, "before")
         if data != "clean":
             found[f"{data}: distance to clean, ln, before JPEG"] = estimate(
                 rows, lambda r: distance(r, 1), names)
