@@ -16,6 +16,7 @@ from PIL import Image
 from szt_utils.embedding_files import save_embedding, save_rows
 from szt_utils.errors import InputError
 from szt_utils.files import write_json
+from szt_utils.models import load_model
 from szt_utils.pocket import write_concept
 from szt_utils.tables import Cell, append_cell
 
@@ -83,6 +84,25 @@ def test_every_figure_goes_from_images_to_json_to_plot(name, module, monkeypatch
     (tmp_path / f"{name}.png").unlink()
     monkeypatch.setattr("szt_utils.models.StableDiffusion.load", None)
     assert run() == printed and (tmp_path / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name != "fig7"])  # which has no model
+def test_a_figure_measures_on_another_device(name, module, monkeypatch, data_dir, tiny_model):
+    """Tensors without data, which refuse those of the CPU, stand for a GPU's; reading them gives ones."""
+    def readable(read):
+        return lambda values: read(torch.ones_like(values, device="cpu") if values.is_meta else values)
+    figure = module(name)
+    for method in ("cpu", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, method, readable(getattr(torch.Tensor, method)))
+    loaded = []
+    monkeypatch.setattr(module("common"), "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(module("common"), "load_model", lambda *args, **options: loaded.append(
+        load_model(*args, **options)) or loaded[-1])
+    options = {"fig2": {"timesteps": (500,)}, "fig3": {"timesteps": (300,)}, "fig5": {"draws": 1},
+               "fig6": {"saved_steps": (1,), "draws": 1}}.get(name, {})
+    settings = figure.Settings(str(tiny_model), (data_dir,), CONCEPTS[:1], **options)
+    assert figure.measure(settings, "clean")
+    assert loaded[0].device.type == "meta"
 
 
 def test_fig4_finds_the_timestep_below_which_the_increase_lies(module):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.arguments import script_parser
+from szt_utils.devices import best_device
 from szt_utils.embedding_files import ANY_ENCODER, read_embedding
 from szt_utils.embeddings import NewRows
 from szt_utils.errors import InputError, exit_on_input_error
@@ -87,8 +88,8 @@ class Settings:
         return self.data_dir[0] / "learned" / data / concept / f"{name}.safetensors"
 
     def load_model(self) -> tuple[Model, int]:
-        """The model, and the resolution of its images in pixels."""
-        model = load_model(self.pretrained_model_name_or_path)
+        """The model, on the GPU if there is one, and the resolution of its images in pixels."""
+        model = load_model(self.pretrained_model_name_or_path, device=best_device())
         return model, model.resolution
 
 
@@ -126,7 +127,7 @@ def add_token(model: Model) -> list[NewRows]:
 def set_rows(embeddings: Sequence[NewRows], rows: Sequence[torch.Tensor], copies: int = 1) -> None:
     """Give TOKEN the rows (1, D) of each text encoder, several times for a gradient of each copy."""
     for embedding, row in zip(embeddings, rows, strict=True):
-        embedding.rows = torch.nn.Parameter(row.expand(copies, -1))
+        embedding.rows = torch.nn.Parameter(row.to(embedding.frozen).expand(copies, -1))
 
 
 def word_rows(model: Model, word: str) -> list[torch.Tensor]:
@@ -151,14 +152,14 @@ def log_snr(model: Model, timesteps: torch.Tensor) -> list[float | None]:
 
 def sensitivity(model: Model, latents: torch.Tensor, prompt: TokenizedPrompt, timesteps: Sequence[int], *,
                 replacements: int, noise_draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sensitivity maps (words, timesteps, h, w) of latents (1, C, h, w), and the noise that they were made
-    with, (noise_draws, C, h, w)."""
+    """Sensitivity maps (words, timesteps, h, w) of latents (1, C, h, w), on the CPU, and the noise that they
+    were made with, (noise_draws, C, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     replaced, drawn = draw_replacements(prompt, replacements, model.tokenizers[0].vocab_size, generator)
     noise = torch.randn((noise_draws, *latents.shape[1:]), generator=generator)
     maps = semantic_sensitivity(model, latents, prompt, list(timesteps), noise=noise, replaced=replaced,
                                 drawn=drawn)
-    return maps, noise
+    return maps.cpu(), noise
 
 
 def estimate(values: Any, statistic: Callable[[np.ndarray], float] = np.mean,

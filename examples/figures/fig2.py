@@ -48,7 +48,7 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
             ssm, noise = common.sensitivity(
                 model, latents, prompt, timesteps, replacements=settings.replacements,
                 noise_draws=settings.noise_draws, seed=settings.seed)
-            attention = cross_attention_maps(model, latents, prompt, timesteps, noise=noise)
+            attention = cross_attention_maps(model, latents, prompt, timesteps, noise=noise).cpu()
             mask = common.load_mask(settings.mask_path(concept, path), resolution, latents.shape[-2:])
             rows.append({"name": f"{concept}/{path.stem}", "area": mask.mean().item(),
                          "ssm": mass_inside(ssm[1], mask).tolist(),

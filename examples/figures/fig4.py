@@ -37,9 +37,9 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
     for name, path in images.items():
         latents = model.encode(common.load_images([path], resolution))
         generator = torch.Generator().manual_seed(settings.seed + zlib.crc32(name.encode()))
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
         error = residual(model, latents.expand(len(timesteps), -1, -1, -1),
-                         noise.expand(len(timesteps), -1, -1, -1), timesteps, condition)
+                         noise.expand(len(timesteps), -1, -1, -1), timesteps.to(model.device), condition)
         losses.append([round(value, 6) for value in error.square().flatten(1).mean(1).tolist()])
     return {"timesteps": timesteps.tolist(), "log_snr": common.log_snr(model, timesteps), "losses": losses,
             "names": list(images)}

@@ -45,8 +45,8 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(settings.seed + i)
             with torch.no_grad():
                 latents = model.encode(common.load_images([paths[i % len(paths)]], resolution))
-            noise = torch.randn((len(timesteps), *latents.shape[1:]), generator=generator)
-            error = residual(model, latents.expand_as(noise), noise, timesteps,
+            noise = torch.randn((len(timesteps), *latents.shape[1:]), generator=generator).to(latents)
+            error = residual(model, latents.expand_as(noise), noise, timesteps.to(model.device),
                              model.condition(ids)).square()
             gradients = torch.autograd.grad(error.flatten(1).mean(1).sum(),
                                             [embedding.rows for embedding in embeddings])

@@ -45,17 +45,17 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
         latents = torch.cat([model.encode(common.load_images([path], resolution)) for path in paths])
         masks = torch.stack([common.load_mask(settings.mask_path(concept, path), resolution,
                                               latents.shape[-2:]) for path in paths]).unsqueeze(1)
-        masks = (masks >= 0.5).float()
+        masks = (masks >= 0.5).to(latents)
         for step in steps:
             common.set_rows(embeddings, initial if step == 0 else common.learned_rows(
                 model, settings.embedding_path(data, concept, f"learned_embeds-steps-{step}")))
             condition = expand(model.condition(ids), len(paths))
             generator, totals = torch.Generator().manual_seed(settings.seed), torch.zeros(2)
             for _ in range(settings.draws):
-                noise = torch.randn(latents.shape, generator=generator)
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
                 timesteps = sample_timesteps(len(paths), 0, model.num_timesteps, generator=generator)
-                error = residual(model, latents, noise, timesteps, condition).square()
-                totals += torch.stack([masked_mean(error, mask, "area") for mask in (masks, 1 - masks)])
+                error = residual(model, latents, noise, timesteps.to(model.device), condition).square()
+                totals += torch.stack([masked_mean(error, mask, "area") for mask in (masks, 1 - masks)]).cpu()
             of_concept.append((totals / settings.draws).tolist())
         losses.append(of_concept)
     return {"steps": steps, "losses": losses}

@@ -35,7 +35,7 @@ def measure(settings: Settings, data: str) -> dict[str, Any]:
         for path in settings.image_paths(data, concept):
             image = common.load_images([path], resolution)
             latents = model.encode(torch.cat([image, jpeg_tensor(image, settings.jpeg_quality)]))
-            before, after = radial_spectrum(latents.float(), settings.bands).log().tolist()
+            before, after = radial_spectrum(latents.float().cpu(), settings.bands).log().tolist()
             spectra["before"].append(before)
             spectra["after"].append(after)
             names.append(f"{concept}/{path.stem}")
