@@ -15,7 +15,7 @@ The same command again resumes.
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
+from szt_utils.arguments import add_model_flags, number, refuse_without, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 
@@ -35,18 +35,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibration", type=user_path, help="A calibration.json of an earlier run, instead of --clean_dir.")
     add("--resolution", type=number(int, 8),
         help="Side of the images' central squares, in pixels. (the model's own)")
-    add("--seed", type=seed, default=0, help="Seed of the noise. (0)")
+    add("--seed", type=seed, help="Seed of the noise. (0)")
     args = parser.parse_args(argv)
     if args.clean_dir and args.calibration:
         parser.error("argument --calibration: not used with --clean_dir")
-    for name in ("clean_dir", "calibration", "resolution"):
-        if getattr(args, name) and not args.pretrained_model_name_or_path:
-            parser.error(f"argument --{name}: needs --pretrained_model_name_or_path")
+    refuse_without(parser, args, "--pretrained_model_name_or_path", args.pretrained_model_name_or_path,
+                   "clean_dir", "calibration", "resolution", "revision", "variant", "mixed_precision", "seed")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = vars(parse_args(argv))
+    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
     output_dir = given.pop("output_dir")
     with exit_on_input_error():
         from szt_utils.diagnosing import DiagnosisSettings, diagnose_folder

@@ -31,8 +31,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub. "
                             "(the bundled pocket model)", required=False)
     add("--embeddings", type=user_path, required=True,
-        help="The learned embedding: its file or the training's output folder; for SDXL the file with "
-             "clip_l and clip_g.")
+        help="The learned embedding: its file or the training's output folder; for SDXL and Stable Diffusion "
+             "3 the file with clip_l and clip_g.")
     add("--clean_dir", "--real_dir", type=user_path, required=True,
         help="Folder of the clean images of the concept.")
     add("--output_dir", type=user_path, required=True,
@@ -50,7 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=user_path, help="CLIPModel: folder or hub name. (the bundled pocket one)")
     add("--inception", type=user_path,
         help="InceptionV3 weights for FID and KID, the file of torch-fidelity. (features of --clip instead)")
-    add("--num_inference_steps", type=number(int, 1), default=25, help="Denoising steps, DPM-Solver++. (25)")
+    add("--num_inference_steps", type=number(int, 1), default=25,
+        help="Denoising steps, of DPM-Solver++ or a flow model's own scheduler. (25)")
     add("--guidance_scale", type=number(float, 0, above=True),
         help="Classifier-free guidance. (7.5, pocket model 5)")
     add("--batch_size", type=number(int, 1), default=8, help="Images generated together. (8)")
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = vars(parse_args(argv))
+    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
     output_dir = given.pop("output_dir")
     with exit_on_input_error():
         from szt_utils.evaluation import EvaluationSettings, evaluate_to_folder

@@ -6,7 +6,7 @@ advclean filters and jpeg compresses, without a model. regen passes each image t
 pipeline at low noise. pdmpure does so in pixel space, with a DDPMPipeline, or with DeepFloyd IF's second
 stage and --upscaler, which you must have. Images keep their size unless --resolution is given; sub-folders
 keep their structure. The same command again resumes. Each image has its own random numbers, so neither the
-other images nor their order change a result.
+other images nor their order change a result; with --batch_size above 1, single values may differ by a level.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from szt_utils.errors import exit_on_input_error
 METHODS = ("advclean", "jpeg", "regen", "pdmpure")
 # The flags that only some methods use: ignoring them silently would hide a mistake.
 USED_BY = {"jpeg_quality": ("jpeg",), "pretrained_model_name_or_path": ("regen", "pdmpure"),
-           "revision": ("regen", "pdmpure"), "variant": ("regen", "pdmpure"), "upscaler": ("pdmpure",),
+           "revision": ("regen", "pdmpure"), "variant": ("regen", "pdmpure"),
+           "mixed_precision": ("regen", "pdmpure"), "seed": ("regen", "pdmpure"), "upscaler": ("pdmpure",),
            "strength": ("regen", "pdmpure"), "steps": ("regen", "pdmpure"),
            "guidance_scale": ("regen", "pdmpure"), "prompt": ("regen", "pdmpure")}
 POCKET = {"regen": "diffusion", "pdmpure": "pixel"}  # the bundled networks, for a hint
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Cut images to their central square and resize it to this side, in pixels. "
              "(images stay whole)")
     add("--batch_size", type=number(int, 1), default=1, help="Images of one size purified together. (1)")
-    add("--seed", type=seed, default=0, help="Seed of the noise. (0)")
+    add("--seed", type=seed, help="regen, pdmpure: seed of the noise. (0)")
     args = parser.parse_args(argv)
     refuse_unused(parser, args, args.method, USED_BY)
     if args.method in POCKET and not args.pretrained_model_name_or_path:
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = vars(parse_args(argv))
+    settings = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
     with exit_on_input_error():
         from szt_utils.purifying import PurifySettings, purify_folder
 

@@ -204,12 +204,15 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse._ActionsContainer, model: str, required: bool = True) -> None:
-    """The flags of a script that loads a model; `model` is the help of its path."""
+    """The flags of a script that loads a model; `model` is the help of its path.
+
+    None of them has a default unless the model is `required`.
+    """
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=required, type=user_path, help=model)
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no" if required else None,
         help="Precision of the model. (no)")
 
 

@@ -20,9 +20,10 @@ from .devices import best_device, dtype_of
 from .diagnosis import SIGNALS, calibrate, check_clean_count, image_signals, read_calibration, report
 from .errors import InputError, printable
 from .files import write_json
+from .fingerprint import identity
 from .folder_run import FolderRun, Record, sha256_of
 from .images import list_images, read_image
-from .models import load_model
+from .models import Model, load_model
 from .pixel_score import is_coarse_jpeg, read_pixel_calibration, report_pixels
 from .pixel_signals import pixel_signals
 from .square_images import read_square, resolution_for
@@ -76,9 +77,14 @@ def _diagnose(settings: DiagnosisSettings, run: FolderRun) -> dict[str, Any]:
     coarse = [name for name, path in paths.items() if is_coarse_jpeg(path)]
     diagnosis = report_pixels(read_pixel_calibration(), rows, coarse)
     if settings.pretrained_model_name_or_path:
-        signals = _measure([*clean, *paths.values()], settings, run)
+        model, made_with = _load_model(settings)
+        for name, value in (calibration or {}).get("made_with", {}).items():
+            if value != made_with[name]:
+                raise InputError(f"The calibration '{settings.calibration or 'built in'}' was made with the "
+                                 f"{name} {value}, not {made_with[name]}; give --clean_dir instead.")
+        signals = _measure(model, made_with["resolution"], [*clean, *paths.values()], settings, run)
         if calibration is None:
-            calibration = calibrate([signals[path] for path in clean])
+            calibration = {**calibrate([signals[path] for path in clean]), "made_with": made_with}
             write_json(run.folder / "calibration.json", calibration)
         diagnosis["model"] = report(calibration, {name: signals[path] for name, path in paths.items()})
     else:
@@ -109,12 +115,17 @@ def _find_calibration(settings: DiagnosisSettings) -> dict[str, Any] | None:
                      "built in.")
 
 
-def _measure(paths: Sequence[Path], settings: DiagnosisSettings, run: FolderRun) -> dict[Path, list[float]]:
+def _load_model(settings: DiagnosisSettings) -> tuple[Model, dict[str, Any]]:
+    """The model, and what a calibration made with it must be used with: the model and the resolution."""
+    path = settings.pretrained_model_name_or_path
+    model = load_model(path, revision=settings.revision, variant=settings.variant,
+                       dtype=dtype_of(settings.mixed_precision), device=best_device())
+    return model, {"model": identity(path), "resolution": resolution_for(model, settings.resolution)}
+
+
+def _measure(model: Model, resolution: int, paths: Sequence[Path], settings: DiagnosisSettings,
+             run: FolderRun) -> dict[Path, list[float]]:
     """The signals of every image; those of an image in the run's records are taken from there."""
-    model = load_model(settings.pretrained_model_name_or_path, revision=settings.revision,
-                       variant=settings.variant, dtype=dtype_of(settings.mixed_precision),
-                       device=best_device())
-    resolution = resolution_for(model, settings.resolution)
     run.begin()
     known = _known_signals(run.records)
     signals = {}

@@ -18,7 +18,7 @@ from .errors import InputError
 from .files import read_calibration_json
 from .jpeg import jpeg_tensor
 from .models import Model, expand, residual, tokenize
-from .statistics import chance, excess_kurtosis, high_frequency_share
+from .statistics import excess_kurtosis, high_frequency_share, rank_chance
 
 __all__ = ["SIGNALS", "calibrate", "check_clean_count", "deviations", "explain", "image_signals",
            "percentile", "read_calibration", "report", "score"]
@@ -142,14 +142,17 @@ def explain(calibration: dict[str, Any], row: np.ndarray | Sequence[float]) -> d
 
 
 def report(calibration: dict[str, Any], rows: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The diagnosis of a set from its images' signals (5,) by name, as JSON: per image and as a whole."""
+    """The diagnosis of a set from its images' signals (5,) by name, as JSON: per image and as a whole.
+
+    The set is poisoned if so many suspects are unlikely (5 %) in a clean set.
+    """
     images = {name: {**explain(calibration, row), "signals": dict(zip(SIGNALS, row, strict=True))}
               for name, row in rows.items()}
     suspects = sum(image["suspect"] for image in images.values())
-    expected = (1 - SUSPECT_PERCENTILE) * len(images)
-    # Of few clean images, more than one in twenty lies beyond all others.
-    rate = max(1 - SUSPECT_PERCENTILE, 1 / (len(calibration["scores"]) + 1))
-    poisoned = chance(suspects, len(images), rate) <= 0.05 + 1e-9
+    clean = len(calibration["scores"])
+    rank = next(k for k in range(clean + 1) if k / clean >= SUSPECT_PERCENTILE)  # what a suspect exceeds
+    expected = len(images) * (clean + 1 - rank) / (clean + 1)
+    poisoned = rank_chance(suspects, len(images), clean, rank) <= 0.05 + 1e-9
     return {"poisoned": bool(poisoned), "suspects": suspects, "images": images, "sentence": (
         f"{suspects} of {len(images)} images look poisoned (of clean ones, about {expected:.1f} would): "
         + ("this set is probably poisoned." if poisoned else "this set is probably clean."))}

@@ -115,15 +115,16 @@ def report_pixels(calibration: Mapping[str, Any],
     """The diagnosis of a set from its images' signals by name, as JSON: per image and as a whole.
 
     `coarse` are the names of those that `is_coarse_jpeg` is true of.
-    The set is poisoned if so many poisoned images are unlikely (5 %) in a clean set, of which 5 % are called
-    poisoned. Otherwise it is clean if more than half of its images are.
+    The set is poisoned if so many poisoned images are unlikely (5 %) in a clean set, where each image with
+    signals is called poisoned at 5 %. Otherwise it is clean if more than half of its images are.
     """
     images = {name: {**explain_pixels(calibration, row, name in coarse),
                      "signals": None if row is None else dict(zip(SIGNALS, row, strict=True))}
               for name, row in rows.items()}
     counts = {verdict: sum(image["verdict"] == verdict for image in images.values()) for verdict in VERDICTS}
     found, total = counts["poisoned"], len(images)
-    verdict = ("poisoned" if chance(found, total) <= 0.05 + 1e-9
+    judged = sum(row is not None for row in rows.values())
+    verdict = ("poisoned" if chance(found, judged) <= 0.05 + 1e-9
                else "clean" if counts["clean"] > total / 2 else "cannot tell")
     sentence = (f"{found} of {total} images look poisoned, {counts['clean']} look clean, of "
                 f"{counts['cannot tell']} the pixels cannot tell; the set: {verdict}.")

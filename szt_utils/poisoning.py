@@ -23,7 +23,8 @@ from .files import read_json
 from .folder_run import FolderRun, Record
 from .image_rng import image_generator
 from .images import from_pil, read_image, to_pil
-from .models import Model, find_family, load_model, load_schedule, tokenize
+from .models import Model, check_length, find_family, load_model, load_schedule, tokenize
+from .notices import notice
 from .pgd import add_within_budget, pgd, project, rms, warn_if_unmoved
 from .poison_jobs import ImageJob, Tensors, find_jobs, read_job, scale
 from .poisons import (
@@ -133,14 +134,24 @@ def load_victim(settings: PoisonSettings) -> Victim:
                        device=best_device())
     if settings.method == "da":
         check_chain(model, settings.chain_steps, settings.strength)
+        notice_strength(settings)
     zone = settings.zone(model).fit(model.num_timesteps)
     resolution_for(model, settings.resolution)  # raises for one that the VAE does not divide
+    check_length(model, settings.prompt)
     condition, empty = (model.condition(tokenize(model, prompt)) for prompt in (settings.prompt, ""))
     several = settings.jpeg_quality is not None and len(settings.jpeg_quality) > 1
     return Victim(model, condition, zone, tuple(sorted(settings.jpeg_quality)) if several else None,
                   draws=settings.draws, one_graph=settings.one_graph, empty=empty,
                   chain_steps=settings.chain_steps, strength=settings.strength,
                   guidance_scale=settings.guidance_scale)
+
+
+def notice_strength(settings: PoisonSettings) -> None:
+    """Say so when the chain's whole steps make another strength than the one asked for."""
+    strength = settings.chain_steps / round(settings.chain_steps / settings.strength)
+    if abs(strength - settings.strength) > 0.005:
+        notice(f"The strength is {strength:.3g}: {settings.chain_steps} steps cannot start at "
+               f"{settings.strength}.")
 
 
 def aim(victim: Victim, batch: list[Tensors], settings: PoisonSettings) -> Victim:
@@ -214,8 +225,10 @@ def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
     before, after = objective(images), objective(seen(results))
     plain = None
     if settings.is_adaptive:
-        undefended = replace(victim, zone=SafeZone(), random_jpeg=None, loss_mask=None)
-        plain = objective(seen(attack_batch(settings, undefended, batch, on_step)))
+        undefended = replace(victim, zone=SafeZone(t_max=victim.zone.t_max), random_jpeg=None,
+                             loss_mask=None)
+        with warnings_to(report):
+            plain = objective(seen(attack_batch(settings, undefended, batch, on_step)))
 
     poisoned = []
     for i, (job, tensors, result) in enumerate(zip(jobs, batch, results, strict=True)):

@@ -21,6 +21,9 @@ __all__ = ["PurifySettings", "purify_folder"]
 
 # Images (B, 3, H, W) in [0, 1] and a CPU generator per image -> the purified images.
 Purifier = Callable[[torch.Tensor, list[torch.Generator]], torch.Tensor]
+# Folders of IF's second stage may name any of its pipelines.
+_SECOND_STAGES = ("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline",
+                  "IFInpaintingSuperResolutionPipeline")
 Job = tuple[str, Path]  # the result's name and the image
 
 
@@ -80,6 +83,9 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
         return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, **files)]
     if is_ddpm(path, settings.revision):
         return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, **files)]
+    if (kind := load_index(path, settings.revision).get("_class_name", "")) not in _SECOND_STAGES:
+        raise InputError(f"pdmpure takes a DDPMPipeline or DeepFloyd IF's second stage, but '{path}' is a "
+                         f"{kind or 'folder without a model_index.json'}.")
     if not settings.upscaler:
         raise InputError(f"The model '{path}' is IF's second stage, which needs --upscaler, such as "
                          "stabilityai/stable-diffusion-x4-upscaler.")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
-from .models import Condition, Model, tokenize
+from .models import Condition, Model, check_length, tokenize
 
 __all__ = ["TokenizedPrompt", "attention_recorded", "check_cross_attention", "cross_attention_maps",
            "draw_replacements", "prompt_conditions", "semantic_sensitivity", "tokenize_words"]
@@ -46,10 +46,7 @@ def tokenize_words(model: Model, prompt: str, words: Sequence[str] | None = None
     word. InputError for a word that the prompt does not contain and for a prompt that is too long or empty.
     """
     tokenizer = model.tokenizers[0]
-    length = tokenizer.model_max_length
-    if len(tokenizer(prompt, verbose=False).input_ids) > length:
-        raise InputError(f"The prompt '{prompt}' has more than the {length} tokens that the model takes; "
-                         "shorten it.")
+    check_length(model, prompt)
     ids = tokenize(model, prompt)
     words = list(dict.fromkeys(prompt.split()) if words is None else words)
     if not words:

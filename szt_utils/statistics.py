@@ -33,9 +33,25 @@ def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = np.
 
 def chance(found: int, total: int, rate: float = 0.05) -> float:
     """Probability that `found` or more of `total` clean images are called poisoned, at this rate each."""
-    logs = [math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1)
-            + i * math.log(rate) + (total - i) * math.log1p(-rate) for i in range(found, total + 1)]
+    logs = [_log_choose(total, i) + i * math.log(rate) + (total - i) * math.log1p(-rate)
+            for i in range(found, total + 1)]
     return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def rank_chance(found: int, total: int, count: int, rank: int) -> float:
+    """Probability that `found` or more of `total` values exceed the `rank`-th smallest of `count` others.
+
+    All values are drawn independently from one continuous distribution. The number that exceeds it is
+    negative hypergeometric, more spread out than a binomial: all values share the one they must exceed.
+    """
+    logs = [_log_choose(total - above + rank - 1, rank - 1) + _log_choose(above + count - rank, count - rank)
+            - _log_choose(total + count, count) for above in range(found, total + 1)]
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def _log_choose(n: int, k: int) -> float:
+    """Logarithm of the binomial coefficient."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def mass_inside(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -90,7 +106,8 @@ def high_frequency_share(latents: torch.Tensor) -> torch.Tensor:
     """Share of the power of latents (B, C, h, w) above half the Nyquist frequency, (B,), without the mean."""
     power, frequency = _power(latents)
     power = power.sum(1)
-    return power[:, frequency > 0.25].sum(1) / power.sum((-2, -1))
+    whole = power.sum((-2, -1)).clamp(min=torch.finfo(power.dtype).tiny)  # of a single cell it is 0
+    return power[:, frequency > 0.25].sum(1) / whole
 
 
 def _power(latents: torch.Tensor, norm: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:

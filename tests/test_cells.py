@@ -67,8 +67,9 @@ def test_a_purifier_does_what_its_script_does(defence, flags, made, tmp_path):
     if flags is None:
         assert folder == images and not made
         return
-    args = vars(purify_images.parse_args(command_line(image_dir=images, output_dir=folder, method=defence,
-                                                      **flags)))
+    given = purify_images.parse_args(command_line(image_dir=images, output_dir=folder, method=defence,
+                                                  **flags))
+    args = {name: value for name, value in vars(given).items() if value is not None}
     assert folder == tmp_path / "c" / f"ea-{defence}"
     assert args.pop("output_dir") == str(folder) and made == [(folder, PurifySettings(**args))]
 

@@ -9,6 +9,9 @@ from conftest import build_tiny_sdxl, run_script
 from PIL import Image
 
 from szt_utils import pocket
+from szt_utils.diagnosis import read_calibration
+from szt_utils.files import write_json
+from szt_utils.fingerprint import identity
 from szt_utils.pixel_signals import SIGNALS as PIXEL_SIGNALS
 from szt_utils.pixel_signals import pixel_signals
 
@@ -69,6 +72,18 @@ def test_the_pocket_models_calibration_is_bundled(tmp_path):
     here("--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", tmp_path / "set",
          "--output_dir", tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / "diagnosis.json").read_text())["model"]["images"]) == 2
+    with pytest.raises(SystemExit, match="'built in' was made with the resolution 128, not 64; give --clean"):
+        here("--pretrained_model_name_or_path", pocket.model_path(), "--image_dir", tmp_path / "set",
+             "--output_dir", tmp_path / "small", "--resolution", 64)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_calibration_belongs_to_its_model(tiny_model, folders, tmp_path):
+    write_json(tmp_path / "c.json", {**read_calibration(pocket.calibration_path())})
+    message = f"made with the model {identity(pocket.model_path())}, not epsilon@"
+    with pytest.raises(SystemExit, match=message):
+        here("--pretrained_model_name_or_path", tiny_model, "--image_dir", folders / "set", "--calibration",
+             tmp_path / "c.json", "--output_dir", tmp_path / "out")
 
 
 def test_another_model_than_the_pocket_model_needs_clean_images(tiny_model, concept_folder, tmp_path):
@@ -149,6 +164,8 @@ def test_one_sentence_per_mistake(tiny_model, concept_folder, folders, tmp_path,
     (["--image_dir", "x", "--clean_dir", "c"], "--clean_dir: needs --pretrained_model_name_or_path"),
     (["--image_dir", "x", "--calibration", "c"], "--calibration: needs --pretrained_model_name_or_path"),
     (["--image_dir", "x", "--resolution", "64"], "--resolution: needs --pretrained_model_name_or_path"),
+    (["--image_dir", "x", "--seed", "0"], "--seed: needs --pretrained_model_name_or_path"),
+    (["--image_dir", "x", "--mixed_precision", "bf16"], "--mixed_precision: needs --pretrained_model"),
 ])
 def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:

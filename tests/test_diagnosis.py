@@ -100,14 +100,27 @@ def test_a_set_is_poisoned_when_more_images_are_suspect_than_chance_explains():
     scores = score(calibration, clean)
     usual = [clean[i] for i in scores[:40].argsort()[:30]]  # none of them suspect
     odd = clean[0] + 40
-    for count, poisoned in ((0, False), (4, False), (5, True)):
+    for count, poisoned in ((0, False), (7, False), (8, True)):  # of 37 and 38; chance .060 and .036
         found = report(calibration, {str(i): row for i, row in enumerate([odd] * count + usual)})
         assert (found["suspects"], found["poisoned"]) == (count, poisoned)
         assert found["sentence"].startswith(f"{count} of {count + 30} images look poisoned")
         assert ("probably poisoned" in found["sentence"]) == poisoned
     assert found["images"]["0"]["signals"] == dict(zip(SIGNALS, odd, strict=True))
-    assert report(calibration, {"alone": odd})["poisoned"]
     assert not report(calibration, {"alone": usual[0]})["poisoned"]
+    # A clean image exceeds the 38th of 40 clean scores with a chance of 3 / 41.
+    alone = report(calibration, {"alone": odd})
+    assert not alone["poisoned"] and "(of clean ones, about 0.1 would)" in alone["sentence"]
+    assert report(calibrate(rows(59)), {"alone": odd})["poisoned"]  # 3 / 60
+
+
+def test_clean_sets_are_called_poisoned_in_one_of_twenty_cases_at_most():
+    """However few images the calibration is made of: all images of a set are compared with the same ones."""
+    random, accused = np.random.default_rng(0), 0
+    for _ in range(200):
+        fresh = random.normal(size=(70, 5))
+        found = report(calibrate(fresh[:20]), {str(i): row for i, row in enumerate(fresh[20:])})
+        accused += found["poisoned"]
+    assert accused <= 20  # more than 20 of 200 have a chance of .0003 at a rate of .05
 
 
 def test_scores_of_the_calibration_leave_their_own_image_out():

@@ -1,5 +1,6 @@
 """One contract for every model family, on tiny random models; the residual against closed forms."""
 
+import json
 import math
 import shutil
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from szt_utils.errors import InputError
+from szt_utils.files import write_json
 from szt_utils.models import (
     evaluating,
     expand,
@@ -403,6 +405,22 @@ def test_a_u_net_of_another_noise_schedule_is_refused(folders, tmp_path, schedul
     scheduler.save_pretrained(copy / "scheduler")
     with pytest.raises(InputError, match=f"model' has the noise schedule of {kind}; only SDXL models with"):
         load_model(str(copy))
+
+
+def test_the_sampler_steps_as_the_pipeline_whatever_the_config_leaves_out(tiny_model, tmp_path):
+    """Latents are not clipped to [-1, 1], as images are, and the last step is t = 1."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    write_json(path, {name: value for name, value in config.items()
+                      if name not in ("clip_sample", "steps_offset")})
+    latents = torch.full((1, 4, 2, 2), 5.0)
+    timesteps, step = load_model(str(tmp_path / "model")).sampler(10, latents)
+    assert timesteps[-1] == 1
+    expected, expected_step = load_model(str(tiny_model)).sampler(10, latents)
+    assert torch.equal(timesteps, expected)
+    assert torch.equal(step(latents * 0, 9, latents), expected_step(latents * 0, 9, latents)) and (
+        step(latents * 0, 9, latents) > 4).all()
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,

@@ -86,6 +86,7 @@ def test_an_image_is_poisoned_clean_or_neither(simple):
 def test_a_set_is_poisoned_when_more_images_are_than_chance_explains(simple):
     for poisoned, clean, open_, verdict in ((1, 0, 0, "poisoned"), (1, 9, 0, "clean"), (2, 8, 4, "clean"),
                                             (3, 5, 4, "poisoned"), (0, 3, 3, "cannot tell"),
+                                            (3, 0, 20, "poisoned"), (0, 0, 2, "cannot tell"),
                                             (1, 1, 5, "cannot tell"), (10, 90, 0, "poisoned")):
         rows = [made(3)] * poisoned + [made(0)] * clean + [None] * open_
         found = report_pixels(simple, {str(i): row for i, row in enumerate(rows)})

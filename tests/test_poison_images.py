@@ -378,7 +378,7 @@ def test_adaptive_szt_and_its_number_for_stable_diffusion_are_two_runs(run, imag
 def test_a_chain_of_da_that_cannot_reach_the_image_is_refused(run, tmp_path, another_schedule):
     folder, _ = another_schedule
     flags = ["--pretrained_model_name_or_path", folder, "--method", "da"]
-    for strength, message in ((1, "4 steps at strength 1.0 begins at pure noise, where Stable Diffusion"),
+    for strength, message in ((1, "4 steps at strength 1 begins at pure noise, where Stable Diffusion"),
                               (0.001, "needs a schedule of 4000 steps, which must be fewer than the mod")):
         with pytest.raises(SystemExit, match=message):
             run(tmp_path / "out", *flags, "--strength", strength)
@@ -518,6 +518,27 @@ def test_an_adaptive_attack_is_compared_with_the_plain_one(run, image_dir, tmp_p
     run(tmp_path / "plain", "--steps", 2)
     records = [json.loads(line) for line in (tmp_path / "plain" / "stats.jsonl").read_text().splitlines()]
     assert len(records) == 3 and all(record["objective_plain"] is None for record in records)
+
+
+def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps(run, tmp_path, monkeypatch):
+    zones, attack_batch = [], poisoning.attack_batch
+    monkeypatch.setattr(poisoning, "attack_batch", lambda settings, victim, *rest: zones.append(
+        victim.zone) or attack_batch(settings, victim, *rest))
+    run(tmp_path / "out", "--jpeg_quality", 25, "--t_max", 300, "--steps", 1)
+    assert {(zone.jpeg_quality, zone.t_max) for zone in zones} == {(25, 300), (None, 300)}
+
+
+def test_a_strength_that_the_chain_cannot_have_is_named(tiny_model, capsys):
+    for steps, strength, said in ((4, 0.8, ""), (4, 0.7, "The strength is 0.667: 4 steps cannot start at")):
+        load_victim(settings_of("--pretrained_model_name_or_path", tiny_model, "--method", "da",
+                                "--resolution", SIDE, "--chain_steps", steps, "--strength", strength))
+        err = capsys.readouterr().err
+        assert said in err if said else "strength" not in err
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused(run, tmp_path):
+    with pytest.raises(SystemExit, match="more than the .* tokens that the model takes; shorten it"):
+        run(tmp_path / "out", "--prompt", "a photo " * 99)
 
 
 def test_a_weaker_adaptive_attack_is_named(run, tmp_path, monkeypatch, capsys):

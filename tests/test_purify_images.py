@@ -139,7 +139,8 @@ def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
 
 def test_the_script_and_the_library_agree():
     required = ["--image_dir", "i", "--output_dir", "o", "--method"]
-    settings = vars(purify_images.parse_args([*required, "jpeg"]))
+    settings = {name: value for name, value in vars(purify_images.parse_args([*required, "jpeg"])).items()
+                if value is not None}
     assert settings.pop("output_dir") == "o"
     assert vars(PurifySettings(**settings)) == vars(PurifySettings("i", "jpeg"))
     assert purify_images.METHODS == tuple(name for name in PURIFIERS if name != "pdmpure_if")
@@ -147,6 +148,11 @@ def test_the_script_and_the_library_agree():
     for name in ("strength", "steps", "guidance_scale", "prompt", "quality"):
         users = {method.removesuffix("_if") for method in DEFAULTS if name in DEFAULTS[method]}
         assert users == set(purify_images.USED_BY[flags.get(name, name)])
+
+
+def test_pdmpure_says_what_it_takes(run, tiny_model, tmp_path):
+    with pytest.raises(SystemExit, match="takes a DDPMPipeline or .* is a StableDiffusionPipeline"):
+        run(tmp_path / "out", "--method", "pdmpure", "--pretrained_model_name_or_path", tiny_model)
 
 
 def test_if_needs_an_upscaler_before_it_is_loaded(run, tmp_path):

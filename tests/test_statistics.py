@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import nhypergeom
 
 from szt_utils.statistics import (
     bimodality,
@@ -12,6 +13,7 @@ from szt_utils.statistics import (
     high_frequency_share,
     mass_inside,
     radial_spectrum,
+    rank_chance,
     roc_auc,
 )
 
@@ -40,6 +42,15 @@ def test_chance_is_the_tail_of_a_binomial_of_any_size():
     assert chance(0, 7) == pytest.approx(1) and chance(1, 1) == pytest.approx(0.05)
     assert chance(2, 3, 0.5) == pytest.approx(0.5)
     assert chance(500, 5000, 0.1) == pytest.approx(0.5, abs=0.02) and chance(5000, 5000) < 1e-300
+
+
+def test_the_chance_of_a_rank_is_the_tail_of_a_negative_hypergeometric():
+    for total, count, rank in ((1, 10, 10), (20, 12, 10), (300, 40, 38)):
+        for found in (0, 1, total // 2, total):
+            below = nhypergeom(total + count, total, rank).cdf(total - found)
+            assert rank_chance(found, total, count, rank) == pytest.approx(below, rel=1e-6)
+    # Of one new value and nine others, each of the ten is the largest equally often.
+    assert rank_chance(1, 1, 9, 9) == pytest.approx(0.1)
 
 
 def test_the_bootstrap_resamples_whole_rows():

@@ -23,7 +23,7 @@ from .sd3 import SD3
 from .sdxl import SDXL
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["T5", "Condition", "Model", "evaluating", "expand", "find_family", "load_model",
+__all__ = ["T5", "Condition", "Model", "check_length", "evaluating", "expand", "find_family", "load_model",
            "load_schedule", "min_snr_weights", "residual", "tokenize"]
 
 # By the kind of embeddings that the U-Net takes besides the prompt's states, or by the transformer's class.
@@ -199,6 +199,14 @@ def tokenize(model: Model, prompts: str | list[str]) -> list[torch.Tensor]:
     ids = [tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
                      return_tensors="pt").input_ids for tokenizer in model.tokenizers]
     return ids if model.t5 is None else [*ids, model.t5.tokenize(prompts)]
+
+
+def check_length(model: Model, prompt: str) -> None:
+    """InputError for a prompt that the tokenizer would cut off."""
+    length = model.tokenizers[0].model_max_length
+    if len(model.tokenizers[0](prompt, verbose=False).input_ids) > length:
+        raise InputError(f"The prompt '{prompt}' has more than the {length} tokens that the model takes; "
+                         "shorten it.")
 
 
 def expand(condition: Condition, count: int) -> Condition:

@@ -33,6 +33,7 @@ class SDXL(StableDiffusion):
     vae_overflows = True
     embedding_keys = ("clip_l", "clip_g")
     uses_sizes = True
+    corrected = {"clip_sample": False}
     text_classes = (("CLIPTokenizer", "CLIPTextModel"), ("CLIPTokenizer", "CLIPTextModelWithProjection"))
 
     def condition(self, ids: list[torch.Tensor], sizes: torch.Tensor | None = None) -> Condition:

@@ -45,6 +45,8 @@ class StableDiffusion:
     vae_overflows = False  # in float16
     embedding_keys = ("clip_l",)
     uses_sizes = False
+    # What the pipeline corrects in a scheduler's config.
+    corrected = {"clip_sample": False, "steps_offset": 1}
 
     def __post_init__(self):
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -171,7 +173,7 @@ class StableDiffusion:
     def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, **self.corrected)
         scheduler.set_timesteps(steps, device=latents.device)
 
         def step(prediction: torch.Tensor, i: int, latents: torch.Tensor) -> torch.Tensor:
