@@ -251,7 +251,8 @@ def add_family_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a training that concern some model families only."""
     add = parser.add_argument_group("Model families").add_argument
     add("--clip_skip", type=number(int, 0), default=0,
-        help="last layers of the text encoders to skip, as in Diffusers: 1 is what A1111 and kohya call 2")
+        help="last layers of the text encoders to skip, as in Diffusers: of Stable Diffusion 1 and 2, 1 is "
+             "what A1111 and kohya call 2; for SDXL and Stable Diffusion 3 leave it at 0 (default: 0)")
     add("--pooled_token", choices=["upstream", "end"], default="upstream",
         help="SDXL: the token that the second text encoder pools: that of transformers, which may be the "
              "placeholder, or the end of the text, as in ComfyUI, A1111 and kohya (default: upstream)")

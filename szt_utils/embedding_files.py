@@ -9,8 +9,8 @@ import torch
 from .errors import InputError, first_line
 from .files import read_torch, write_bytes, write_torch
 
-__all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "safe_file_name",
-           "save_embedding", "save_rows"]
+__all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "read_metadata",
+           "safe_file_name", "save_embedding", "save_rows"]
 
 MEGABYTES = 256  # the largest file that is read as an embedding
 MOST_NUMBERS = 10**7  # of one text encoder; 75 vectors of T5 are 0.3 million
@@ -70,8 +70,8 @@ def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
 
     Takes what Diffusers, A1111, ComfyUI, kohya and OneTrainer write: `{token: rows}`, `emb_params`,
     `string_to_param`, `clip_l` and `clip_g`; a training's folder, or its `learned_embeds` beside
-    `learned_embeds_2`. The token of a file without one is its name in angle brackets. Runs no code of the
-    file; InputError for others.
+    `learned_embeds_2`. The token is in lower case, as CLIP's tokenizers read prompts; that of a file without
+    one is its name in angle brackets. Runs no code of the file; InputError for others.
     """
     path, *second = embedding_paths(path)
     token, rows = _read_file(path)
@@ -80,8 +80,19 @@ def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
     return token, rows
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a file of `read_embedding` says of its training; nothing unless it is a .safetensors file."""
+    from safetensors import safe_open
+
+    path = embedding_paths(path)[0]
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    content, token = _read_tensors(path), f"<{path.stem.lower()}>"
+    content, token = _read_tensors(path), f"<{path.stem}>"
     if isinstance(content.get("string_to_param"), dict):  # A1111
         token, content = str(content.get("name") or token), dict(content["string_to_param"])
         content = {ANY_ENCODER: next(iter(content.values()))} if len(content) == 1 else content
@@ -103,7 +114,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
             for name in (ANY_ENCODER, *_ENCODER_KEYS) if name in content}
     if not all(part.float().isfinite().all() for part in rows.values()):
         raise InputError(f"The embedding '{path}' holds values that are not finite; it cannot be used.")
-    return str(token), rows
+    return str(token).lower(), rows
 
 
 def _is_plain(rows: torch.Tensor) -> bool:

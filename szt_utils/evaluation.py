@@ -17,7 +17,7 @@ from PIL import Image
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .devices import best_device, dtype_of
-from .embedding_files import embedding_paths
+from .embedding_files import embedding_paths, read_metadata
 from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .files import write_json
@@ -95,13 +95,26 @@ def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image
                        networks: Networks, *, device: torch.device | str = "cpu",
                        pipeline_options: dict[str, Any] | None = None,
                        **options: Any) -> tuple[list[Image.Image], dict[str, float]]:
-    """`evaluate_token` of a learned embedding's file with a Diffusers model.
+    """`evaluate_token` of a learned embedding's file with a Diffusers model, `as_trained`.
 
     `pipeline_options` go to `generation.load_pipeline`, other options to `evaluate_token`.
     """
     pipeline = load_pipeline(model, device=device, **(pipeline_options or {}))
     token = load_into(pipeline, embedding)
-    return evaluate_token(pipeline, token, real, prompts, networks, **options)
+    return evaluate_token(pipeline, token, real, prompts, networks, **as_trained(embedding), **options)
+
+
+def as_trained(embedding: str | Path) -> dict[str, int]:
+    """The options of `generation.generate` that an embedding's file says it was trained with.
+
+    Warns of an embedding that SDXL's pipeline pools in another way.
+    """
+    metadata = read_metadata(embedding)
+    if metadata.get("pooled_token") == "end":
+        warnings.warn("The embedding was trained with --pooled_token end, as ComfyUI, A1111 and kohya pool; "
+                      "Diffusers' pipeline, which generates here, pools another token.", stacklevel=2)
+    skipped = metadata.get("clip_skip", "")
+    return {"clip_skip": int(skipped)} if skipped.isdecimal() and int(skipped) else {}
 
 
 def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: Sequence[str],
@@ -161,7 +174,8 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
             pipeline, token, real, prompts, settings.networks, folder=output_dir / "images",
             images_per_prompt=settings.images_per_prompt, class_word=settings.class_word,
             metrics=settings.metrics, seed=settings.seed, steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale, batch_size=settings.batch_size, progress=True)
+            guidance_scale=settings.guidance_scale, batch_size=settings.batch_size, progress=True,
+            **as_trained(embedding))
         messages = []
         if not settings.is_pocket and not (settings.dino and settings.clip):
             messages.append("The bundled networks only know the pocket world; "

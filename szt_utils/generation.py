@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .images import read_image, save_png
-from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
+from .models.parts import allow_clip_skip, load_index, pipeline_parts, quiet_loading, unusable
 from .schedules import kind_of
 
 __all__ = ["generate", "load_pipeline", "spell_out", "use_dpm_solver"]
@@ -61,15 +61,20 @@ def spell_out(pipeline: Any, prompt: str) -> str:
 
 
 def generate(pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 25,
-             guidance_scale: float = 5.0, batch_size: int = 8, folder: str | Path | None = None,
-             progress: bool = False) -> list[Image.Image]:
+             guidance_scale: float = 5.0, clip_skip: int = 0, batch_size: int = 8,
+             folder: str | Path | None = None, progress: bool = False) -> list[Image.Image]:
     """Generate one image per prompt; the i-th starts from noise of `seed + i` whatever the batch.
+
+    `clip_skip` last layers of the text encoders are skipped.
 
     With a `folder`, images are saved there as `000.png`, `001.png`, ..., and only missing ones are generated.
     Models with zero terminal SNR get a guidance_rescale of 0.7 (Lin et al. 2023, "Common diffusion noise
     schedules and sample steps are flawed"). InputError names an image that is not finite.
     """
     options = {"guidance_rescale": 0.7} if pipeline.scheduler.config.get("rescale_betas_zero_snr") else {}
+    if clip_skip:
+        allow_clip_skip(pipeline)
+        options["clip_skip"] = clip_skip
     paths = [Path(folder) / f"{i:03d}.png" for i in range(len(prompts))] if folder is not None else []
     missing = [i for i in range(len(prompts)) if not paths or not paths[i].exists()]
     generated = {}

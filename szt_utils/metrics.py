@@ -57,6 +57,8 @@ def _load(network: str, device: str) -> tuple[Any, torch.nn.Module]:
                                                       trust_remote_code=False)
     except Exception as error:
         raise InputError(f"The image encoder '{network}' cannot be loaded: {first_line(error)}") from None
+    if not model.config.model_type.startswith(("dinov2", "clip")):
+        raise InputError(f"The network '{network}' is neither a Dinov2Model nor a CLIPModel.")
     check_weights(model, report, f"The image encoder '{network}'")
     return processor, model.requires_grad_(False).eval().to(device)
 
@@ -77,9 +79,7 @@ def image_features(images: list[Image.Image], network: str, batch_size: int = 32
         if hasattr(model, "visual_projection"):
             output = model.visual_projection(model.vision_model(**inputs).pooler_output)
         else:
-            output = getattr(model(**inputs), "pooler_output", None)
-            if output is None:
-                raise InputError(f"The network '{network}' is neither a Dinov2Model nor a CLIPModel.")
+            output = model(**inputs).pooler_output
         features.append(output.float().cpu())
     features = torch.cat(features)
     if broken := (~features.isfinite().all(1)).nonzero().flatten().tolist():

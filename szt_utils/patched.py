@@ -6,6 +6,7 @@ random crops and flips are drawn again. JPEG comes last, at the training resolut
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -76,9 +77,13 @@ class SafeZoneTraining:
                 self.masks = _find_all_masks(args)
             elif any(name.startswith("mask_") for name in given):
                 raise InputError("--mask_dilation, --mask_mode, --mask_normalization need --loss_mask_dir.")
+            for distribution, names in (("power", ("t_power",)), ("tanh", ("t_center", "t_width"))):
+                if zone.t_distribution != distribution and (unused := [n for n in names if n in given]):
+                    raise InputError(f"--{unused[0]} needs --t_distribution {distribution}.")
         if os.environ.get("RANK", "0") == "0":
+            count = len(set(self.masks.values()))
             lines = zone.describe(schedule, None)[:2] + [
-                f"{len(self.masks)} masks, mode {zone.mask_mode}, dilated by {zone.mask_dilation} px"
+                f"{count} masks, mode {zone.mask_mode}, dilated by {zone.mask_dilation} px"
                 if self.masks else "no masks: the loss counts everywhere"]
             print("\n".join(f"Safe-Zone Training: {line}" for line in lines), flush=True)
 
@@ -168,14 +173,12 @@ class SafeZoneTraining:
 
     def mask_of(self, image: Image.Image) -> Image.Image:
         """The mask of an image that came from a file, RGB, of the image's upright size."""
-        name = getattr(image, "filename", "")
-        mask = self.masks.get(Path(name).resolve()) if name else None
+        name, image = getattr(image, "filename", ""), _upright(image)
+        mask = self.masks.get(Path(name).resolve()) if name else self.masks.get(_hash_of(image))
         if mask is None:
-            raise InputError(
-                f"The image '{name}' has no mask in '{self.args.loss_mask_dir}'." if name else
-                "An image comes from no file, or its EXIF orientation hides which, so that its mask is not "
-                "found; save the images upright into a folder.")
-        return read_mask(mask, _upright(image).size).convert("RGB")
+            raise InputError(f"The image '{name or 'without a file'}' has no mask in "
+                             f"'{self.args.loss_mask_dir}'.")
+        return read_mask(mask, image.size).convert("RGB")
 
     def prepare(self, pixels: torch.Tensor,
                 mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -225,8 +228,16 @@ class _Dataset(torch.utils.data.Dataset):
         return example if mask is None else {**example, _MASK: mask}
 
 
-def _find_all_masks(args: Any) -> dict[Path, Path]:
-    """The masks of all instance images, by the images' paths; all are read, to find what is wrong."""
+def _hash_of(image: Image.Image) -> str:
+    """The hash of an image's pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).hexdigest()
+
+
+def _find_all_masks(args: Any) -> dict[Path | str, Path]:
+    """The masks of all instance images, by the images' paths and, where these are the same, their pixels.
+
+    `datasets` hides the path of an image that has an EXIF orientation. All are read, to find what is wrong.
+    """
     concepts = getattr(args, "concepts_list", None)
     folders = [each["instance_data_dir"] for each in concepts] if isinstance(concepts, list) else [
         getattr(args, name) for name in ("instance_data_dir", "train_data_dir") if getattr(args, name, None)]
@@ -235,7 +246,10 @@ def _find_all_masks(args: Any) -> dict[Path, Path]:
     if not folders:
         raise InputError("--loss_mask_dir needs images in a local folder, whose names the masks have.")
     paths = [path for folder in folders for path in list_images(folder, recursive=True)]
-    masks = find_masks(args.loss_mask_dir, paths)
-    for path, mask in zip(paths, masks, strict=True):
-        read_mask(mask, read_upright(path).size)
-    return {path.resolve(): mask for path, mask in zip(paths, masks, strict=True)}
+    found: dict[Path | str, Path] = {}
+    for path, mask in zip(paths, find_masks(args.loss_mask_dir, paths), strict=True):
+        image = read_upright(path)
+        read_mask(mask, image.size)
+        found[path.resolve()] = mask
+        found.setdefault(_hash_of(image), mask)
+    return found

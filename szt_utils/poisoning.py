@@ -141,7 +141,7 @@ def load_victim(settings: PoisonSettings) -> Victim:
     condition, empty = (model.condition(tokenize(model, prompt)) for prompt in (settings.prompt, ""))
     several = settings.jpeg_quality is not None and len(settings.jpeg_quality) > 1
     return Victim(model, condition, zone, tuple(sorted(settings.jpeg_quality)) if several else None,
-                  draws=settings.draws, one_graph=settings.one_graph, empty=empty,
+                  draws=settings.draws, one_graph=settings.one_graph, empty=model.unprompted(empty),
                   chain_steps=settings.chain_steps, strength=settings.strength,
                   guidance_scale=settings.guidance_scale)
 

@@ -146,11 +146,12 @@ class SafeZone:
                generator: torch.Generator | None = None) -> torch.Tensor:
         """Places in a scheduler's list of timesteps, long (count,), as `timesteps` draws them.
 
-        They are on the CPU, or on the `device` for a scheduler that counts its timesteps.
+        They are on the `device` for a scheduler that counts its timesteps, else where the generator is.
         """
         schedule = Schedule(scheduler)
         places = self._inside(schedule).nonzero().flatten()
-        device = device if schedule.counts else None
+        if not schedule.counts:
+            device = None if generator is None else generator.device
         if schedule.counts:
             places = places.flip(0)  # rising timesteps: what torch.randint would draw
         weights = self.weights(schedule.num_timesteps)
@@ -177,7 +178,9 @@ class SafeZone:
                              f"'{self.t_distribution}' cannot be used; leave it out.")
         inside = self._inside(Schedule(scheduler))
         if isinstance(u, torch.Tensor):
-            first, draw = u[:count].clone(), lambda n: u[torch.randint(len(u), (n,), generator=generator)]
+            device = None if generator is None else generator.device
+            first, draw = u[:count].clone(), lambda n: u[torch.randint(
+                len(u), (n,), generator=generator, device=device).to(u.device)]
         else:
             first, draw = u(count), u
         return redraw_outside(first, draw, lambda u: inside.to(u.device)[(u * len(inside)).long()],

@@ -43,7 +43,7 @@ class Schedule:
 
     `values` (N,) are the scheduler's timesteps as its list has them, the noisiest first, and `levels` (N,)
     their levels t. `counts` says that the timesteps are whole levels, long, as of DDPM. InputError for a
-    scheduler of another kind.
+    scheduler of another kind, and for one whose list is that of a sampler's few steps.
     """
 
     def __init__(self, scheduler: Any):
@@ -55,6 +55,7 @@ class Schedule:
             self.counts = listed is None or not listed.is_floating_point() or len(listed) > self.num_timesteps
             self.values = torch.arange(self.num_timesteps - 1, -1, -1) if self.counts else listed.cpu()
             self.levels = self.values.double()
+            self._check_length(scheduler)
             return
         known = self.num_timesteps is not None and listed is not None and sigmas is not None
         if not known or self._signal is not None or (scale is None and sigmas.max() > 1):
@@ -67,6 +68,12 @@ class Schedule:
         else:
             self.levels = torch.arange(len(sigmas) - 1, -1, -1).double()
             self._edm = 2 * (scale / sigmas.flip(0)).log()
+        self._check_length(scheduler)
+
+    def _check_length(self, scheduler: Any) -> None:
+        if len(self.values) < self.num_timesteps:
+            raise InputError(f"This {type(scheduler).__name__} has been set to {len(self.values)} sampling "
+                             f"steps; train with a copy of its own, of all {self.num_timesteps} timesteps.")
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """ln(signal / noise) of the variances at whole levels t (B,), float64."""

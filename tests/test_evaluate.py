@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from szt_utils import pocket
 from szt_utils.embedding_files import save_embedding
+from szt_utils.evaluation import as_trained
 from szt_utils.metrics import (
     SCORES,
     Networks,
@@ -195,6 +196,26 @@ def test_all_vectors_of_an_embedding_of_stable_diffusion_3_are_in_the_prompts(ru
         three - generated(3, "<3>")).max()
     with pytest.raises(SystemExit, match="leaves no room for all vectors of"):
         evaluated(20)
+
+
+def test_an_embedding_is_evaluated_with_the_layers_it_was_trained_with(run, tiny_model, learned, tmp_path,
+                                                                      capsys):
+    from szt_utils.generation import generate, load_pipeline
+
+    (token, rows), = load_file(learned / "learned_embeds.safetensors").items()
+    path = tmp_path / "skipped.safetensors"
+    save_embedding(path, token, rows, {"clip_skip": "1", "pooled_token": "end"})
+    run(tmp_path / "out", "--embeddings", path, "--metrics", "dino")
+    assert "trained with --pooled_token end" in capsys.readouterr().out
+    pipeline = load_pipeline(tiny_model, path)
+    prompt = ["a photo of a <new> on sand"]
+    made, own, plain = (np.asarray(images[0], int) for images in (
+        images_in(tmp_path / "out"), *(generate(pipeline, prompt, seed=100, steps=2, guidance_scale=7.5,
+                                                clip_skip=skip) for skip in (1, 0))))
+    assert np.abs(made - own).max() <= 1 < np.abs(made - plain).max()
+    for wrong in ("", "x", "-1"):
+        save_embedding(path, token, rows, {"clip_skip": wrong})
+        assert as_trained(path) == {}
 
 
 def test_images_that_are_not_finite_are_refused_not_saved(run, tmp_path):

@@ -232,6 +232,15 @@ def test_the_gradient_of_adm_is_that_of_the_closed_form(folders):
     assert torch.allclose(gradient, full, rtol=1e-4, atol=1e-6 * full.abs().max().item())
 
 
+def test_a_part_that_is_absent_may_be_null_alone(tmp_path):
+    folder = build_tiny_sd3(tmp_path / "sd3", t5=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None]
+    index |= {"text_encoder_3": None, "tokenizer_3": None}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_model(str(folder)).t5 is None
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux", "schnell"], indirect=True)
 def test_the_chain_of_da_is_the_pipelines_image_to_image(folder, name):
     model = load_model(folder)

@@ -95,6 +95,19 @@ def test_both_vectors_of_an_embedding_are_in_the_prompt(model_and_embedding):
     assert pipeline.maybe_convert_prompt("a <new>", pipeline.tokenizer) == "a <new> <new>_1"
 
 
+def test_a_token_with_capitals_keeps_all_its_vectors(model_and_embedding, tmp_path):
+    """CLIP's tokenizers lower-case prompts, so that Diffusers would find its first vector only."""
+    model, embedding = model_and_embedding
+    rows, path = load_file(embedding), tmp_path / "Big.safetensors"
+    save_file({name.replace("<new>", "<Big>"): part for name, part in rows.items()}, path)
+    pipeline = load_pipeline(model)
+    assert load_into(pipeline, path) == "<big>"
+    same = load_pipeline(model, embedding)
+    images = [arrays(generate(each, [f"a photo of a {token}"], steps=2))
+              for each, token in ((pipeline, "<big>"), (same, "<new>"))]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
 def test_what_cannot_be_loaded_is_one_sentence(tiny_model, tmp_path):
     for model, message in (("no/such", "'no/such' cannot be loaded"), (tmp_path, "model_index.json"),
                            (pocket.pixel_path(), "text-to-image pipeline")):

@@ -193,6 +193,17 @@ def test_what_is_not_finite_is_named(monkeypatch):
         score_images(images, images, [""] * 3, Networks("net", "net"), ["dino"])
 
 
+def test_a_network_of_another_kind_is_named(tmp_path):
+    from transformers import SiglipConfig, SiglipModel
+
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    shutil.copytree(pocket.dino_path(), tmp_path / "net", ignore=shutil.ignore_patterns("*.safetensors"))
+    SiglipModel(SiglipConfig(text_config=dict(small, vocab_size=9, projection_size=8), vision_config=dict(
+        small, image_size=16, patch_size=8))).save_pretrained(tmp_path / "net")
+    with pytest.raises(InputError, match="is neither a Dinov2Model nor a CLIPModel"):
+        image_features([Image.new("RGB", (8, 8))], tmp_path / "net")
+
+
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_a_network_with_code_of_its_own_is_refused_without_a_question(tmp_path, file, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))

@@ -444,6 +444,8 @@ def test_each_flag_works_alone(folders, monkeypatch):
 @pytest.mark.parametrize("more, message", [
     (["--mask_dilation", "3"], "need --loss_mask_dir"), (["--t_min", "1000"], "t_min is 1000"),
     (["--loss_mask_dir", "nowhere"], "'nowhere' does not exist"),
+    (["--t_power", "5"], "--t_power needs --t_distribution power"),
+    (["--t_distribution", "power", "--t_width", "5"], "--t_width needs --t_distribution tanh"),
     (["--jpeg_quality", "25", "--mask_mode", "latent"], "--mask_mode latent is not offered")])
 def test_a_mistake_in_the_flags_ends_the_script_with_one_sentence(more, message, folders):
     with pytest.raises(SystemExit, match=message):
@@ -459,12 +461,14 @@ def test_an_image_without_a_mask_ends_the_script_before_it_trains(folders, tmp_p
             run(patch_script(source), *flags_of(name, folders), "--loss_mask_dir", tmp_path / "masks")
 
 
-def test_an_image_on_its_side_is_turned_upright_with_its_mask(folders, tmp_path):
-    for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize("name, orientation", [("plain", 6), ("columns", 6), ("columns", 1)])
+def test_an_image_on_its_side_is_turned_upright_with_its_mask(name, orientation, folders, tmp_path):
+    """`datasets` takes an image with any EXIF orientation, as cameras write it, for one without a file."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
     image = Image.open(folders / "images" / "0.png")
-    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6  # rotate by 270 degrees to see it
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else image, Image.Exif()
+    exif[0x0112] = orientation  # 6: rotate by 270 degrees to see it
     turned.save(tmp_path / "images" / "0.png", exif=exif)
     upright = np.asarray(read_image(tmp_path / "images" / "0.png"))
     assert upright.shape == (64, 72, 3)
@@ -473,7 +477,7 @@ def test_an_image_on_its_side_is_turned_upright_with_its_mask(folders, tmp_path)
     batches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patched.SafeZoneTraining, "mask", spy(patched.SafeZoneTraining.mask, batches))
-        run(patch_script(PLAIN), *flags_of("plain", tmp_path), "--loss_mask_dir", tmp_path / "masks")
+        run(patch_script(SCRIPTS[name]), *flags_of(name, tmp_path), "--loss_mask_dir", tmp_path / "masks")
     bright = batches[0]["pixel_values"].mean(1, keepdim=True) > 0.3
     assert (bright.float() != batches[0]["szt_mask"]).float().mean() < 0.06
 

@@ -57,6 +57,15 @@ def test_whole_timesteps_do_not_depend_on_the_steps_of_sampling(make):
     assert schedule.counts and len(schedule.values) == 1000
 
 
+@pytest.mark.parametrize("make", [EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_scheduler_that_samples_in_few_steps_is_refused(make):
+    """Its list would leave a training ten timesteps."""
+    scheduler = make()
+    scheduler.set_timesteps(10)
+    with pytest.raises(InputError, match="set to 10 sampling steps; train with a copy of its own, of all"):
+        Schedule(scheduler)
+
+
 def test_the_schedule_of_a_scheduler_is_that_of_its_model(tiny_model, tiny_flux):
     for path in (tiny_model, tiny_flux):
         model = load_model(str(path))

@@ -92,6 +92,9 @@ class Model(Protocol):
               guidance_scale: float) -> torch.Tensor:
         """The prediction as the family's pipeline guides it, against the condition `empty` if it does so."""
 
+    def unprompted(self, condition: Condition) -> Condition:
+        """What the family's pipeline guides against, of the condition of an empty prompt: it, or zeros."""
+
     def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
         """The timesteps (steps,) of sampling at the size of `latents`, noise first, and one step of it.
 

@@ -122,6 +122,17 @@ def load_config(path: str, subfolder: str, revision: str | None = None) -> dict[
     return _read_config(UNet2DConditionModel, path, subfolder, subfolder=subfolder, revision=revision)
 
 
+def allow_clip_skip(pipeline: Any) -> None:
+    """Let a Stable Diffusion pipeline skip layers of its text encoder.
+
+    It asks for the encoder's part `text_model`, but transformers 5 has flattened the encoder. The part must
+    not become a submodule: a module that holds itself would be walked through for ever.
+    """
+    encoder = getattr(pipeline, "text_encoder", None)
+    if encoder is not None and not hasattr(encoder, "text_model"):
+        object.__setattr__(encoder, "text_model", encoder)
+
+
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:
     """None for each tokenizer and text encoder that a pipeline lacks: `from_pretrained` asks for it.
 
@@ -189,6 +200,8 @@ def load_index(path: str, revision: str | None = None) -> dict[str, Any]:
                 library in ("diffusers", "transformers") or hasattr(pipelines, str(library)))):
             raise InputError(f"The model '{path}' comes with code of its own for its part '{name}', which is "
                              "never run; use a model of Diffusers' own classes.")
+        if classes is None and name.startswith(("tokenizer", "text_encoder")):
+            index[name] = [None, None]
     return index
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .parts import Condition
+from .parts import Condition, load_index
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["SDXL"]
@@ -47,6 +47,11 @@ class SDXL(StableDiffusion):
             pooled = self.text_encoders[1].text_projection(ends)
         condition = {"states": states.to(self.dtype), "pooled": pooled.to(self.dtype)}
         return condition if sizes is None else {**condition, "sizes": sizes.to(self.device)}
+
+    def unprompted(self, condition: Condition) -> Condition:
+        if not load_index(self.path, self.revision).get("force_zeros_for_empty_prompt", True):
+            return condition
+        return {name: torch.zeros_like(value) for name, value in condition.items()}
 
     def predict(self, noised: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
         target = torch.tensor(noised.shape[-2:], device=noised.device) * self.vae_scale_factor

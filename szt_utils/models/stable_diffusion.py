@@ -12,7 +12,15 @@ import torch
 from ..errors import InputError
 from ..images import to_vae_range
 from ..schedules import ddpm_log_snr, kind_of
-from .parts import Condition, Step, file_precision, load_network, load_part, quiet_loading
+from .parts import (
+    Condition,
+    Step,
+    allow_clip_skip,
+    file_precision,
+    load_network,
+    load_part,
+    quiet_loading,
+)
 
 __all__ = ["StableDiffusion"]
 
@@ -170,6 +178,9 @@ class StableDiffusion:
         unguided, guided = self.predict(torch.cat([noised] * 2), timesteps.repeat(2), both).chunk(2)
         return unguided + guidance_scale * (guided - unguided)
 
+    def unprompted(self, condition: Condition) -> Condition:
+        return condition
+
     def sampler(self, steps: int, latents: torch.Tensor) -> tuple[torch.Tensor, Step]:
         from diffusers import DDIMScheduler
 
@@ -188,10 +199,8 @@ class StableDiffusion:
 
         pipeline = self._pipeline(StableDiffusionPipeline, tokenizers, from_files,
                                   safety_checker=None)
-        if self.clip_skip and not hasattr(pipeline.text_encoder, "text_model"):
-            # Diffusers' clip skip asks for this part, but transformers 5 has flattened the encoder. It must
-            # not become a submodule: a module that holds itself would be walked through for ever.
-            object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
+        if self.clip_skip:
+            allow_clip_skip(pipeline)
         return pipeline
 
     def _pipeline(self, cls: type, tokenizers: list | None, from_files: bool, **options: Any) -> Any:
