@@ -216,10 +216,13 @@ def untrained_losses(path: str) -> tuple[float, float]:
 def trainer(name: str) -> Train:
     """Trains the cells of a concept with a method, one after the other."""
     def train_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
-        for entry in training_entries(table, table.home(concept.name), cells):
+        entries, failures = training_entries(table, table.home(concept.name), cells)
+        for entry in entries:
             trained = Trained(METHODS[name], table.model, entry["seed"])
             train_one(trained, table.settings, entry)
             trained.save(Path(entry["output_dir"]) / table.learned_file)
+        if failures:
+            raise InputError(" ".join(failures))
     return train_cells
 
 

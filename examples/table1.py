@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name != "steps":
             lowest = {"resolution": 8, "learning_rate": 0, "guidance_scale": 0}.get(name, 1)
             add(f"--{name}", type=number(type(value), lowest))
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="(no)")
     add("--dry_run", action="store_true", help="list the missing cells and their cost")
     args = parser.parse_args(argv)
     if args.dataset == "pocket":
@@ -136,51 +136,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_settings(args: argparse.Namespace) -> Table:
-    """The table of a command line."""
+    """The table of a command line; fills in what it leaves out."""
+    take_from_last_run(args)
     data, columns = PRESETS[args.preset] if args.preset else (["clean", *POISONS], DEFENCES)
-    given = {name: getattr(args, name) for name in asdict(SETTINGS[args.dataset])
-             if getattr(args, name) is not None}
-    settings = settings_of(args.output_dir, args.dataset)
+    given = {"initializer_token": args.initializer_token, "prompts": args.prompts}
     return Table(
         output_dir=args.output_dir, name=args.preset or "table1", rows=DATA,
         columns=columns | {name: VARIANTS[name] for name in args.defences or []},
         swept=[name for name in columns if name not in DEFENCES], data=args.data or data,
         defences={name: VARIANTS[name] for name in args.defences or columns}, dataset=args.dataset,
-        settings=replace(settings, **given), metrics=args.metrics, model=args.pretrained_model_name_or_path,
+        settings=CellSettings(**{name: getattr(args, name) for name in asdict(SETTINGS[args.dataset])}),
+        metrics=args.metrics, model=args.pretrained_model_name_or_path,
         pdmpure_model=args.pdmpure_model, upscaler=args.upscaler,
         networks=Networks(args.dino, args.clip, args.inception), mixed_precision=args.mixed_precision,
-        given=given_beyond_settings(args))
+        given={name: value for name, value in given.items() if value})
 
 
-def settings_of(folder: Path, dataset: str) -> CellSettings:
-    """The settings of a folder's last run with the data set, so that a table goes on as it was begun; else
-    the data set's own."""
-    settings = SETTINGS[dataset]
-    for run in read_runs(folder)[::-1]:
-        if run.get("dataset") == dataset:
-            earlier = {name: run[name] for name, value in asdict(settings).items()
-                       if isinstance(run.get(name), type(value)) and run[name] != value}
-            if earlier:
-                flags = ", ".join(f"--{name} {value}" for name, value in earlier.items())
-                notice(f"'{folder}' was made with {flags}: this run takes what it is not given from there")
-            return replace(settings, **earlier)
-    return settings
-
-
-def given_beyond_settings(args: argparse.Namespace) -> dict:
-    """The words that decide the cells, where they are not the data set's own."""
-    given = {"initializer_token": args.initializer_token,
-             "prompts": args.prompts_file and read_prompt_templates(args.prompts_file)}
-    return {name: value for name, value in given.items() if value}
+def take_from_last_run(args: argparse.Namespace) -> None:
+    """Give settings that the command line leaves out the values of the folder's last run with the data set,
+    so that a table goes on as it was begun; else the data set's own."""
+    args.prompts = read_prompt_templates(args.prompts_file) if args.prompts_file else None
+    runs = [run for run in read_runs(args.output_dir) if run.get("dataset") == args.dataset]
+    own = {**asdict(SETTINGS[args.dataset]), "mixed_precision": "no", "initializer_token": None,
+           "prompts": None}
+    last, taken = (runs or [{}])[-1], {}
+    for name, value in own.items():
+        if getattr(args, name) is None:
+            kind = {"initializer_token": str, "prompts": list}.get(name, type(value))
+            setattr(args, name, last[name] if isinstance(last.get(name), kind) else value)
+            if getattr(args, name) != value:
+                taken[name] = getattr(args, name)
+    if taken:
+        flags = ", ".join("other prompts" if name == "prompts" else f"--{name} {value}"
+                          for name, value in taken.items())
+        notice(f"'{args.output_dir}' was made with {flags}: this run takes what it is not given from there")
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
         args = parse_args(argv)
-        concepts = read_concepts(args.dataset, args.dataset_dir, args.mask_dir, names=args.concepts,
-                                 initializer=args.initializer_token,
-                                 prompts=args.prompts_file and read_prompt_templates(args.prompts_file))
         table = read_settings(args)
+        concepts = read_concepts(args.dataset, args.dataset_dir, args.mask_dir, names=args.concepts,
+                                 initializer=args.initializer_token, prompts=args.prompts)
         if "pdmpure" in table.defences and not table.pdmpure_model:
             raise InputError("pdmpure needs --pdmpure_model, a pixel-space model; "
                              "or name the other --defences.")

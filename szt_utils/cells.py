@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import gc
 import io
 import itertools
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +108,29 @@ def training_flags(table: Table, home: Path, defence: str) -> Flags:
     return flags
 
 
-def training_entries(table: Table, home: Path, cells: Sequence[Cell]) -> list[Flags]:
-    """The entries of --concepts for the cells to train; poisons and purifies their images."""
-    entries, poisoned, purified = [], {}, {}
-    for cell in cells:
-        learned, place = table.learned(cell), (cell.data, cell.defence)
-        if learned.exists():
-            continue
-        if cell.data not in poisoned:
-            poisoned[cell.data] = poison(table, home, cell.data)
-        if place not in purified:
-            purified[place] = purify(table, home, poisoned[cell.data], cell.defence)
-        entries.append({"train_data_dir": str(purified[place]), "output_dir": str(learned.parent),
-                        "seed": cell.seed, **training_flags(table, home, cell.defence)})
-    return entries
+def training_entries(table: Table, home: Path, cells: Sequence[Cell]) -> tuple[list[Flags], list[str]]:
+    """The entries of --concepts for the cells to train, and a sentence for each poison and purifier that
+    failed; poisons and purifies the cells' images."""
+    failures = []
+
+    @functools.cache
+    def poisoned(data: str) -> Path | None:
+        try:
+            return poison(table, home, data)
+        except InputError as error:
+            failures.append(f"{data}: {error}")
+
+    @functools.cache
+    def purified(data: str, defence: str) -> Path | None:
+        try:
+            return (images := poisoned(data)) and purify(table, home, images, defence)
+        except InputError as error:
+            failures.append(f"{data}, {defence}: {error}")
+
+    missing = [cell for cell in cells if not table.learned(cell).exists()]
+    return [{"train_data_dir": str(images), "output_dir": str(table.learned(cell).parent), "seed": cell.seed,
+             **training_flags(table, home, cell.defence)}
+            for cell in missing if (images := purified(cell.data, cell.defence))], failures
 
 
 def train(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
@@ -128,15 +139,21 @@ def train(table: Table, concept: DatasetConcept, cells: Sequence[Cell]) -> None:
     InputError when any of them fails; the others are trained.
     """
     settings, home = table.settings, table.home(concept.name)
-    if entries := training_entries(table, home, cells):
+    entries, failures = training_entries(table, home, cells)
+    if entries:
         write_json(home / "concepts.json", entries)
-        train_apart(pretrained_model_name_or_path=table.model, output_dir=home / "training",
-                    concepts=home / "concepts.json", placeholder_token="<concept>",
-                    initializer_token=concept.initializer, resolution=settings.resolution,
-                    learning_rate=settings.learning_rate, train_batch_size=settings.train_batch_size,
-                    max_train_steps=settings.steps, checkpointing_steps=max(100, settings.steps // 5),
-                    checkpoints_total_limit=1, resume_from_checkpoint="latest",
-                    mixed_precision=table.mixed_precision)
+        try:
+            train_apart(pretrained_model_name_or_path=table.model, output_dir=home / "training",
+                        concepts=home / "concepts.json", placeholder_token="<concept>",
+                        initializer_token=concept.initializer, resolution=settings.resolution,
+                        learning_rate=settings.learning_rate, train_batch_size=settings.train_batch_size,
+                        max_train_steps=settings.steps, checkpointing_steps=max(100, settings.steps // 5),
+                        checkpoints_total_limit=1, resume_from_checkpoint="latest",
+                        mixed_precision=table.mixed_precision)
+        except InputError as error:
+            failures.append(str(error))
+    if failures:
+        raise InputError(" ".join(failures))
 
 
 def train_apart(**flags: object) -> None:
@@ -189,7 +206,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
     finished = table.finished()
     run = run_index(table.output_dir, {**table.record, **provenance()})
     write_images(concept, home / "clean", home / "masks" if table.needs_masks else None,
-                 table.settings.resolution)
+                 table.settings.resolution, concept.prompts)
     try:
         train(table, concept, cells)
     except InputError as error:  # of one of several cells, perhaps
@@ -266,6 +283,14 @@ def write_sheet(table: Table, concept: str, seed: int) -> None:
         contact_sheet(rows).save(temporary, format="JPEG", quality=85)
 
 
+def wait_for_others(processes: int) -> None:
+    """Wait until all processes of a launcher have made their cells: it ends all when one fails."""
+    if processes > 1 and "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequence[int],
                dry_run: bool = False, train: Train = train, score: Score = score) -> None:
     """Make the missing cells of this process's concepts, then write the table of all that are finished.
@@ -294,9 +319,15 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     # Seeds of a concept share its poisoned images, and one process writes its file: processes share concepts.
     for concept in list(concepts.values())[rank::processes]:
         if own := [cell for cell in missing if cell.concept == concept.name]:
-            failures += make_cells(table, concept, own, train, score)
+            try:
+                failures += make_cells(table, concept, own, train, score)
+            except InputError as error:
+                if processes == 1 and not table.finished():  # it is not this concept
+                    raise
+                failures.append(f"{concept.name}: {error}")
         if table.home(concept.name).exists():  # cells may have come without the images
             write_sheet(table, concept.name, seeds[0])
+    wait_for_others(processes)
     table.output_dir.mkdir(parents=True, exist_ok=True)
     cells = table.cells()
     scores = dict.fromkeys(SCORES) | dict.fromkeys(name for cell in cells for name in cell.metrics

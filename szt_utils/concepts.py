@@ -153,7 +153,8 @@ class Concept:
         with readable(folder):
             if [part.shape for part in state["rows"]] != [part.shape for part in self.start]:
                 raise ValueError("its embedding has another shape")
-            for part, moments in zip(state["rows"], state["optimizer"]["state"].values(), strict=True):
+            moments_of = state["optimizer"]["state"].values()  # none while a scaler skips the first steps
+            for part, moments in zip(state["rows"], moments_of, strict=bool(moments_of)):
                 if not part.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                     raise ValueError("its optimizer's state has another shape")
             self.checkpoint, self.checkpoint_folder = state, folder
@@ -329,14 +330,19 @@ class Group:
                 break
 
     def load_state(self, optimizer: Any, schedule: Any) -> None:
-        """Continue the optimizer, the schedule and the loss scaler of the concepts' checkpoints, if any."""
+        """Continue the optimizer, the schedule and the loss scaler of the concepts' checkpoints, if any.
+
+        The scaler, which all groups share, begins anew in a group that begins.
+        """
+        scaler = self.run.accelerator.scaler
         if not self.step:
+            if scaler is not None:
+                scaler.load_state_dict(self.run.first_scaler_state)
             return
         states = [concept.checkpoint for concept in self.concepts]
         with readable(self.concepts[0].checkpoint_folder):
             optimizer.load_state_dict(join_rows([state["optimizer"] for state in states]))
             schedule.load_state_dict(states[0]["lr_scheduler"])
-            scaler = self.run.accelerator.scaler
             if scaler is not None and states[0]["scaler"] is not None:
                 scaler.load_state_dict(states[0]["scaler"])
 

@@ -16,7 +16,7 @@ from PIL import Image
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .errors import InputError
-from .files import read_json
+from .files import read_json, write_json
 from .images import crop_and_resize, name_results, read_image, save_png
 from .masks import find_masks, read_mask
 
@@ -113,16 +113,24 @@ def read_concepts(dataset: str, dataset_dir: Path | None = None, mask_dir: Path 
     return {name: known[name] for name in names or known}
 
 
-def write_images(concept: DatasetConcept, image_dir: Path, mask_dir: Path | None, resolution: int) -> None:
+def write_images(concept: DatasetConcept, image_dir: Path, mask_dir: Path | None, resolution: int,
+                 prompts: Sequence[str] = ()) -> None:
     """Write a concept's images, and with `mask_dir` its masks, as square PNGs of `resolution` pixels.
 
     The concepts of the pocket world are drawn at 128 pixels. InputError names an image without a mask, two
-    images that would get one name, and a file that is there already and differs.
+    images that would get one name, and a data set that has changed since: in its images, their names, or the
+    `prompts`, which a JSON file beside the folder records.
     """
     if concept.image_dir is None:
         pocket.write_concept(concept.name, image_dir, mask_dir)
         return
     named = name_results(concept.image_dir, recursive=False)
+    record, path = {"images": list(named), "prompts": list(prompts)}, image_dir.with_suffix(".json")
+    if path.exists() and read_json(path) != record:
+        raise InputError(f"The images or prompts of '{concept.image_dir}' have changed since '{path}'; give "
+                         "another --output_dir.")
+    image_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
     masks = find_masks(concept.mask_dir, list(named.values())) if mask_dir else [None] * len(named)
     for (name, path), mask in zip(named.items(), masks, strict=True):
         image = read_image(path)

@@ -156,6 +156,7 @@ class FolderRun:
         """Call `make(batch)` for every batch; save its images and records, with the seconds per image.
 
         An image for which `make` raises an InputError is left out, and an InputError at the end names it.
+        When the first images of a new folder all fail for one reason, the rest is not tried.
         """
         work, failures, made = collections.deque(batches), [], 0
         while work:
@@ -167,7 +168,9 @@ class FolderRun:
                     work.extendleft([job] for job in reversed(batch))
                     continue
                 failures.append(str(error))
-                if not made and len(failures) == MOST_FAILURES:  # it is not the images
+                if len(failures) == MOST_FAILURES and len(set(failures)) == 1 and not (made or self.latest):
+                    if left := sum(map(len, work)):
+                        failures.append(f"The other images were not tried ({left}).")
                     break
                 continue
             made += len(batch)
@@ -221,13 +224,18 @@ def open_run(output_dir: str | Path, script: str, arguments: dict[str, Any],
         raise InputError(f"The folder '{output_dir}' holds files that this script did not write; "
                          "give another --output_dir.")
     changed = [f"--{name}" for name, value in arguments.items()
-               if name not in before or before[name] != value]
+               if name not in before or _same_path(before[name]) != _same_path(value)]
     if changed and any(path.is_file() and path.name != "options.json" and not path.name.startswith(".")
                        for path in output_dir.rglob("*")):  # else the run has failed before its first result
         raise InputError(f"The folder '{output_dir}' was made with another {', '.join(changed)}; "
                          "give another --output_dir.")
     stats = output_dir / "stats.jsonl"
     return read_stats(stats) if stats.exists() else []
+
+
+def _same_path(value: Any) -> Any:
+    """A recorded argument, a path without the slash at its end that a shell adds."""
+    return value.rstrip("/") if isinstance(value, str) else value
 
 
 def library_versions() -> dict[str, str]:

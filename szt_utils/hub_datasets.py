@@ -46,12 +46,15 @@ def _write(data: Any, image_column: str, caption_column: str | None, folder: Pat
     part.mkdir(parents=True)
     try:
         for i, row in enumerate(data):
-            image = row[image_column]
+            image, caption = row[image_column], row.get(caption_column)
+            if image is None or not isinstance(caption, str | None):
+                kind, column = ("image", image_column) if image is None else ("text", caption_column)
+                raise InputError(f"Row {i} of the data set holds no {kind} in its column '{column}'.")
             content = image["bytes"] or Path(image["path"]).read_bytes()
             suffix = Path(image["path"] or "").suffix.lower()
             (part / f"{i:06d}{suffix if suffix in SUFFIXES else '.png'}").write_bytes(content)
-            if caption_column:
-                (part / f"{i:06d}.txt").write_text(str(row[caption_column]), encoding="utf-8")
+            if caption is not None:
+                (part / f"{i:06d}.txt").write_text(caption, encoding="utf-8")
         if not folder.exists():  # another process may have been faster
             part.rename(folder)
     finally:

@@ -1,5 +1,6 @@
 """The losses of a training: in stats.jsonl, in trackers, in the progress bar; and concepts that diverge."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,15 +76,17 @@ class Journal:
             records = [{"step": step, **dict(zip(_NAMES, losses, strict=False)), "lr": at}
                        for (step, _, at), losses in zip(waiting, values, strict=True)]
             waiting.clear()
-            if problem := self._problem(concept, records):
-                self.run.fail(concept.settings, problem)
-            elif records and self.run.rank == 0:
+            problem = self._problem(concept, records)
+            records = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
+            if records and self.run.rank == 0:
                 with self.run.surviving(concept.settings):
                     append_stats(concept.output_dir / "stats.jsonl", records)
                     shown.append(records[-1]["loss"])
-                    tag = "loss" if self.group.alone else f"loss/{concept.name}"
+                    tag = "loss" if self.run.together else f"loss/{concept.name}"
                     for record in records:
                         tracked.setdefault(record["step"], {"lr": record["lr"]})[tag] = record["loss"]
+            if problem:
+                self.run.fail(concept.settings, problem)
         for step, values in sorted(tracked.items()):
             self.run.log(values, step)
         if shown:

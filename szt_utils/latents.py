@@ -78,7 +78,10 @@ class MomentCache:
         elements = torch.Size(shape).numel()
         if memory_limit is None or elements * like.element_size() <= memory_limit:
             return like.new_empty(shape)
-        self._file = tempfile.NamedTemporaryFile(prefix=".latents-", dir=folder)  # deleted with the cache
+        # It is deleted with the cache, on Windows, which maps no open file, by the next run in the folder.
+        self._file = tempfile.NamedTemporaryFile(prefix=".latents-", dir=folder, delete=os.name != "nt")
+        if os.name == "nt":
+            self._file.close()
         if hasattr(os, "posix_fallocate"):  # writing to a mapped file without room would kill the process
             try:
                 os.posix_fallocate(self._file.fileno(), 0, elements * like.element_size())

@@ -57,6 +57,8 @@ class Run:
         except ValueError as error:
             raise InputError(f"--mixed_precision {settings.mixed_precision} or --report_to "
                              f"{settings.report_to} cannot be used here: {error}") from None
+        scaler = self.accelerator.scaler
+        self.first_scaler_state = None if scaler is None else scaler.state_dict()
         self.process, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > self.num_processes:

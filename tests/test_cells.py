@@ -1,6 +1,11 @@
 """The making of cells: the settings of their poisons, purifiers and trainings, and how failures are shown."""
 
+import json
+import os
 import runpy
+import socket
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +87,8 @@ def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(m
         one.learned(cell).parent.mkdir(parents=True)
         one.learned(cell).touch()
     home = one.home(STAR)
-    entries = cells.training_entries(one, home, planned)
+    entries, failures = cells.training_entries(one, home, planned)
+    assert not failures
     assert [folder for folder, _ in made] == [home / "ea", home / "ea-regen"]
     masks = str(home / "masks")
     expected = {"regen": ("ea-regen", {}), "lm": ("ea", {"loss_mask_dir": masks, "mask_dilation": 0}),
@@ -173,6 +179,48 @@ def test_a_cell_that_lacks_a_score_is_scored_again_and_not_trained(tmp_path, cap
     assert trained == [f"clean_nominal_{STAR}_0"]
     (cell,) = one.cells()
     assert cell.metrics == {"dino": 0.5, "clip": 0.5, "fid": 0.5}
+
+
+def test_a_poison_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch):
+    one = table(tmp_path, "--data", "clean", "da", "ea", "--defences", "nominal", "advclean", "jpeg",
+                "--metrics", "dino")
+    concepts, trained = read_concepts("pocket", names=[STAR]), []
+
+    def poison(folder, settings):
+        if settings.method == "da":
+            raise InputError("The gradient is not finite.")
+
+    def purify(folder, settings):
+        if settings.image_dir.endswith("ea"):
+            raise InputError("An image is too small.")
+
+    def train_apart(**flags):
+        trained.extend(json.loads(flags["concepts"].read_text()))
+        for entry in trained:
+            Path(entry["output_dir"]).mkdir(parents=True)
+            (Path(entry["output_dir"]) / "learned_embeds.safetensors").touch()
+    monkeypatch.setattr(cells, "poison_folder", poison)
+    monkeypatch.setattr(cells, "purify_folder", purify)
+    monkeypatch.setattr(cells, "train_apart", train_apart)
+    with pytest.raises(InputError, match=r"again: da: The gradient is not finite\. ea, advclean: An image is "
+                                         r"too small\.$"):
+        cells.make_table(one, concepts, [0], score=lambda *_: {"dino": 0.5})
+    assert len(trained) == 5 and {(cell.data, cell.defence) for cell in one.cells()} == {
+        *(("clean", name) for name in one.defences), ("ea", "nominal"), ("ea", "jpeg")}
+
+
+def test_a_process_waits_for_the_others_before_it_fails(tmp_path):
+    code = ("import os, pathlib, sys, time; from szt_utils.cells import wait_for_others\n"
+            "file, rank = pathlib.Path(sys.argv[1]), os.environ['RANK']\n"
+            "time.sleep(2 * int(rank)); file.touch() if rank == '1' else None\n"
+            "wait_for_others(2); assert file.exists()")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], cwd=ROOT, env={
+        **os.environ, "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in ("0", "1")]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
 def test_a_cell_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import SCRIPT, flags, run_here, run_script, two_ranks
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
+from szt_utils.concepts import Group
 from szt_utils.embedding_files import load_embedding
 from szt_utils.files import read_stats
 from szt_utils.pocket import write_concept
@@ -145,9 +147,33 @@ def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, 
     assert caught.value.code.startswith("error: heart: The loss is not a number at step 4")
     assert not (tmp_path / "heart" / "learned_embeds.safetensors").exists()
     assert (tmp_path / "heart" / "learned_embeds-steps-2.safetensors").exists()
+    records = read_stats(tmp_path / "heart" / "stats.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]  # all before the one that failed
     monkeypatch.undo()
     run_here(alone(tiny_model, tmp_path / "alone", entries[0], max_train_steps=12))
     assert distance(rows(tmp_path / "star"), rows(tmp_path / "alone")) < TOLERANCE
+
+
+def test_a_group_that_begins_does_not_go_on_with_the_scale_of_another():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    first = scaler.state_dict()
+    scaler.load_state_dict({**first, "scale": 2.0})
+    run = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), first_scaler_state=first)
+    Group.load_state(SimpleNamespace(step=0, run=run), None, None)
+    assert scaler.get_scale() == 8
+
+
+def test_a_checkpoint_whose_steps_a_scaler_has_skipped_goes_on(tiny_model, entries, tmp_path):
+    """Its optimizer has no state yet."""
+    stopped = alone(tiny_model, tmp_path / "out", entries[0], max_train_steps=2, checkpointing_steps=1)
+    run_here(stopped)
+    expected = rows(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    file = tmp_path / "out" / "checkpoint-1" / "training_state.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "optimizer": {**state["optimizer"], "state": {}}}, file)
+    run_here([*stopped, "--resume_from_checkpoint", "latest"])
+    assert not torch.equal(rows(tmp_path / "out"), expected)  # the second step had no moments of the first
 
 
 def test_processes_share_the_concepts_out(tiny_model, entries, tmp_path):

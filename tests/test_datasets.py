@@ -100,6 +100,25 @@ def test_images_and_masks_are_written_as_squares_of_the_same_names(tmp_path):
         write_images(concept, tmp_path / "other", tmp_path / "other-masks", 40)
 
 
+@pytest.mark.parametrize("change", ["add", "remove", "prompts"])
+def test_a_data_set_that_has_changed_is_refused(tmp_path, change):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("RGB", (30, 20), "teal").save(tmp_path / "images" / f"{name}.png")
+    concept, prompts = DatasetConcept("c", tmp_path / "images", None, "toy", "toy", ("a {}",)), ["a {}"]
+    for _ in range(2):
+        write_images(concept, tmp_path / "out", None, 40, prompts)
+    if change == "add":
+        Image.new("RGB", (30, 20), "red").save(tmp_path / "images" / "c.png")
+    elif change == "remove":
+        (tmp_path / "images" / "a.png").unlink()
+    else:
+        prompts = ["one {}"]
+    with pytest.raises(InputError, match="images or prompts of .* have changed since .*; give another"):
+        write_images(concept, tmp_path / "out", None, 40, prompts)
+    assert len(list_images(tmp_path / "out")) == 2
+
+
 def test_an_image_that_has_changed_or_would_replace_another_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (30, 20), "teal").save(tmp_path / "images" / "a.png")

@@ -45,6 +45,10 @@ def test_the_same_command_is_given_its_records(folder):
     assert contents(folder) == before
     (folder / "stats.jsonl").unlink()
     assert open_run(folder, "make.py", ARGUMENTS) == []
+    # A folder of an earlier version, in which a path kept the slash that a shell adds.
+    arguments = ARGUMENTS | {"mask_dir": "masks/"}
+    write_json(folder / "options.json", {"script": "make.py", "arguments": arguments})
+    assert open_run(folder, "make.py", ARGUMENTS | {"mask_dir": "masks"}) == []
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -227,6 +231,25 @@ def test_an_image_that_fails_stops_no_other(tmp_path, batch_size):
         "a.png", "d.png", "b.png"]
 
 
+def test_images_that_fail_stop_neither_others_nor_later_runs(tmp_path):
+    tried, reason = [], "{} is not wanted."
+
+    def make_b(batch: list[str]) -> list[tuple[dict, Image.Image]]:
+        tried.extend(batch)
+        if batch == ["b"]:
+            return make(batch)
+        raise InputError(reason.format(*batch))
+
+    for expected, attempted in (("a is not wanted. c is not wanted. d is not wanted.", "acdb"),
+                                ("Not wanted.", "acd")):  # there is a result: it is the images
+        with run_in(tmp_path) as run:
+            run.begin()
+            with pytest.raises(InputError, match=f"^{expected}$"):
+                run.work(batches_of(run), make_b)
+        assert "".join(tried) == attempted
+        tried, reason = [], "Not wanted."
+
+
 def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_path):
     tried = []
 
@@ -236,7 +259,7 @@ def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_pa
 
     with run_in(tmp_path) as run:
         run.begin()
-        with pytest.raises(InputError, match="^Give other steps.$"):
+        with pytest.raises(InputError, match=r"^Give other steps. The other images were not tried \(1\).$"):
             run.work(batches_of(run), fail)
     assert tried == [["a"], ["c"], ["d"]]
     with FolderRun(tmp_path / "out", "make.py", ARGUMENTS | {"eps": 1}) as run:

@@ -49,6 +49,33 @@ def test_a_data_set_becomes_a_folder_of_its_files_once(cache, image_folder, tmp_
         assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.fixture
+def write_rows(image_folder, tmp_path):
+    """Writes a data set of these captions, the first `images` of which have an image."""
+    def write(captions, images):
+        image = {"bytes": list_images(image_folder)[0].read_bytes(), "path": None}
+        rows = [{"image": image if i < images else None, "text": text} for i, text in enumerate(captions)]
+        (tmp_path / "set").mkdir()
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / "set" / "train.parquet")
+        return str(tmp_path / "set")
+    return write
+
+
+@pytest.mark.parametrize("captions, images, message", [
+    (["a {}", "one {}"], 1, "Row 1 of the data set holds no image in its column 'image'"),
+    ([["a {}", "one {}"]], 1, "Row 0 of the data set holds no text in its column 'text'")])
+def test_a_row_without_an_image_or_with_several_captions_is_named(cache, write_rows, captions, images,
+                                                                  message):
+    with pytest.raises(InputError, match=message):
+        dataset_folder(write_rows(captions, images), caption_column="text")
+
+
+def test_an_image_without_a_caption_gets_no_caption_file(cache, write_rows):
+    folder = dataset_folder(write_rows(["a {}", None], 2), caption_column="text")
+    assert sorted(path.name for path in folder.iterdir()) == ["000000.png", "000000.txt", "000001.png"]
+
+
 def test_a_training_on_a_data_set_is_that_on_its_files(cache, tiny_model, image_folder, tmp_path):
     options = dict(max_train_steps=2, caption_mode="file")
     run_here(flags(tiny_model, image_folder, tmp_path / "files", **options))

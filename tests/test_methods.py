@@ -73,7 +73,7 @@ def test_a_method_trains_its_own_parameters_and_no_others(methods, entry, name, 
 
 def test_a_lora_starts_from_its_seed_whatever_was_drawn_before(methods, monkeypatch, tmp_path):
     entries = [{"seed": seed, "output_dir": str(tmp_path / str(i))} for i, seed in enumerate((3, 3, 4))]
-    monkeypatch.setattr(methods, "training_entries", lambda *given: entries)
+    monkeypatch.setattr(methods, "training_entries", lambda *given: (entries, []))
     monkeypatch.setattr(methods, "train_one", lambda *given: torch.rand(5))
     table = methods.read_table(methods.parse_args(["--method", "lora", "--output_dir", str(tmp_path)]))
     methods.trainer("lora")(table, SimpleNamespace(name=STAR), [])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.fingerprint import identity
+from szt_utils.notices import notice
 from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell, read_cells, run_index
 
@@ -105,6 +106,20 @@ def test_cells_of_other_settings_are_other_cells(tmp_path, capsys):
     append_cell(tmp_path, replace(one, metrics={"dino": 0.7}, run=run_index(tmp_path, seven.record)))
     assert [c.metrics["dino"] for c in (*two.cells(), *seven.cells())] == [0.5, 0.7]
     assert table(*flags).settings.steps == 7
+
+
+def test_a_table_goes_on_as_it_was_begun(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a {} here\n")
+    flags = ("--output_dir", str(tmp_path / "out"))
+    begun = table(*flags, "--steps", "7", "--mixed_precision", "bf16", "--initializer_token", "star",
+                  "--prompts_file", tmp_path / "prompts.txt")
+    assert begun.record != table(*flags).record
+    run_index(tmp_path / "out", begun.record)
+    notice.cache_clear()
+    assert table(*flags).record == begun.record
+    taken = "--steps 7, --mixed_precision bf16, --initializer_token star, other prompts"
+    assert f"made with {taken}: this run" in capsys.readouterr().err
+    assert table(*flags, "--mixed_precision", "no").record == {**begun.record, "mixed_precision": "no"}
 
 
 def test_what_only_pdmpure_is_made_with_decides_only_its_cells(tmp_path, capsys):

@@ -71,7 +71,7 @@ def read_thresholds(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray]:
     scores: dict[tuple[int, str], dict[tuple[str, int], float]] = {}
     for cell in cells:
         t_min = re.fullmatch(r"t(\d+)", cell.defence)
-        if cell.data != "clean" and t_min:
+        if cell.data != "clean" and t_min and "dino" in cell.metrics:
             place = int(t_min[1]), cell.concept
             scores.setdefault(place, {})[cell.data, cell.seed] = cell.metrics["dino"]
     thresholds = sorted({t for t, _ in scores})
