@@ -1,4 +1,4 @@
-"""Score a learned embedding (paper Sec. 5.1.3): generate images of a set of prompts, then compare them with
+r"""Score a learned embedding (paper Sec. 5.1.3): generate images of a set of prompts, then compare them with
 the clean images and with their prompts.
 
     python evaluate.py --pretrained_model_name_or_path MODEL --embeddings my-toy --clean_dir images \

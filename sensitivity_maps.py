@@ -1,4 +1,4 @@
-"""Where and when the words of a prompt act on an image: semantic sensitivity maps (paper Sec. 4.1, Eq. 6).
+r"""Where and when the words of a prompt act on an image: semantic sensitivity maps (paper Sec. 4.1, Eq. 6).
 
     python sensitivity_maps.py --pretrained_model_name_or_path MODEL --image dog.png \
         --prompt "a puppy wearing a hat" --tokens puppy hat --timesteps 100 300 500 700 900 --output_dir maps

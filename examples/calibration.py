@@ -1,4 +1,4 @@
-"""Clean images that the bundled calibration of `diagnose_images.py` is made of, and others to test it with.
+r"""Clean images that the bundled calibration of `diagnose_images.py` is made of, and others to test it with.
 
     python examples/calibration.py --output_dir images
     python diagnose_images.py --pretrained_model_name_or_path $(python -m szt_utils.pocket) \

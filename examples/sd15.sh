@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The paper's setting (Sec. 5.1.2) on Stable Diffusion 1.5, 512 px: poison a folder, then train with and without the defence.
+# The images and masks must be square: poisons are made of their central squares.
 # Usage: bash examples/sd15.sh IMAGES MASKS OUTPUT "<token>" word
 set -euo pipefail
 images=$1 masks=$2 output=$3 token=$4 word=$5

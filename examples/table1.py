@@ -1,4 +1,4 @@
-"""Poisons against defences (paper Table 1), and the ablations of Sec. 5.2.
+r"""Poisons against defences (paper Table 1), and the ablations of Sec. 5.2.
 
     python examples/table1.py --output_dir table1 --concepts teal-striped-star red-dotted-heart
     python examples/table1.py --output_dir table1 --preset timesteps

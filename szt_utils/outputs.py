@@ -19,6 +19,7 @@ from .generation import spell_out, use_dpm_solver
 from .images import read_image, save_png
 from .locks import lock_folder, sweep_leftovers
 from .models import Model, evaluating
+from .models.flow import Flow
 from .settings import public_name
 from .training_run import Run
 
@@ -69,11 +70,10 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
     count = f"{len(concept.images)} image{'s' if len(concept.images) > 1 else ''}"
     lines = [*messages, f"{count} from {settings.train_data_dir}, {first}", *rest]
     if settings.szt and concept.masks is None:
-        lines.append("--szt without --loss_mask_dir: JPEG and timesteps only, "
-                     "the third part of the defence is missing")
+        lines.append("--szt without --loss_mask_dir uses JPEG and timesteps only")
     if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.weights is None
-            and model.scheduler.config.get("prediction_type") == "v_prediction"):
-        lines.append("the model predicts velocity: on a small one, masks failed without --snr_gamma 5")
+            and (isinstance(model, Flow) or model.scheduler.config.prediction_type == "v_prediction")):
+        lines.append("the model predicts velocities: on small ones masks did harm without --snr_gamma 5")
     if model.t5 is not None:
         lines.append("T5 gets no embedding of the token: it reads its spelling")
     if model.family == "SDXL":

@@ -2,7 +2,7 @@
 # Every figure of the analysis (Fig. 2-7, Appendix D) and the ROC of the diagnosis, from the data sets to plots and claims.
 # Usage: bash examples/figures/figures.sh OUTPUT [MODEL CLEAN_DIR MASK_DIR RESOLUTION]
 # CLEAN_DIR and MASK_DIR hold a folder per concept, of images and of masks; without them: the pocket world.
-# Plots and claims are committed in results/world-0.1/figures.
+# Plots and claims are committed in results/figures, those of version 0.1 in results/world-0.1/figures.
 set -euo pipefail
 output=$1
 model=${2:-$(python -m szt_utils.pocket)}

@@ -1,4 +1,4 @@
-"""When poisons strike, by signal-to-noise ratio: several models on one axis.
+r"""When poisons strike, by signal-to-noise ratio: several models on one axis.
 
     python examples/figures/snr.py --labels U-Net flow --folders results/figures results/figures/flow \
         --tables results/table1 results/flow --output_dir results/figures
