@@ -277,56 +277,61 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--placeholder_token", help="the new word for the concept, e.g. <my-concept> (required)")
     add("--initializer_token", help="one word near the concept, whose embedding is the start (required)")
     add("--learnable_property", choices=["object", "style"], default="object",
-        help="which captions to train with")
-    add("--repeats", type=count, default=100, help="how often an epoch shows each image")
-    add("--num_vectors", type=count, default=1, help="number of embedding vectors for the concept")
+        help="which captions to train with (default: object)")
+    add("--repeats", type=count, default=100, help="how often an epoch shows each image (default: 100)")
+    add("--num_vectors", type=count, default=1,
+        help="number of embedding vectors for the concept (default: 1)")
     add("--output_dir", default="text-inversion-model", type=user_path,
-        help="where embeddings and checkpoints go")
+        help="where embeddings and checkpoints go (default: text-inversion-model)")
     add("--seed", type=seed, help="seed of all random draws (default: a new one, recorded in options.json)")
-    add("--resolution", type=count, default=512, help="images are resized to a square of this many pixels")
+    add("--resolution", type=count, default=512,
+        help="images are resized to a square of this many pixels (default: 512)")
     add("--center_crop", action="store_true", help="cut out the central square before resizing")
-    add("--train_batch_size", type=count, default=16, help="images per step and process")
+    add("--train_batch_size", type=count, default=16, help="images per step and process (default: 16)")
     add("--num_train_epochs", type=count,
         help="number of epochs; takes effect only without --max_train_steps (default: 100)")
     add("--max_train_steps", type=count, help="number of optimizer steps (default: 5000)")
-    add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step")
+    add("--gradient_accumulation_steps", type=count, default=1,
+        help="batches per optimizer step (default: 1)")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower backward pass")
-    add("--learning_rate", type=number(float, 0), default=1e-4, help="learning rate after warmup")
+    add("--learning_rate", type=number(float, 0), default=1e-4,
+        help="learning rate after warmup (default: 1e-4)")
     add("--scale_lr", action="store_true",
         help="multiply the learning rate by processes, accumulation and batch size")
     add("--lr_scheduler", default="constant",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
-                 "constant_with_warmup"])
+                 "constant_with_warmup"], help="schedule of the learning rate (default: constant)")
     add("--lr_warmup_steps", type=number(int, 0), default=500,
-        help="warmup steps of the schedules that have a warmup")
-    add("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts")
+        help="warmup steps of the schedules that have a warmup (default: 500)")
+    add("--lr_num_cycles", type=count, default=1, help="cycles of cosine_with_restarts (default: 1)")
     add("--dataloader_num_workers", type=int, default=0,
         help="accepted for compatibility: images are read once, before the training")
-    add("--adam_beta1", type=number(float, 0, 1, below=True), default=0.9)
-    add("--adam_beta2", type=number(float, 0, 1, below=True), default=0.999)
-    add("--adam_weight_decay", type=number(float, 0), default=1e-2)
-    add("--adam_epsilon", type=number(float, 0), default=1e-8)
+    add("--adam_beta1", type=number(float, 0, 1, below=True), default=0.9, help="AdamW's (default: 0.9)")
+    add("--adam_beta2", type=number(float, 0, 1, below=True), default=0.999, help="AdamW's (default: 0.999)")
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2, help="AdamW's (default: 1e-2)")
+    add("--adam_epsilon", type=number(float, 0), default=1e-8, help="AdamW's (default: 1e-8)")
     add("--use_8bit_adam", action="store_true",
         help="accepted for compatibility: it would save nothing for a few rows")
     add("--push_to_hub", action="store_true", help="upload the output folder to the Hub")
     add("--hub_token", help="token for the upload")
     add("--hub_model_id", help="name of the repository to upload to (default: the output folder's name)")
-    add("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir")
+    add("--logging_dir", default="logs", help="TensorBoard folder, inside --output_dir (default: logs)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default="no",
-        help="precision of the frozen networks")
+        help="precision of the frozen networks (default: no)")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs since Ampere")
     add("--report_to", help="tensorboard, wandb, comet_ml, all, or none (default: tensorboard, if installed)")
     add("--validation_prompt", help="prompt with the placeholder, generated from during the training")
-    add("--num_validation_images", type=count, default=4)
-    add("--validation_steps", type=count, default=100, help="generate validation images every so many steps")
+    add("--num_validation_images", type=count, default=4, help="how many images (default: 4)")
+    add("--validation_steps", type=count, default=100,
+        help="generate validation images every so many steps (default: 100)")
     add("--validation_epochs", type=count, help="deprecated: the same in epochs")
     add("--local_rank", type=int, default=-1, help="set by launchers")
     add("--checkpointing_steps", type=count, default=500,
-        help="save a checkpoint to resume from every so many steps, and after the last")
-    add("--checkpoints_total_limit", type=count, help="keep only so many checkpoints")
+        help="save a checkpoint to resume from every so many steps, and after the last (default: 500)")
+    add("--checkpoints_total_limit", type=count, help="keep only so many checkpoints (default: all)")
     add("--resume_from_checkpoint", type=user_path, help='a folder checkpoint-N of --output_dir, or "latest"')
-    add("--enable_xformers_memory_efficient_attention", action="store_true")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers")
     add("--no_safe_serialization", action="store_true", help="write .bin files instead of .safetensors")
-    add("--save_steps", type=count, default=500, help="save the embedding every so many steps")
+    add("--save_steps", type=count, default=500, help="save the embedding every so many steps (default: 500)")
     add("--save_as_full_pipeline", action="store_true",
         help="save the whole pipeline with the new token as well")
