@@ -7,7 +7,17 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from szt_utils.arguments import number, script_parser, seed, user_path
+from szt_utils.arguments import (
+    add_data_flags,
+    add_diffusers_flags,
+    add_family_flags,
+    add_memory_flags,
+    add_safe_zone_flags,
+    number,
+    script_parser,
+    seed,
+    user_path,
+)
 
 
 @pytest.mark.parametrize("kind,options,text,value", [
@@ -71,3 +81,13 @@ def test_a_terminal_of_another_encoding_is_no_error(monkeypatch):
     script_parser("doc")
     print("\u732b", flush=True)
     assert stream.buffer.getvalue() == b"\\u732b\n"
+
+
+def test_the_help_of_the_training_names_every_default():
+    parser = script_parser("")
+    for add in (add_safe_zone_flags, add_data_flags, add_memory_flags, add_family_flags, add_diffusers_flags):
+        add(parser)
+    silent = {action.dest for action in parser._actions
+              if not (action.default is None or action.default is False or action.default == "==SUPPRESS=="
+                      or "(default: " in action.help)}
+    assert silent == {"dataloader_num_workers", "local_rank"}  # ignored, and set by launchers
