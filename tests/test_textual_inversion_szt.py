@@ -269,7 +269,8 @@ def test_masks_with_velocities_are_warned_about(tiny_velocity_model, tiny_model,
                                                 tmp_path, capsys):
     advice = "masks did harm without --snr_gamma 5"
     for i, (model, more, is_given) in enumerate([
-            (tiny_velocity_model, {}, True), (tiny_sd3, {}, True), (tiny_velocity_model, {"snr_gamma": 5}, False),
+            (tiny_velocity_model, {}, True), (tiny_sd3, {}, True),
+            (tiny_velocity_model, {"snr_gamma": 5}, False),
             (tiny_velocity_model, {"loss_mask_dir": None}, False), (tiny_model, {}, False)]):
         run_here(flags(model, concept_folder[0], tmp_path / str(i), **{
             "szt": True, "loss_mask_dir": concept_folder[1], "max_train_steps": 1, **more}))
