@@ -185,6 +185,8 @@ def test_the_committed_cells_of_an_earlier_version_give_its_tables(tmp_path, cap
                     "jpeg95"]),
     ("table1", 42, ["--preset", "dilation", "--data", "clean", "adm+", "ea", "--concepts",
                     "teal-striped-star", "red-dotted-heart"]),
+    ("table1", 30, ["--preset", "masks", "--data", "clean", "adm+", "ea", "--concepts",
+                    "teal-striped-star", "red-dotted-heart"]),
     ("flow", 42, ["--preset", "timesteps", "--data", "clean", "adm+", "ea", "--concepts", "teal-striped-star",
                   "red-dotted-heart", "--defences", "nominal", "t300", "t400", "t500", "t600", "t700", "t800",
                   "--pretrained_model_name_or_path", pocket.model_path("flow")]),
