@@ -15,7 +15,15 @@ The same command again resumes.
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, refuse_without, script_parser, seed, user_path
+from szt_utils.arguments import (
+    add_model_flags,
+    given_flags,
+    number,
+    refuse_without,
+    script_parser,
+    seed,
+    user_path,
+)
 from szt_utils.errors import exit_on_input_error
 
 
@@ -45,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
+    given = given_flags(parse_args(argv))
     output_dir = given.pop("output_dir")
     with exit_on_input_error():
         from szt_utils.diagnosing import DiagnosisSettings, diagnose_folder

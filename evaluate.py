@@ -10,7 +10,7 @@ Without a model and networks, the bundled pocket ones are used. Writes the image
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, script_parser, seed, user_path
+from szt_utils.arguments import add_model_flags, given_flags, number, script_parser, seed, user_path
 from szt_utils.errors import exit_on_input_error
 
 # szt_utils.metrics.METRICS, without importing torch.
@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
+    given = given_flags(parse_args(argv))
     output_dir = given.pop("output_dir")
     with exit_on_input_error():
         from szt_utils.evaluation import EvaluationSettings, evaluate_to_folder

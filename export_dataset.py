@@ -17,7 +17,7 @@ anything is:
 import argparse
 import sys
 
-from szt_utils.arguments import number, refuse_unused, script_parser, user_path
+from szt_utils.arguments import given_flags, number, refuse_unused, script_parser, user_path
 from szt_utils.errors import exit_on_input_error, printable
 
 TRAINERS = ("kohya", "onetrainer", "ai-toolkit", "simpletuner", "diffusion-pipe", "musubi", "diffusers")
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
+    settings = given_flags(parse_args(argv))
     with exit_on_input_error():
         from szt_utils.export import ExportSettings, export_folder
         from szt_utils.export_check import check_folder

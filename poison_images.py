@@ -16,6 +16,7 @@ import argparse
 
 from szt_utils.arguments import (
     add_model_flags,
+    given_flags,
     number,
     refuse_unused,
     refuse_without,
@@ -114,7 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def given_settings(args: argparse.Namespace) -> dict:
     """The settings that the command line or its preset decides, without --output_dir."""
     preset = PRESETS[args.preset][args.method] if args.preset else {}
-    given = {name: value for name, value in vars(args).items() if value is not None and name != "output_dir"}
+    given = given_flags(args)
+    del given["output_dir"]
     return {**preset, **given}
 
 

@@ -19,7 +19,7 @@ Each entry needs a point in the concept or a box.
 
 import argparse
 
-from szt_utils.arguments import number, refuse_without, script_parser, user_path
+from szt_utils.arguments import given_flags, number, refuse_without, script_parser, user_path
 from szt_utils.errors import exit_on_input_error
 
 
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    given = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
+    given = given_flags(parse_args(argv))
     with exit_on_input_error():
         from szt_utils.masking import MaskingSettings, mask_folder
 

@@ -11,7 +11,15 @@ other images nor their order change a result; with --batch_size above 1, single 
 
 import argparse
 
-from szt_utils.arguments import add_model_flags, number, refuse_unused, script_parser, seed, user_path
+from szt_utils.arguments import (
+    add_model_flags,
+    given_flags,
+    number,
+    refuse_unused,
+    script_parser,
+    seed,
+    user_path,
+)
 from szt_utils.errors import exit_on_input_error
 
 METHODS = ("advclean", "jpeg", "regen", "pdmpure")
@@ -59,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = {name: value for name, value in vars(parse_args(argv)).items() if value is not None}
+    settings = given_flags(parse_args(argv))
     with exit_on_input_error():
         from szt_utils.purifying import PurifySettings, purify_folder
 

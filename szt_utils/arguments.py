@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from .errors import InputError, printable
 
 __all__ = ["EntryParser", "add_data_flags", "add_diffusers_flags", "add_family_flags", "add_memory_flags",
-           "add_model_flags", "add_safe_zone_flags", "check_training_flags", "command_line", "number",
-           "refuse_unused", "refuse_without", "script_parser", "seed", "user_path"]
+           "add_model_flags", "add_safe_zone_flags", "check_training_flags", "command_line",
+           "given_flags", "number", "refuse_unused", "refuse_without", "script_parser", "seed", "user_path"]
 
 LARGEST = {int: 2**31 - 1, float: 1e36}  # what torch takes; float32 ends a little above 1e36
 
@@ -115,6 +115,11 @@ def command_line(**flags: Any) -> list[str]:
             values = value if isinstance(value, list | tuple) else [] if value is True else [value]
             arguments += [f"--{name}", *map(str, values)]
     return arguments
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that have a value; the settings of the others are the library's defaults."""
+    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, method: str,

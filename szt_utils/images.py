@@ -6,6 +6,7 @@ animation gives its first frame.
 """
 
 import contextlib
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ from .files import atomic_path
 from .image_formats import SUFFIXES, describe_skipped, formats, sort_files
 from .notices import notice
 
-__all__ = ["MASK_ENDING", "check_resolution", "contact_sheet", "crop_and_resize", "from_pil", "list_images",
-           "max_pixels", "name_results", "read_image", "read_upright", "reading", "save_png", "to_pil",
-           "to_vae_range"]
+__all__ = ["MASK_ENDING", "check_resolution", "contact_sheet", "crop_and_resize", "from_pil", "hash_pixels",
+           "list_images", "max_pixels", "name_results", "read_image", "read_upright", "reading", "save_png",
+           "to_pil", "to_vae_range"]
 
 MASK_ENDING = "-masklabel"  # of the stem of a mask that lies beside its image
 _MAX_PIXELS = 2**26  # 8192 x 8192, unless --max_image_pixels says otherwise
@@ -134,6 +135,11 @@ def check_resolution(resolution: int) -> None:
     """Raise InputError when a square of `resolution` has more pixels than --max_image_pixels allows."""
     if resolution**2 > max_pixels():
         raise _too_large(f"An image at a --resolution of {resolution}")
+
+
+def hash_pixels(image: Image.Image) -> str:
+    """SHA-256 of an image's size and pixels in RGB."""
+    return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).hexdigest()
 
 
 def crop_and_resize(image: Image.Image, resolution: int, center_crop: bool = False,

@@ -23,7 +23,7 @@ from .errors import InputError, printable
 from .familiarity import is_unfamiliar
 from .folder_run import FolderRun, Record
 from .grabcut import check_available, grabcut, seeds_of
-from .images import name_results, read_image, read_upright, save_png
+from .images import hash_pixels, name_results, read_image, read_upright, save_png
 from .local_server import serve_locally
 from .mask_page import MaskPage, PageImage, SavedMask
 from .mask_preview import mask_area, mask_sheet
@@ -182,8 +182,7 @@ def read_jobs(image_dir: str | Path) -> list[ImageJob]:
     jobs = []
     for name, path in name_results(image_dir, recursive=False).items():
         image = read_image(path)
-        sha256 = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        jobs.append(ImageJob(path, name, image, sha256))
+        jobs.append(ImageJob(path, name, image, hash_pixels(image)))
     return jobs
 
 

@@ -19,7 +19,6 @@ from .generation import spell_out, use_dpm_solver
 from .images import read_image, save_png
 from .locks import lock_folder, sweep_leftovers
 from .models import Model, evaluating
-from .models.flow import Flow
 from .settings import public_name
 from .training_run import Run
 
@@ -72,7 +71,7 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir uses JPEG and timesteps only")
     if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.weights is None
-            and (isinstance(model, Flow) or model.scheduler.config.prediction_type == "v_prediction")):
+            and model.scheduler.config.get("prediction_type") != "epsilon"):
         lines.append("the model predicts velocities: on small ones masks did harm without --snr_gamma 5")
     if model.t5 is not None:
         lines.append("T5 gets no embedding of the token: it reads its spelling")

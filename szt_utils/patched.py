@@ -6,7 +6,6 @@ random crops and flips are drawn again. JPEG comes last, at the training resolut
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -19,7 +18,7 @@ from PIL import Image, ImageOps
 
 from .arguments import add_safe_zone_flags as add_flags
 from .errors import InputError, exit_on_input_error
-from .images import list_images, read_upright
+from .images import hash_pixels, list_images, read_upright
 from .joint_transform import random_states, replay
 from .masks import dilate, find_masks, read_mask, to_latent_grid
 from .notices import notice
@@ -174,7 +173,7 @@ class SafeZoneTraining:
     def mask_of(self, image: Image.Image) -> Image.Image:
         """The mask of an image that came from a file, RGB, of the image's upright size."""
         name, image = getattr(image, "filename", ""), _upright(image)
-        mask = self.masks.get(Path(name).resolve()) if name else self.masks.get(_hash_of(image))
+        mask = self.masks.get(Path(name).resolve()) if name else self.masks.get(hash_pixels(image))
         if mask is None:
             raise InputError(f"The image '{name or 'without a file'}' has no mask in "
                              f"'{self.args.loss_mask_dir}'.")
@@ -228,11 +227,6 @@ class _Dataset(torch.utils.data.Dataset):
         return example if mask is None else {**example, _MASK: mask}
 
 
-def _hash_of(image: Image.Image) -> str:
-    """The hash of an image's pixels."""
-    return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).hexdigest()
-
-
 def _find_all_masks(args: Any) -> dict[Path | str, Path]:
     """The masks of all instance images, by the images' paths and, where these are the same, their pixels.
 
@@ -251,5 +245,5 @@ def _find_all_masks(args: Any) -> dict[Path | str, Path]:
         image = read_upright(path)
         read_mask(mask, image.size)
         found[path.resolve()] = mask
-        found.setdefault(_hash_of(image), mask)
+        found.setdefault(hash_pixels(image), mask)
     return found

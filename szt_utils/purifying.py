@@ -81,9 +81,10 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
              if value is not None}
     if settings.method == "regen":
         return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, **files)]
-    if is_ddpm(path, settings.revision):
+    kind = load_index(path, settings.revision).get("_class_name", "")
+    if kind == "DDPMPipeline":
         return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, **files)]
-    if (kind := load_index(path, settings.revision).get("_class_name", "")) not in _SECOND_STAGES:
+    if kind not in _SECOND_STAGES:
         raise InputError(f"pdmpure takes a DDPMPipeline or DeepFloyd IF's second stage, but '{path}' is a "
                          f"{kind or 'folder without a model_index.json'}.")
     if not settings.upscaler:
@@ -106,11 +107,6 @@ def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str |
         raise unusable(path, cls.__name__, error) from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(best_device())
-
-
-def is_ddpm(path: str, revision: str | None = None) -> bool:
-    """Whether a folder or id holds a DDPMPipeline."""
-    return load_index(path, revision).get("_class_name") == "DDPMPipeline"
 
 
 def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:
