@@ -34,7 +34,7 @@ from szt_utils.arguments import (
     script_parser,
     user_path,
 )
-from szt_utils.errors import InputError, exit_on_input_error
+from szt_utils.errors import exit_on_input_error
 
 if TYPE_CHECKING:  # libraries that take seconds to import are imported where they are used
     import torch
@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # libraries that take seconds to import are imported where th
 
     from szt_utils.concepts import Concept, Group, Sample
     from szt_utils.models import Model
+    from szt_utils.safe_zone import SafeZone
     from szt_utils.settings import ConceptSettings, TrainingSettings
     from szt_utils.training_run import Run
 
@@ -75,9 +76,8 @@ def parse_args(argv: list[str], entry: str | None = None, unset: Sequence[str] =
 def read_settings(args: argparse.Namespace,
                   argv: list[str]) -> "tuple[TrainingSettings, list[ConceptSettings]]":
     """The frozen settings of the run, and those of every concept: one, or the entries of --concepts."""
-    from szt_utils.embedding_files import safe_file_name
     from szt_utils.hub_datasets import dataset_folder
-    from szt_utils.settings import ConceptSettings, TrainingSettings, read_entries
+    from szt_utils.settings import ConceptSettings, TrainingSettings, read_concepts
 
     shared = TrainingSettings.from_flags(vars(args))
     if args.dataset_name:
@@ -85,35 +85,22 @@ def read_settings(args: argparse.Namespace,
                                                  args.image_column or "image", args.caption_column))
     if not args.concepts:
         return shared, [ConceptSettings.from_flags(vars(args))]
-    concepts = []
-    for name, entry in read_entries(args.concepts):
-        unset = [flag for flag, value in entry.items() if value is None or value is False]  # 0 is a value
-        flags = [f"--{flag}" if value is True else f"--{flag}={value}"
-                 for flag, value in entry.items() if flag not in unset]
-        concept = ConceptSettings.from_flags(vars(parse_args([*argv, *flags], name, unset)))
-        if entry.get("output_dir") in (None, False):
-            folder = str(Path(shared.output_dir) / safe_file_name(concept.placeholder_token))
-            concept = replace(concept, output_dir=folder)
-        folders = [Path(other.output_dir).resolve() for other in concepts]
-        if Path(concept.output_dir).resolve() in folders:
-            raise InputError(f"{name}: its output folder '{concept.output_dir}' is that of another; "
-                             "give them an \"output_dir\" each.")
-        concepts.append(concept)
-    return shared, concepts
+    return shared, read_concepts(args.concepts, shared.output_dir, lambda flags, name, unset: vars(
+        parse_args([*argv, *flags], name, unset)))
 
 
-def prepare(settings: "TrainingSettings", concept: "ConceptSettings", path: Path,
+def prepare(zone: "SafeZone", resolution: int, center_crop: bool, path: Path,
             mask_path: Path | None) -> "tuple[Image.Image, torch.Tensor | None, tuple[int, int]]":
     """One training image, Pillow RGB (R, R), its mask (1, 1, R, R) or None, and its size in the file."""
     from szt_utils.images import crop_and_resize, read_image
     from szt_utils.masks import read_mask
 
-    zone, image, mask = concept.zone(settings.resolution), read_image(path), None
-    size = image.size
+    image = read_image(path)
+    size, mask = image.size, None
     if mask_path:
         mask_image = read_mask(mask_path, size)
-        mask = zone.prepare_mask(mask_image, settings.resolution, concept.center_crop)                # SZT
-    image = crop_and_resize(image, settings.resolution, concept.center_crop)
+        mask = zone.prepare_mask(mask_image, resolution, center_crop)                                 # SZT
+    image = crop_and_resize(image, resolution, center_crop)
     image = zone.purify(image)                                                                        # SZT
     return image, mask, size
 
@@ -124,15 +111,14 @@ def draw(concept: "Concept", model: "Model") -> "Sample":
     from szt_utils.latents import randn_like
     from szt_utils.timesteps import sample_timesteps
 
-    batch = next(concept.stream)
-    latents = model.latents(concept.moments.take(batch.indices, batch.flips), concept.rng)
+    chosen = next(concept.stream)
+    latents = model.latents(concept.moments.take(chosen.indices, chosen.flips), concept.rng)
     noise = randn_like(latents, concept.rng)
-    low, high, weights = 0, model.num_timesteps, None
-    low, high, weights = concept.zone.timestep_range(model.num_timesteps)                             # SZT
-    timesteps = sample_timesteps(len(latents), low, high, weights, device=latents.device,
-                                 generator=concept.rng)
-    return Sample(latents, noise, timesteps, concept.ids(batch.templates), concept.sizes_of(batch.indices),
-                  concept.mask(batch.indices, batch.flips), batch.last)
+    timestep_range = 0, model.num_timesteps
+    timestep_range = concept.zone.timestep_range(model.num_timesteps)                                 # SZT
+    timesteps = sample_timesteps(len(latents), *timestep_range, device=latents.device, generator=concept.rng)
+    return Sample(latents, noise, timesteps, concept.ids(chosen.templates), concept.sizes_of(chosen.indices),
+                  concept.mask(chosen.indices, chosen.flips), chosen.last)
 
 
 def optimize(run: "Run", model: "Model", group: "Group") -> None:
@@ -142,29 +128,31 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
     from szt_utils.outputs import save_learned, validate
 
     settings = run.settings
-    optimizer, schedule = run.optimizer(group.rows)
-    group.load_state(optimizer, schedule)
+    optimizer, lr_scheduler = run.make_optimizer(group.rows)
+    group.load_state(optimizer, lr_scheduler)
     with Journal(run, group) as journal, run.signals():
         while group.step < settings.max_train_steps and group.concepts:
             for batch in group.micro_batches(draw, model):
-                condition, losses = run.condition(model, batch.ids, batch.sizes), []
+                with run.accelerator.autocast():
+                    condition = model.condition(batch.ids, batch.sizes)
                 errors = residual(model, batch.latents, batch.noise, batch.timesteps, condition,
                                   latent_mask=batch.latent_mask).square()
+                losses = []
                 for concept, sample, error in batch.split(errors):
                     error = concept.weigh(error, sample.timesteps)
                     loss = error.mean()
                     loss = concept.zone.mean(error, sample.mask)                                      # SZT
                     journal.note(concept, loss, error, sample.mask)
                     losses.append(loss)
-                run.backward(sum(losses))
-            run.step(optimizer, schedule, group.rows)
+                run.accelerator.backward(sum(losses))
+            run.step(optimizer, lr_scheduler, group.rows)
             group.step += 1
-            stopping = run.stopping(group.step)
-            journal.end_step(schedule.get_last_lr()[0], stopping)
 
+            stopping = run.stopping(group.step)
             saving, keeping, validating = (group.step % every == 0 for every in (
                 settings.save_steps, settings.checkpointing_steps, settings.validation_steps))
             keeping |= group.step == settings.max_train_steps  # a finished run trains no further
+            journal.end_step(lr_scheduler.get_last_lr()[0], stopping or saving or keeping or validating)
             for concept in group.concepts:
                 with run.surviving(concept.settings):
                     if saving and run.rank == 0:
@@ -172,36 +160,35 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
                     if validating and concept.settings.validation_prompt is not None:
                         validate(run, model, group, concept)
                     if keeping or stopping:  # last: a resumed run does none of this step again
-                        group.save_checkpoint(concept, optimizer, schedule)
+                        group.save_checkpoint(concept, optimizer, lr_scheduler)
             if stopping:
                 break
 
 
-def train(settings: "TrainingSettings", concepts: "list[ConceptSettings]") -> None:
+def train(settings: "TrainingSettings", concept_settings: "list[ConceptSettings]") -> None:
     """Train one concept, by all processes together, or several, distributed over them."""
     from szt_utils.concepts import Group, groups, start_concepts
-    from szt_utils.outputs import begin, open_folder, save_all, upload_all
+    from szt_utils.outputs import open_folder, resume_concepts, save_all, upload_all
     from szt_utils.training_images import TrainingImages
     from szt_utils.training_run import Run
 
-    with Run(settings, len(concepts)) as run:
+    with Run(settings, len(concept_settings)) as run:
         wanted = []
         # All images are read first: whatever is wrong with them shows before a model is loaded.
-        for concept in run.share(concepts):
-            with run.surviving(concept):
-                concept = replace(concept, seed=run.seed_of(concept))
-                images = TrainingImages(concept, concept.zone(settings.resolution),
-                                        functools.partial(prepare, settings, concept))
-                open_folder(run, concept.output_dir)
-                wanted.append((concept, images))
+        for own in run.share(concept_settings):
+            with run.surviving(own):
+                own = replace(own, seed=run.seed_of(own))
+                zone = own.make_zone(settings.resolution)
+                images = TrainingImages(own, zone, functools.partial(prepare, zone, settings.resolution,
+                                                                     own.center_crop))
+                open_folder(run, own.output_dir)
+                wanted.append((own, images))
         if not wanted:
             return
         model = run.load_model()
-        concepts = begin(run, model, start_concepts(run, model, wanted))
-        frozen = [encoder.get_input_embeddings().weight.detach()[:-settings.num_vectors]
-                  for encoder in model.text_encoders]
-        for together in groups(concepts, settings.concepts_per_batch):
-            group = Group(run, model, frozen, together)
+        concepts = resume_concepts(run, model, start_concepts(run, model, wanted))
+        for members in groups(concepts, settings.concepts_per_batch):
+            group = Group(run, model, members)
             optimize(run, model, group)
             if group.step >= run.settings.max_train_steps:
                 save_all(run, model, group)

@@ -133,7 +133,7 @@ class Concept:
             self.images.paths, self.images.mask_paths or [])
         name = run.settings.resume_from_checkpoint
         found = name and find_checkpoint(self.output_dir, name)
-        messages = [f"There is no checkpoint in {self.output_dir} yet: starting anew."] * bool(name)
+        messages = [f"No checkpoint in {self.output_dir}; training starts at step 0."] * bool(name)
         if found:
             messages = [f"Resuming from {found}.", *self._resume(found)]
         run.barrier()  # all ranks have found theirs
@@ -195,7 +195,7 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
     """One of `start_concepts`; `states` keeps the random numbers of the seeds, `sizes` are those of the text
     encoders' embedding matrices in their files."""
     settings = run.settings
-    zone = wanted.zone(settings.resolution, model).fit(model.num_timesteps)
+    zone = wanted.make_zone(settings.resolution, model).fit(model.num_timesteps)
     tokenizers = copy.deepcopy(model.tokenizers)
     initializers = [add_tokens(tokenizer, wanted.placeholder_token, wanted.initializer_token,
                                settings.num_vectors)[1] for tokenizer in tokenizers]
@@ -233,7 +233,7 @@ def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: in
 
     for encoder, size in zip(model.text_encoders, sizes, strict=True):
         encoder.resize_token_embeddings(size)
-    set_seed(seed, device_specific=run.together)  # every rank draws its own noise
+    set_seed(seed, device_specific=run.one_concept)  # every rank draws its own noise
     for encoder, tokenizer in zip(model.text_encoders, tokenizers, strict=True):
         encoder.resize_token_embeddings(len(tokenizer))  # draws, in upstream too
     return Generators(run.device).state_dict()
@@ -279,18 +279,21 @@ class Group:
     trained rows of all, a parameter (K n, D) per text encoder.
     """
 
-    def __init__(self, run: Run, model: Model, frozen: list[torch.Tensor], concepts: list[Concept]):
+    def __init__(self, run: Run, model: Model, concepts: list[Concept]):
         self.run, self.step, self.members = run, concepts[0].step, concepts
         self.alone = len(concepts) == 1
-        count, self.rows = run.settings.num_vectors, []
-        for i, (encoder, matrix) in enumerate(zip(model.text_encoders, frozen, strict=True)):
-            embedding = NewRows(matrix, torch.cat([concept.start[i] for concept in concepts])).to(run.device)
+        count, self.rows, sizes = run.settings.num_vectors, [], []
+        for i, encoder in enumerate(model.text_encoders):
+            before = encoder.get_input_embeddings()  # the last group's, or a matrix that ends in new tokens
+            frozen = before.frozen if isinstance(before, NewRows) else before.weight[:-count]
+            embedding = NewRows(frozen, torch.cat([concept.start[i] for concept in concepts])).to(run.device)
             encoder.set_input_embeddings(embedding)
             encoder.train()
             self.rows.append(embedding.rows)
+            sizes.append(len(frozen))
         for i, concept in enumerate(concepts):
             concept.rows = slice(i * count, (i + 1) * count)
-            concept.caption_ids = {template: self._caption_ids(concept, caption, frozen, model.t5)
+            concept.caption_ids = {template: self._caption_ids(concept, caption, sizes, model.t5)
                                    for template, caption in concept.captions(count).items()}
 
     @property
@@ -298,17 +301,18 @@ class Group:
         """Those that have not failed."""
         return self.run.survivors(self.members)
 
-    def _caption_ids(self, concept: Concept, caption: str, frozen: list[torch.Tensor],
+    def _caption_ids(self, concept: Concept, caption: str, sizes: list[int],
                      t5: T5 | None) -> list[torch.Tensor]:
         """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder.
 
-        T5 has no rows for it, and sees its spelling.
+        `sizes` are those of the text encoders' vocabularies without new tokens. T5 has no rows for the
+        placeholder, and sees its spelling.
         """
         ids = [tokenizer(caption, padding="max_length", truncation=True,
                          max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
                for tokenizer in concept.tokenizers]
-        shifted = [torch.where(own < len(matrix), own, own + concept.rows.start).to(self.run.device)
-                   for own, matrix in zip(ids, frozen, strict=True)]
+        shifted = [torch.where(own < size, own, own + concept.rows.start).to(self.run.device)
+                   for own, size in zip(ids, sizes, strict=True)]
         return shifted if t5 is None else [*shifted, t5.tokenize(caption)[0].to(self.run.device)]
 
     def rows_of(self, concept: Concept) -> list[torch.Tensor]:
@@ -329,8 +333,8 @@ class Group:
             if not drawing:
                 break
 
-    def load_state(self, optimizer: Any, schedule: Any) -> None:
-        """Continue the optimizer, the schedule and the loss scaler of the concepts' checkpoints, if any.
+    def load_state(self, optimizer: Any, lr_scheduler: Any) -> None:
+        """Continue the optimizer, the learning rate and the loss scaler of the concepts' checkpoints, if any.
 
         The scaler, which all groups share, begins anew in a group that begins.
         """
@@ -342,16 +346,16 @@ class Group:
         states = [concept.checkpoint for concept in self.concepts]
         with readable(self.concepts[0].checkpoint_folder):
             optimizer.load_state_dict(join_rows([state["optimizer"] for state in states]))
-            schedule.load_state_dict(states[0]["lr_scheduler"])
+            lr_scheduler.load_state_dict(states[0]["lr_scheduler"])
             if scaler is not None and states[0]["scaler"] is not None:
                 scaler.load_state_dict(states[0]["scaler"])
 
-    def save_checkpoint(self, concept: Concept, optimizer: Any, schedule: Any) -> None:
+    def save_checkpoint(self, concept: Concept, optimizer: Any, lr_scheduler: Any) -> None:
         """Write a concept's checkpoint, and prune older ones; all its ranks must call this."""
         run, scaler = self.run, self.run.accelerator.scaler
         common = {"step": self.step, "rows": [part.cpu() for part in self.rows_of(concept)],
                   "optimizer": take_rows(optimizer.state_dict(), concept.rows),
-                  "lr_scheduler": schedule.state_dict(), "fingerprint": concept.fingerprint,
+                  "lr_scheduler": lr_scheduler.state_dict(), "fingerprint": concept.fingerprint,
                   "run": concept.run_id, "scaler": None if scaler is None else scaler.state_dict()}
         own = {"stream": concept.stream.state_dict(), "random": concept.generators.state_dict()}
         save_checkpoint(concept.output_dir, self.step, common, own, rank=run.rank, barrier=run.barrier)

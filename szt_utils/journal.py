@@ -55,16 +55,16 @@ class Journal:
                                          for part in (mask, 1 - mask)]
         self.losses[id(concept)].last = torch.stack([loss.detach(), *parts])
 
-    def end_step(self, lr: float, stopping: bool = False) -> None:
-        """Record the step that has just ended, at this learning rate; reads losses only when needed."""
-        group, settings = self.group, self.run.settings
+    def end_step(self, lr: float, read: bool) -> None:
+        """Record the step that has just ended, at this learning rate.
+
+        Losses are read every ten steps, and when `read` asks for it, as before files are written.
+        """
         self.progress.update(1)
-        for concept in group.concepts:
+        for concept in self.group.concepts:
             losses = self.losses[id(concept)]
-            losses.waiting.append((group.step, losses.last, lr))
-        if stopping or group.step % 10 == 0 or group.step == settings.max_train_steps or any(
-                group.step % every == 0 for every in (settings.save_steps, settings.checkpointing_steps,
-                                                      settings.validation_steps)):
+            losses.waiting.append((self.group.step, losses.last, lr))
+        if read or self.group.step % 10 == 0:
             self._read(lr)
 
     def _read(self, lr: float) -> None:
@@ -82,7 +82,7 @@ class Journal:
                 with self.run.surviving(concept.settings):
                     append_stats(concept.output_dir / "stats.jsonl", records)
                     shown.append(records[-1]["loss"])
-                    tag = "loss" if self.run.together else f"loss/{concept.name}"
+                    tag = "loss" if self.run.one_concept else f"loss/{concept.name}"
                     for record in records:
                         tracked.setdefault(record["step"], {"lr": record["lr"]})[tag] = record["loss"]
             if problem:

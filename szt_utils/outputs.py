@@ -22,7 +22,7 @@ from .models import Model, evaluating
 from .settings import public_name
 from .training_run import Run
 
-__all__ = ["begin", "open_folder", "save_all", "save_learned", "upload_all", "validate"]
+__all__ = ["open_folder", "resume_concepts", "save_all", "save_learned", "upload_all", "validate"]
 
 
 def open_folder(run: Run, path: str) -> None:
@@ -41,11 +41,16 @@ def open_folder(run: Run, path: str) -> None:
     run.barrier()
 
 
-def begin(run: Run, model: Model, concepts: list[Concept]) -> list[Concept]:
-    """Resume what is to be resumed, and say and record what is trained; the concepts that can be."""
-    settings = run.settings
+def resume_concepts(run: Run, model: Model, concepts: list[Concept]) -> list[Concept]:
+    """Load the concepts' checkpoints, write their options.json, and print what they train on.
+
+    Returns the concepts that have not failed.
+    """
+    if not concepts:
+        return []
+    # Concepts that share a run count no epochs (`check_training_flags`): the first one's stand for all.
+    run.settings = run.settings.resolved(concepts[0].stream.batches_per_epoch, run.num_ranks)
     for concept in concepts:
-        run.settings = settings.resolved(concept.stream.batches_per_epoch, run.num_ranks)
         with run.surviving(concept.settings):
             messages = concept.begin(run)
             if run.rank == 0:
@@ -72,9 +77,10 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
         lines.append("--szt without --loss_mask_dir uses JPEG and timesteps only")
     if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.weights is None
             and model.scheduler.config.get("prediction_type") != "epsilon"):
-        lines.append("the model predicts velocities: on small ones masks did harm without --snr_gamma 5")
+        lines.append("the model predicts velocities: add --snr_gamma 5; without it, masks lowered the "
+                     "quality on small models")
     if model.t5 is not None:
-        lines.append("T5 gets no embedding of the token: it reads its spelling")
+        lines.append("T5 has no embedding for the placeholder; it reads its letters")
     if model.family == "SDXL":
         lines.append(f"pooled token: {run.settings.pooled_token}, as "
                      + ("Diffusers does; ComfyUI, A1111 and kohya pool the end of the text (--pooled_token "
@@ -83,7 +89,7 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
     if run.settings.use_8bit_adam:
         lines.append("--use_8bit_adam is ignored: it would save nothing for a few rows")
     for line in lines:
-        tqdm.write(line if run.together else f"{concept.name}: {line}")
+        tqdm.write(line if run.one_concept else f"{concept.name}: {line}")
 
 
 def save_learned(run: Run, model: Model, group: Group, concept: Concept, tail: str = "") -> None:

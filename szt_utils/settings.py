@@ -1,15 +1,17 @@
 """The frozen settings of a training run: those that all concepts share, and those of each concept."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .embedding_files import safe_file_name
 from .errors import InputError
 from .files import read_json
 from .safe_zone import SafeZone
 
-__all__ = ["ConceptSettings", "TrainingSettings", "public_name", "read_entries"]
+__all__ = ["ConceptSettings", "TrainingSettings", "public_name", "read_concepts"]
 
 _PATHS = {"pretrained_model_name_or_path", "tokenizer_name", "train_data_dir", "loss_mask_dir", "output_dir",
           "project_dir", "logging_dir", "resume_from_checkpoint", "concepts"}
@@ -45,7 +47,7 @@ class ConceptSettings:
         names = [each.name for each in fields(cls) if each.name != "zone_flags"]
         return (*names, *(each.name for each in fields(SafeZone)))
 
-    def zone(self, resolution: int, model: Any = None) -> SafeZone:
+    def make_zone(self, resolution: int, model: Any = None) -> SafeZone:
         """The SafeZone of these flags, with the paper's values for the others if `szt`."""
         if self.szt:
             return SafeZone.paper(resolution, model, **self.zone_flags)
@@ -138,9 +140,34 @@ class TrainingSettings:
                 if name not in ("hub_token", "zone_flags")}
 
 
-def read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a --concepts file, a JSON list of objects of `ConceptSettings.flags`, each with its name
-    for error messages; InputError for something else."""
+def read_concepts(path: str | Path, output_dir: str,
+                  parse: Callable[[list[str], str, list[str]], dict[str, Any]]) -> list[ConceptSettings]:
+    """The concepts of a --concepts file, a JSON list of objects of `ConceptSettings.flags`.
+
+    `parse(flags, name, unset)` parses an entry's flags on top of the command line's; errors begin with
+    `name`, and flags that are `unset` get their defaults. An entry without an output_dir gets a folder in
+    `output_dir`. InputError for another file, and for entries that share a folder.
+    """
+    concepts, folders = [], set()
+    for name, entry in _read_entries(path):
+        unset = [flag for flag, value in entry.items() if value is None or value is False]  # 0 is a value
+        flags = [f"--{flag}" if value is True else f"--{flag}={value}"
+                 for flag, value in entry.items() if flag not in unset]
+        concept = ConceptSettings.from_flags(parse(flags, name, unset))
+        if "output_dir" not in entry or "output_dir" in unset:
+            folder = str(Path(output_dir) / safe_file_name(concept.placeholder_token))
+            concept = replace(concept, output_dir=folder)
+        folder = Path(concept.output_dir).resolve()
+        if folder in folders:
+            raise InputError(f"{name}: its output folder '{concept.output_dir}' is another concept's, too; "
+                             "set an \"output_dir\" of its own.")
+        folders.add(folder)
+        concepts.append(concept)
+    return concepts
+
+
+def _read_entries(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """The entries of a --concepts file, each with its name for error messages."""
     entries = read_json(path, "file of --concepts,")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"The file of --concepts, '{path}', must hold a list of objects, one per concept.")

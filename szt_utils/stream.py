@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Batch", "Generators", "SampleStream"]
+__all__ = ["Generators", "SampleIndices", "SampleStream"]
 
 
 class Generators:
@@ -43,7 +43,7 @@ class Generators:
 
 
 @dataclass
-class Batch:
+class SampleIndices:
     """`indices` of images, `flips` (mirror it?) and caption `templates` of one batch;
     is it the epoch's last?"""
 
@@ -85,19 +85,19 @@ class SampleStream:
     def _shuffle(self) -> None:
         self.order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist()
 
-    def _fetch(self, position: int) -> Batch:
+    def _fetch(self, position: int) -> SampleIndices:
         start = (position * self.num_ranks + self.rank) % self.total_batches * self.batch_size
         draws = self.generators
         images = [i % len(self.templates) for i in self.order[start:start + self.batch_size]]
         samples = [(image, draws.python.choice(self.templates[image]),
                     bool(torch.rand(1, generator=draws.cpu) < 0.5)) for image in images]
         indices, templates, flips = map(list, zip(*samples, strict=True))
-        return Batch(indices, flips, templates, last=position + 1 == self.batches_per_epoch)
+        return SampleIndices(indices, flips, templates, last=position + 1 == self.batches_per_epoch)
 
     def __iter__(self):
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> SampleIndices:
         if self.pending is None:
             self._start_epoch()
             self.pending = self._fetch(0)
@@ -113,5 +113,5 @@ class SampleStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed, self.position = state["seed"], state["position"]
-        self.pending = state["pending"] and Batch(**state["pending"])
+        self.pending = state["pending"] and SampleIndices(**state["pending"])
         self._shuffle()

@@ -17,7 +17,7 @@ from .checkpoints import find_checkpoint, load_common
 from .devices import dtype_of
 from .errors import InputError, file_error
 from .fingerprint import hash_t5, hash_weights
-from .models import Condition, Model, find_family
+from .models import Model, find_family
 from .settings import ConceptSettings, TrainingSettings
 
 __all__ = ["Run"]
@@ -37,14 +37,14 @@ class Run:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-        self.settings, self.together = settings, count == 1
+        self.settings, self.one_concept = settings, count == 1
         self.failures: dict[str, str] = {}
         self.stopped: signal.Signals | None = None
         self.resources = ExitStack()
-        self._agreed, self._agree_at = (0, time.monotonic()), 0  # the last agreement, the step of the next
+        self._last_agreement, self._next_agreement = (0, time.monotonic()), 0  # (step, time), step
         folder = Path(settings.output_dir)
         # Processes with concepts of their own meet at the end only.
-        patience = [] if self.together else [InitProcessGroupKwargs(timeout=timedelta(days=365))]
+        patience = [] if self.one_concept else [InitProcessGroupKwargs(timeout=timedelta(days=365))]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a missing tracker is reported by `start_trackers`
@@ -64,7 +64,7 @@ class Run:
         if started > self.num_processes:
             raise InputError(f"{started} processes were started, but Accelerate sees {self.num_processes}: "
                              "on a CPU, set the environment variable ACCELERATE_USE_CPU=1.")
-        self.rank, self.num_ranks = (self.process, self.num_processes) if self.together else (0, 1)
+        self.rank, self.num_ranks = (self.process, self.num_processes) if self.one_concept else (0, 1)
         self.device, self.dtype = self.accelerator.device, dtype_of(self.accelerator.mixed_precision)
         self._quiet()
 
@@ -87,24 +87,25 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []
-        if not self.together and not self.stopped:
+        if not self.one_concept and not self.stopped:
             self.accelerator.wait_for_everyone()  # launchers end all processes when one reports a failure
         self.accelerator.end_training()
         if self.stopped:
-            print("Stopped. The same command with --resume_from_checkpoint latest goes on.", file=sys.stderr)
+            print("Stopped. To continue, repeat the command with --resume_from_checkpoint latest.",
+                  file=sys.stderr)
             sys.exit(128 + self.stopped)
         if self.failures:
             raise InputError(" ".join(self.failures.values()))
 
     def share(self, concepts: list[T]) -> list[T]:
         """The concepts that this process trains: the one of all processes, or its part of several."""
-        return concepts if self.together else concepts[self.process::self.num_processes]
+        return concepts if self.one_concept else concepts[self.process::self.num_processes]
 
     def agree(self, seed: int) -> int:
         """The seed of rank 0, when all processes train one concept together; else this process's own."""
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([seed])[0] if self.together and self.num_ranks > 1 else seed
+        return broadcast_object_list([seed])[0] if self.one_concept and self.num_ranks > 1 else seed
 
     def seed_of(self, concept: ConceptSettings) -> int:
         """The seed of --seed, of the run that is resumed, or a new one; the same on all ranks."""
@@ -121,7 +122,7 @@ class Run:
         try:
             yield
         except (InputError, OSError) as error:
-            if self.together:
+            if self.one_concept:
                 raise
             named = isinstance(error, OSError) and error.filename
             self.fail(concept, file_error(error) if named else str(error))
@@ -134,9 +135,9 @@ class Run:
         """Note that a concept failed; of several, say so at once."""
         from tqdm.auto import tqdm
 
-        if not self.together:
+        if not self.one_concept:
             message = f"{Path(concept.output_dir).name}: {message}"
-            tqdm.write(f"{message} The other concepts go on.", file=sys.stderr)
+            tqdm.write(f"{message} The other concepts continue.", file=sys.stderr)
         self.failures[concept.output_dir] = message
 
     @contextmanager
@@ -168,12 +169,13 @@ class Run:
         steps if these are faster."""
         if self.num_ranks == 1:
             return self.stopped is not None
-        if step < self._agree_at:
+        if step < self._next_agreement:
             return False
-        (before, start), now = self._agreed, time.monotonic()
-        seconds, asked = self._sum((now - start) / self.num_ranks, self.stopped is not None)
-        self._agreed = step, now
-        self._agree_at = step + max(1, min(10, int(5 * (step - before) / seconds)))
+        (last_step, last_time), now = self._last_agreement, time.monotonic()
+        total, asked = self._sum(now - last_time, self.stopped is not None)
+        seconds_per_step = total / self.num_ranks / (step - last_step)  # the same on all ranks
+        self._last_agreement = step, now
+        self._next_agreement = step + max(1, min(10, int(5 / seconds_per_step)))
         if asked:
             self.stopped = self.stopped or signal.SIGTERM
         return asked > 0
@@ -249,36 +251,28 @@ class Run:
         for network in (model.network, *model.text_encoders):
             network.compile()
 
-    def condition(self, model: Model, ids: list[torch.Tensor], sizes: torch.Tensor | None) -> Condition:
-        """The model's condition, from text encoders in float32 under autocast; gradients flow."""
-        with self.accelerator.autocast():
-            return model.condition(ids, sizes)
-
-    def optimizer(self, rows: list[torch.nn.Parameter]) -> tuple[Any, Any]:
-        """AdamW on the rows, and the schedule of its learning rate."""
+    def make_optimizer(self, rows: list[torch.nn.Parameter]) -> tuple[Any, Any]:
+        """AdamW on the rows, and the scheduler of its learning rate."""
         from diffusers.optimization import get_scheduler
 
         settings = self.settings
         optimizer = torch.optim.AdamW(
             rows, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon)
-        schedule = get_scheduler(settings.lr_scheduler, optimizer,
-                                 num_warmup_steps=settings.lr_warmup_steps,
-                                 num_training_steps=settings.max_train_steps,
-                                 num_cycles=settings.lr_num_cycles)
-        return self.accelerator.prepare(optimizer), schedule
+        lr_scheduler = get_scheduler(settings.lr_scheduler, optimizer,
+                                     num_warmup_steps=settings.lr_warmup_steps,
+                                     num_training_steps=settings.max_train_steps,
+                                     num_cycles=settings.lr_num_cycles)
+        return self.accelerator.prepare(optimizer), lr_scheduler
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss)
-
-    def step(self, optimizer: Any, schedule: Any, rows: list[torch.nn.Parameter]) -> None:
-        """Average the rows' gradients over the ranks and take one step of the optimizer and the schedule."""
+    def step(self, optimizer: Any, lr_scheduler: Any, rows: list[torch.nn.Parameter]) -> None:
+        """Average the rows' gradients over the ranks, then step the optimizer and the learning rate."""
         for part in rows if self.num_ranks > 1 else []:
             part.grad = self.accelerator.reduce(part.grad, "mean")
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:
-            schedule.step()
+            lr_scheduler.step()
 
     def start_trackers(self, options: dict[str, Any]) -> None:
         """Hand the settings to the trackers of --report_to."""

@@ -219,7 +219,7 @@ def test_a_concept_can_go_without_a_defence_of_the_command_line(tiny_model, entr
      "Concept 1 of .*--jpeg_quality: 0 is not at least 1 and at most 100"),
     ('[{"placeholder_token": "<a>", "train_data_dir": "x", "initializer_token": "star"},'
      ' {"placeholder_token": "<a>", "train_data_dir": "y", "initializer_token": "star"}]',
-     "Concept 2 of .*is that of another")])
+     "Concept 2 of .*is another concept's, too")])
 def test_a_file_that_cannot_be_used(tiny_model, tmp_path, content, message):
     (tmp_path / "concepts.json").write_text(content)
     with pytest.raises(SystemExit, match=message) as caught:
