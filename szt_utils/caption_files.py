@@ -9,10 +9,7 @@ from .errors import InputError
 from .files import parse_json, read_text
 from .settings import ConceptSettings
 
-__all__ = ["CAPTION_MODES", "METADATA", "caption_templates", "insert_token", "read_captions",
-           "read_metadata"]
-
-CAPTION_MODES = ("template", "file", "both")
+__all__ = ["METADATA", "caption_templates", "insert_token", "read_captions", "read_metadata"]
 
 METADATA = "metadata.jsonl"  # as in image folders of the datasets library: file_name and text
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from . import pocket
@@ -26,8 +25,7 @@ from .generation import generate, load_pipeline, spell_out
 from .images import contact_sheet, list_images, read_image, save_png
 from .metrics import METRICS, Networks, score_images
 
-__all__ = ["EvaluationSettings", "evaluate_embedding", "evaluate_to_folder", "evaluate_token",
-           "find_embedding"]
+__all__ = ["EvaluationSettings", "evaluate_embedding", "evaluate_to_folder", "evaluate_token"]
 
 # The settings that decide the images; metrics and networks may change from run to run.
 _DECISIVE = ("pretrained_model_name_or_path", "revision", "variant", "images_per_prompt",
@@ -92,14 +90,9 @@ def find_embedding(path: str | Path) -> Path:
 
 
 def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image], prompts: Sequence[str],
-                       networks: Networks, *, device: torch.device | str = "cpu",
-                       pipeline_options: dict[str, Any] | None = None,
-                       **options: Any) -> tuple[list[Image.Image], dict[str, float]]:
-    """`evaluate_token` of a learned embedding's file with a Diffusers model, `as_trained`.
-
-    `pipeline_options` go to `generation.load_pipeline`, other options to `evaluate_token`.
-    """
-    pipeline = load_pipeline(model, device=device, **(pipeline_options or {}))
+                       networks: Networks, **options: Any) -> tuple[list[Image.Image], dict[str, float]]:
+    """`evaluate_token` of a learned embedding's file with a Diffusers model, `as_trained`."""
+    pipeline = load_pipeline(model)
     token = load_into(pipeline, embedding)
     return evaluate_token(pipeline, token, real, prompts, networks, **as_trained(embedding), **options)
 

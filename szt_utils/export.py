@@ -8,7 +8,7 @@
 
 import hashlib
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from .caption_files import insert_token, read_captions
 from .captions import templates_for
 from .errors import InputError
 from .folder_run import FolderRun
-from .images import check_resolution, from_pil, list_images, name_results, read_image
+from .image_formats import sort_files
+from .images import check_resolution, from_pil, name_results, png_bytes, read_image
 from .masks import dilate, find_masks, read_mask
 from .notices import notice
 from .safe_zone import SafeZone
 from .trainers import TRAINERS
-from .trainers.buckets import fit, nearest_bucket
+from .trainers.buckets import Size, fit, nearest_bucket
 from .trainers.family import FAMILIES
 from .trainers.trainer import Plan, Trainer
 
@@ -86,18 +87,20 @@ def export_folder(output_dir: str | Path, settings: ExportSettings) -> None:
     check_resolution(plan.resolution)
     jobs = _find_jobs(settings, trainer)
     with FolderRun(output_dir, "export_dataset.py", asdict(settings), settings.image_dir) as run:
-        made = {job.stem: _summary(_make(job, trainer, plan)) for job in jobs}
-        work = run.missing(jobs, lambda job: list(made[job.stem][1]), lambda job, record: (
-            record.get("sha256") == made[job.stem][0]))
-        plan = Plan(plan.folder, plan.family, plan.zone, plan.resolution, plan.token,
-                    any(job.mask for job in jobs), sorted({size for _, _, size in made.values()}),
-                    {f"{job.stem}.png": job.caption for job in jobs})
+        # All are made once before the first is written, and again to be written: they would fill the memory.
+        made = {job: _Summary.of(_make(job, trainer, plan)) for job in jobs}
+        work = run.missing(jobs, lambda job: made[job].names,
+                           lambda job, record: record.get("sha256") == made[job].sha256)
+        plan = replace(plan, has_masks=any(job.mask for job in jobs),
+                       sizes=sorted({summary.size for summary in made.values()}),
+                       captions={f"{job.stem}.png": job.caption for job in jobs})
+        texts = trainer.configs(plan) | {"README.md": _readme(plan, trainer)}
         run.begin(version=trainer.version, t_min=plan.zone.t_min, mask_dilation=plan.zone.mask_dilation)
         for job in work:
-            run.save([{"file": job.image_name, "source": job.image.name, "sha256": made[job.stem][0]}],
-                     _make(job, trainer, plan))
-        _save_texts(run, trainer.configs(plan) | {"README.md": _readme(plan, trainer)})
-        _name_leftovers(run, jobs, trainer)
+            run.save([{"file": job.image_name, "source": job.image.name, "sha256": made[job].sha256}],
+                     run.without_kept(_make(job, trainer, plan)))
+        _save_texts(run, texts)
+        _name_leftovers(run, {name for summary in made.values() for name in summary.names})
     print(f"'{output_dir}' is ready for {trainer.title}: see its README.md.")
 
 
@@ -114,6 +117,7 @@ def _find_jobs(settings: ExportSettings, trainer: Trainer) -> list[_Job]:
     elif settings.loss_mask_dir:
         notice(f"{trainer.title} has no masked loss; the masks are left out.")
     given, templates = read_captions(settings.image_dir, paths), templates_for(settings.learnable_property)
+    print(f"{len(given)} of {len(paths)} images have captions; the others get templates.")
     jobs = []
     for i, (name, path) in enumerate(named.items()):
         caption = insert_token(given.get(path, templates[i % len(templates)]), settings.placeholder_token,
@@ -130,29 +134,33 @@ def _make(job: _Job, trainer: Trainer, plan: Plan) -> dict[str, bytes]:
     """The files of an image by name: itself, its mask, and its caption."""
     image = read_image(job.image)
     size = nearest_bucket(image.size, trainer.buckets(plan.resolution, plan.family.name))
-    files = {job.image_name: _png(plan.zone.purify(fit(image, size, Image.Resampling.BICUBIC)))}
+    files = {job.image_name: png_bytes(plan.zone.purify(fit(image, size, Image.Resampling.BICUBIC)))}
     if job.mask:
         mask = from_pil(fit(read_mask(job.mask, image.size), size, Image.Resampling.NEAREST))
         if not mask.any():
             raise InputError(f"The mask '{job.mask}' is all black after cropping to {size[0]} x {size[1]} "
                              "pixels.")
         grown = dilate(mask, plan.zone.mask_dilation)[0, 0].numpy() * 255
-        files[trainer.mask_name.format(job.stem)] = _png(Image.fromarray(grown.astype(np.uint8)))
+        files[trainer.mask_name.format(job.stem)] = png_bytes(Image.fromarray(grown.astype(np.uint8)))
     if trainer.caption_files:
         files[f"images/{job.stem}.txt"] = (job.caption + "\n").encode()
     return files
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class _Summary:
+    """The files of an image: their names, the hash of their contents, and the image's size."""
 
+    names: list[str]
+    sha256: str
+    size: Size
 
-def _summary(files: dict[str, bytes]) -> tuple[str, list[str], tuple[int, int]]:
-    """The hash of an image's files, their names, and the image's size."""
-    image = Image.open(io.BytesIO(next(iter(files.values()))))
-    return hashlib.sha256(b"".join(files.values())).hexdigest(), list(files), image.size
+    @classmethod
+    def of(cls, files: dict[str, bytes]) -> "_Summary":
+        """That of files whose first is the image."""
+        with Image.open(io.BytesIO(next(iter(files.values())))) as image:
+            size = image.size
+        return cls(list(files), hashlib.sha256(b"".join(files.values())).hexdigest(), size)
 
 
 def _save_texts(run: FolderRun, texts: dict[str, str]) -> None:
@@ -165,13 +173,13 @@ def _save_texts(run: FolderRun, texts: dict[str, str]) -> None:
             run.save([{"file": name}], {name: content})
 
 
-def _name_leftovers(run: FolderRun, jobs: list[_Job], trainer: Trainer) -> None:
-    """Name exported images whose image is no longer there: the trainer would train on them."""
-    names = {job.image_name for job in jobs}
-    kept = [path.name for path in list_images(run.folder / "images") if f"images/{path.name}" not in names]
-    if kept:
-        notice(f"'{run.folder / 'images'}' holds images that are not in --image_dir, such as '{kept[0]}'; "
-               "delete what is not to be trained on.")
+def _name_leftovers(run: FolderRun, names: set[str]) -> None:
+    """Name images and masks of images that are no longer there: a trainer would use them, or end."""
+    found = [path.relative_to(run.folder).as_posix() for folder in ("images", "masks")
+             for path in sort_files(sorted((run.folder / folder).glob("[!.]*")))[0]]
+    if left := [name for name in found if name not in names]:
+        notice(f"'{run.folder}' holds files of images that are not in --image_dir ({len(left)}), such as "
+               f"'{left[0]}'; delete what is not to be trained on.")
 
 
 def _readme(plan: Plan, trainer: Trainer) -> str:

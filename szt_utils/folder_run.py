@@ -8,7 +8,6 @@ record per result: {"file": its name, "sha256": hash of what it was made of, ...
 import collections
 import contextlib
 import hashlib
-import io
 import os
 import subprocess
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 
 from .errors import InputError, printable
 from .files import append_stats, read_json, read_stats, write_bytes, write_json
+from .images import png_bytes
 from .locks import lock_folder, sweep_leftovers
 
 __all__ = ["FolderRun", "Record", "library_versions", "open_run", "provenance", "sha256_of"]
@@ -72,7 +72,7 @@ class FolderRun:
                 self._made[name, str(digest)] = record
 
     def find(self, name: str) -> tuple[Record | None, bool]:
-        """The record that a result was made with, None without one; and whether it was changed by hand."""
+        """The record of a result, None without one; and whether its file was changed by hand."""
         latest = self.latest.get(name)
         if not os.path.isfile(self.folder / name):
             return None, False
@@ -85,16 +85,16 @@ class FolderRun:
 
     def missing(self, jobs: Sequence[Job], names: Callable[[Job], Sequence[str]],
                 is_current: Callable[[Job, Record], bool]) -> list[Job]:
-        """The jobs that lack a result or whose record is not current, without those changed by hand.
+        """The jobs that lack a result, or with one whose record is not current.
 
-        `names(job)` are the names of its results. Prints how many there are, and what is kept.
+        `names(job)` are the names of its results; those changed by hand do not count. Prints how many jobs
+        there are, and what is kept.
         """
         work, kept = [], []
         for job in jobs:
             found = {name: self.find(name) for name in names(job)}
-            changed = [name for name, (_, by_hand) in found.items() if by_hand]
-            kept += changed
-            if not changed and not all(record and is_current(job, record) for record, _ in found.values()):
+            kept += [name for name, (_, by_hand) in found.items() if by_hand]
+            if not all(by_hand or (record and is_current(job, record)) for record, by_hand in found.values()):
                 work.append(job)
         where = f" in '{printable(self.image_dir)}'" if self.image_dir else ""
         print(f"{len(jobs)} images{where}, {len(work)} of them to do.")
@@ -133,6 +133,10 @@ class FolderRun:
         append_stats(self.folder / "stats.jsonl", records)
         self._remember(records)
 
+    def without_kept(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Results by name, without those that were changed by hand."""
+        return {name: content for name, content in files.items() if not self.find(name)[1]}
+
     def save(self, records: Sequence[Record], files: Mapping[str, bytes]) -> None:
         """Write results by name, and their records.
 
@@ -147,9 +151,7 @@ class FolderRun:
 
     def save_image(self, record: Record, image: Image.Image) -> None:
         """Write the image `record["file"]` as a PNG, and its record."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        self.save([record], {record["file"]: buffer.getvalue()})
+        self.save([record], {record["file"]: png_bytes(image)})
 
     def work(self, batches: Iterable[list[Job]],
              make: Callable[[list[Job]], list[tuple[Record, Image.Image]]]) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .images import read_image, save_png
-from .models.parts import allow_clip_skip, load_index, pipeline_parts, quiet_loading, unusable
+from .models.parts import allow_clip_skip, read_pipeline
 from .schedules import kind_of
 
 __all__ = ["generate", "load_pipeline", "spell_out", "use_dpm_solver"]
@@ -28,17 +28,10 @@ def load_pipeline(model: str | Path, embedding: str | Path | None = None,
     The embedding's token is loaded when an embedding is given. InputError for a model that is none of images
     from prompts, cannot be loaded or lacks weights.
     """
-    import diffusers
+    from diffusers import AutoPipelineForText2Image
 
-    try:
-        index = load_index(str(model), revision)
-        options = pipeline_parts(index, str(model), torch_dtype, revision, variant)
-        with quiet_loading():
-            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, revision=revision,
-                                                                           **options)
-    except Exception as error:
-        raise unusable(str(model), "text-to-image pipeline", error) from None
-    pipeline.to(device).set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(AutoPipelineForText2Image, str(model), torch_dtype, revision, variant,
+                             "text-to-image pipeline").to(device)
     use_dpm_solver(pipeline)
     if embedding is not None:
         load_into(pipeline, embedding)

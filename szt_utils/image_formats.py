@@ -44,7 +44,9 @@ def sort_files(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     paths, skipped = [], []
     for path in files:
         suffix = path.suffix.lower()
-        if suffix in SUFFIXES or (suffix in others and _begins_as_image(path)):
+        if not path.is_file():  # a link that leads nowhere, mostly
+            skipped += [path] if suffix in SUFFIXES | _SKIPPED_SUFFIXES else []
+        elif suffix in SUFFIXES or (suffix in others and _begins_as_image(path)):
             paths.append(path)
         elif suffix in _SKIPPED_SUFFIXES or _begins_as_image(path):
             skipped.append(path)

@@ -7,6 +7,7 @@ animation gives its first frame.
 
 import contextlib
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from .image_formats import SUFFIXES, describe_skipped, formats, sort_files
 from .notices import notice
 
 __all__ = ["MASK_ENDING", "check_resolution", "contact_sheet", "crop_and_resize", "from_pil", "hash_pixels",
-           "list_images", "max_pixels", "name_results", "read_image", "read_upright", "reading", "save_png",
-           "to_pil", "to_vae_range"]
+           "list_images", "max_pixels", "name_results", "png_bytes", "read_image", "read_upright", "reading",
+           "save_png", "to_pil", "to_vae_range"]
 
 MASK_ENDING = "-masklabel"  # of the stem of a mask that lies beside its image
 _MAX_PIXELS = 2**26  # 8192 x 8192, unless --max_image_pixels says otherwise
@@ -40,9 +41,9 @@ def list_images(folder: str | Path, recursive: bool = False, masks: bool = False
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"The image folder '{folder}' does not exist or is not a folder.")
-    files = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    paths, skipped = sort_files(files)
+    everything = folder.rglob("*") if recursive else folder.iterdir()
+    paths, skipped = sort_files(sorted(path for path in everything if not path.is_dir() and not any(
+        part.startswith(".") for part in path.relative_to(folder).parts)))
     paths = [path for path in paths if masks or not path.stem.endswith(MASK_ENDING)]
     if not paths:
         raise InputError(f"The image folder '{folder}' holds no image ({', '.join(sorted(SUFFIXES))}). "
@@ -57,12 +58,12 @@ def name_results(folder: str | Path, recursive: bool = True) -> dict[str, Path]:
 
     InputError when two images would have the same result.
     """
-    named = {}
+    named, taken = {}, {}
     for path in list_images(folder, recursive):
         name = path.relative_to(folder).with_suffix(".png").as_posix()
-        if name in named:
-            raise InputError(f"'{named[name].name}' and '{path.name}' would both become '{name}'; "
-                             "rename one.")
+        same = taken.setdefault(name.casefold(), path)  # names that differ in case only are one on some disks
+        if same != path:
+            raise InputError(f"'{same.name}' and '{path.name}' would both become '{name}'; rename one.")
         named[name] = path
     return named
 
@@ -138,7 +139,7 @@ def check_resolution(resolution: int) -> None:
 
 
 def hash_pixels(image: Image.Image) -> str:
-    """SHA-256 of an image's size and pixels in RGB."""
+    """SHA-256 of an image's size and of its pixels in RGB, without its alpha."""
     return hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).hexdigest()
 
 
@@ -178,6 +179,13 @@ def to_vae_range(images: torch.Tensor) -> torch.Tensor:
     levels.
     """
     return (2 * (images * 255) - 255) / 255
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The content of an image's PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

@@ -93,8 +93,8 @@ def make_maps(settings: MapSettings, output_dir: str | Path) -> None:
                         **{name: of_kind[i, j].mean().item() for name, of_kind in maps.items()}}
                        for i, token in enumerate(labels) for j, t in enumerate(settings.timesteps)]
             contents = render_maps(image, maps, labels, settings)
-            run.save(records, {folders[path] + name: content
-                               for name, content in zip(RESULTS, contents, strict=True)})
+            files = {folders[path] + name: content for name, content in zip(RESULTS, contents, strict=True)}
+            run.save(records, run.without_kept(files))
 
 
 def _input_hash(path: str, resolution: int, settings: MapSettings) -> str:

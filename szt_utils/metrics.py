@@ -117,12 +117,18 @@ def inception_features(images: list[Image.Image], weights: str | Path, batch_siz
 
 
 def similarity(generated: torch.Tensor, real: torch.Tensor) -> float:
-    """Mean cosine similarity over all pairs of a generated and a real image's features, (N, D) and (M, D)."""
+    """Mean cosine similarity over all pairs of a generated and a real image's features.
+
+    These are (N, D) and (M, D), and of unit length.
+    """
     return (generated @ real.T).mean().item()
 
 
 def pairwise_similarity(features: torch.Tensor) -> float:
-    """Mean cosine similarity over all pairs of different images, (N, D); InputError for N < 2."""
+    """Mean cosine similarity over all pairs of different images' features, (N, D) of unit length.
+
+    InputError for N < 2.
+    """
     n = len(features)
     if n < 2:
         raise InputError("The similarity of real images to each other needs at least two of them.")

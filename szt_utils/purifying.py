@@ -14,7 +14,7 @@ from .errors import InputError
 from .folder_run import FolderRun, Record, sha256_of
 from .image_rng import image_generator
 from .images import crop_and_resize, from_pil, name_results, read_image, to_pil
-from .models.parts import load_index, pipeline_parts, quiet_loading, unusable
+from .models.parts import load_index, read_pipeline
 from .purify import DEFAULTS, PURIFIERS, check_strength
 
 __all__ = ["PurifySettings", "purify_folder"]
@@ -76,14 +76,12 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
     """The purifier's name in PURIFIERS and its Diffusers pipelines."""
     import diffusers
 
-    path = settings.pretrained_model_name_or_path
-    files = {name: value for name, value in (("revision", settings.revision), ("variant", settings.variant))
-             if value is not None}
+    path, files = settings.pretrained_model_name_or_path, (settings.revision, settings.variant)
     if settings.method == "regen":
-        return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, **files)]
+        return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, *files)]
     kind = load_index(path, settings.revision).get("_class_name", "")
     if kind == "DDPMPipeline":
-        return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, **files)]
+        return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, *files)]
     if kind not in _SECOND_STAGES:
         raise InputError(f"pdmpure takes a DDPMPipeline or DeepFloyd IF's second stage, but '{path}' is a "
                          f"{kind or 'folder without a model_index.json'}.")
@@ -91,22 +89,13 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
         raise InputError(f"The model '{path}' is IF's second stage, which needs --upscaler, such as "
                          "stabilityai/stable-diffusion-x4-upscaler.")
     return "pdmpure_if", [
-        load_pipeline(diffusers.IFImg2ImgSuperResolutionPipeline, path, settings, **files),
+        load_pipeline(diffusers.IFImg2ImgSuperResolutionPipeline, path, settings, *files),
         load_pipeline(diffusers.StableDiffusionUpscalePipeline, settings.upscaler, settings)]
 
 
-def load_pipeline(cls: type, path: str, settings: PurifySettings, **files: str | None) -> Any:
-    """A Diffusers pipeline of a folder or id, on the GPU if there is one; InputError when it cannot load."""
-    weights = dict(files)
-    dtype = dtype_of(settings.mixed_precision)
-    try:
-        files |= pipeline_parts(load_index(path, files.get("revision")), path, dtype, **weights)
-        with quiet_loading():
-            pipeline = cls.from_pretrained(path, **files)
-    except Exception as error:
-        raise unusable(path, cls.__name__, error) from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(best_device())
+def load_pipeline(cls: type, path: str, settings: PurifySettings, *files: str | None) -> Any:
+    """`read_pipeline` in the settings' precision, on the GPU if there is one."""
+    return read_pipeline(cls, path, dtype_of(settings.mixed_precision), *files).to(best_device())
 
 
 def read_tensor(path: Path, resolution: int | None) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .timesteps import (
 
 __all__ = ["PAPER_JPEG_QUALITY", "PAPER_LOG_SNR", "PAPER_T_MIN", "Density", "SafeZone", "paper_dilation"]
 
-# Numbers of [0, 1): a function of how many, or a tensor of them.
+# Random numbers in [0, 1): a function of their count, or a tensor.
 Density = Callable[[int], torch.Tensor] | torch.Tensor
 
 PAPER_JPEG_QUALITY = 25
@@ -88,6 +88,9 @@ class SafeZone:
                                    ("mask normalization", self.mask_normalization, NORMALIZATIONS)):
             if value not in known:
                 raise InputError(f"Unknown {name} '{value}'; choose from: {', '.join(known)}.")
+        if self.t_min < 0 or (self.t_max is not None and self.t_max <= self.t_min):
+            raise InputError(f"The timestep range needs 0 <= t_min < t_max, but t_min is {self.t_min} and "
+                             f"t_max is {self.t_max}.")
         if self.mask_dilation < 0:
             raise InputError(f"The mask dilation must not be negative, but is {self.mask_dilation}.")
 
@@ -109,7 +112,7 @@ class SafeZone:
         """The same zone with t_max filled in for a model; InputError when the model lacks these timesteps."""
         zone = replace(self, t_max=num_timesteps if self.t_max is None else self.t_max)
         check_range(zone.t_min, zone.t_max, num_timesteps)
-        zone.weights(num_timesteps)
+        zone.weights(num_timesteps)  # which refuses a distribution that gives no timestep a chance
         return zone
 
     def purify(self, image: Image.Image) -> Image.Image:

@@ -222,13 +222,31 @@ def test_the_same_command_again_does_what_is_missing_and_keeps_what_was_changed(
         export("kohya", "sd15")
 
 
-def test_an_image_that_is_gone_from_the_folder_is_named(images, masks, tmp_path, capsys):
-    source = make_images(tmp_path / "in")
-    settings = ExportSettings(str(source), "musubi", "z-image", "sks", resolution=128)
+def test_a_caption_that_was_changed_keeps_no_other_file_from_being_made_again(export, tmp_path, capsys):
+    own = make_masks(tmp_path / "masks")
+    folder = export("kohya", "sdxl", loss_mask_dir=str(own))
+    (folder / "images" / "a.txt").write_text("my own caption")
+    (folder / "masks" / "a.png").unlink()
+    image = (folder / "images" / "a.png").read_bytes()
+    Image.new("L", SIZES["a"], 255).save(own / "a.png")
+    export("kohya", "sdxl", loss_mask_dir=str(own))
+    assert "are kept (1): images/a.txt; delete them" in capsys.readouterr().out
+    assert np.asarray(Image.open(folder / "masks" / "a.png")).min() == 255
+    assert (folder / "images" / "a.txt").read_text() == "my own caption"
+    assert (folder / "images" / "a.png").read_bytes() == image
+
+
+def test_files_of_an_image_that_is_gone_from_the_folder_are_named(images, masks, tmp_path, capsys):
+    source, own = make_images(tmp_path / "in"), make_masks(tmp_path / "masks")
+    settings = ExportSettings(str(source), "kohya", "sdxl", "sks", loss_mask_dir=str(own), resolution=128)
     export_folder(tmp_path / "out", settings)
     (source / "b.png").unlink()
+    (own / "b.png").unlink()
     export_folder(tmp_path / "out", settings)
-    assert "images that are not in --image_dir, such as 'b.png'" in capsys.readouterr().err
+    assert "that are not in --image_dir (2), such as 'images/b.png'" in capsys.readouterr().err
+    (tmp_path / "out" / "images" / "b.png").unlink()
+    export_folder(tmp_path / "out", settings)
+    assert "that are not in --image_dir (1), such as 'masks/b.png'" in capsys.readouterr().err
 
 
 def test_nothing_is_written_when_an_input_cannot_be_used(images, masks, tmp_path):

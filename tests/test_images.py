@@ -291,6 +291,21 @@ def test_names_of_any_bytes_and_length(tmp_path):
     contact_sheet([(path.name, [read_image(path)]) for path in list_images(tmp_path)])
 
 
+def test_results_that_differ_in_case_only_are_refused(tmp_path):
+    """They would be one file on Windows and macOS."""
+    for name in ("A.jpg", "a.png"):
+        Image.fromarray(RGB).save(tmp_path / name)
+    with pytest.raises(InputError, match="'A.jpg' and 'a.png' would both become 'a.png'"):
+        name_results(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path, capsys):
+    save_png(Image.fromarray(RGB), tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    assert [path.name for path in list_images(tmp_path)] == ["a.png"]
+    assert "b.png" in capsys.readouterr().err
+
+
 def test_a_contact_sheet_of_many_rows_is_cut(capsys):
     image = Image.new("RGB", (1, 1))
     sheet = contact_sheet([("row", [image] * 300)] * 2000, tile=128)

@@ -13,7 +13,8 @@ import torch
 from ..errors import InputError, first_line
 
 __all__ = ["Condition", "Step", "absent_parts", "check_weights", "file_precision", "load_config",
-           "load_index", "load_network", "load_part", "pipeline_parts", "quiet_loading", "unusable"]
+           "load_index", "load_network", "load_part", "pipeline_parts", "quiet_loading", "read_pipeline",
+           "unusable"]
 
 # The inputs of the network besides the noised latents and the timestep: tensors (B, ...) by name.
 Condition = dict[str, torch.Tensor]
@@ -160,6 +161,22 @@ def pipeline_parts(index: dict[str, Any], path: str, dtype: torch.dtype, revisio
                 precision = {"dtype" if classes[0] == "transformers" else "torch_dtype": dtype}
                 parts[name] = load_part(cls, path, name, revision=revision, variant=variant, **precision)
     return parts
+
+
+def read_pipeline(cls: type, path: str, dtype: torch.dtype, revision: str | None = None,
+                  variant: str | None = None, name: str | None = None) -> Any:
+    """A Diffusers pipeline of class `cls`, on the CPU and without bars; InputError when it cannot be loaded.
+
+    `name` is what the error calls it, else the class.
+    """
+    try:
+        parts = pipeline_parts(load_index(path, revision), path, dtype, revision, variant)
+        with quiet_loading():
+            pipeline = cls.from_pretrained(path, revision=revision, **parts)
+    except Exception as error:
+        raise unusable(path, name or cls.__name__, error) from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def file_precision(path: str, revision: str | None = None,
