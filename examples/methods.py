@@ -166,29 +166,30 @@ def train_one(trained: Trained, settings: CellSettings, entry: Flags) -> None:
     """Train a method on the images of an entry, in the zone of its flags."""
     model, method = trained.model, trained.method
     flags = ConceptSettings.from_flags({"placeholder_token": method.token, "initializer_token": "", **entry})
-    zone, masks = flags.zone(settings.resolution, model), flags.loss_mask_dir
-    parts = 2 if method.prior or entry.get("prior") else 1
+    zone, masks = flags.make_zone(settings.resolution, model), flags.loss_mask_dir
+    prior = bool(method.prior or entry.get("prior"))
     images, masks = zip(*(zone.open(path, settings.resolution, masks)
                           for path in list_images(entry["train_data_dir"])), strict=True)
     latents = encoded(model, torch.cat([from_pil(image) for image in images]))
     masks = torch.stack(masks)
     masks = torch.cat([masks, masks.flip(-1)]).to(model.device)
-    of_class = encoded(model, drawn(CLASS_SEED, CLASS_IMAGES)) if parts == 2 else None
-    prompts = [f"a photo of a {method.token}"] + [CLASS_PROMPT] * (parts - 1)
+    of_class = encoded(model, drawn(CLASS_SEED, CLASS_IMAGES)) if prior else None
+    prompts = [f"a photo of a {method.token}"] + [CLASS_PROMPT] * prior
     ids = tokenize(model, prompts)
     optimizer = torch.optim.AdamW(trained.parameters.values(), settings.learning_rate)
     torch.manual_seed(entry["seed"])
     for _ in range(settings.steps):
         own = torch.randint(len(latents), (settings.train_batch_size,))
         z0 = latents[own]
-        if parts == 2:
+        if prior:
             z0 = torch.cat([z0, of_class[torch.randint(len(of_class), (len(own),))]])
         noise = torch.randn_like(z0)
-        timesteps = zone.timesteps(model.scheduler, len(z0), parts=parts, device=z0.device)
+        timesteps = zone.timesteps(model.scheduler, len(z0), prior_preservation=prior, device=z0.device)
         condition = {kind: states.repeat_interleave(len(own), 0)
                      for kind, states in model.condition(ids).items()}
         prediction = model.predict(model.noised(z0, noise, timesteps), timesteps, condition)
-        loss = zone.loss(prediction, model.target(z0, noise, timesteps), masks[own], parts=parts)
+        loss = zone.loss(prediction, model.target(z0, noise, timesteps), masks[own],
+                         prior_preservation=prior)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -168,7 +168,9 @@ def train_apart(**flags: object) -> None:
     if "LOCAL_RANK" in os.environ:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         rank = int(os.environ["LOCAL_RANK"])
-        environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)] if visible != [""] else str(rank)
+        if visible == [""]:
+            visible = [str(i) for i in range(max(1, torch.cuda.device_count()))]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
     command = [sys.executable, str(TRAINING), *command_line(**flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 1 and (found := re.findall(r"^error: (.+)", done.stderr, re.M)):

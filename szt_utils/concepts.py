@@ -183,8 +183,7 @@ def start_concepts(run: Run, model: Model,
     if model.t5 is not None and concepts:
         captions = {caption for concept in concepts
                     for caption in concept.captions(run.settings.num_vectors).values()}
-        with run.accelerator.autocast():
-            model.t5.remember(captions, run.device)
+        model.t5.remember(captions, run.device)  # in its own precision: under autocast, float16 overflows
     if run.settings.offload:
         model.network.to(run.device)
     return concepts
@@ -210,21 +209,25 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
         states[wanted.seed] = _seeded(run, model, tokenizers, sizes, wanted.seed)
     generators.load_state_dict(states[wanted.seed])
     weights = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
+    start = [weight[[initializer] * settings.num_vectors].detach()
+             for weight, initializer in zip(weights, initializers, strict=True)]
+    stream = SampleStream(images.templates, wanted.repeats, settings.train_batch_size, generators,
+                          rank=run.rank, num_ranks=run.num_ranks, agree=run.agree)
     masks = images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
-    return Concept(
-        wanted, zone, images, tokenizers, generators,
-        SampleStream(images.templates, wanted.repeats, settings.train_batch_size, generators, rank=run.rank,
-                     num_ranks=run.num_ranks, agree=run.agree),
-        [weight[[initializer] * settings.num_vectors].detach()
-         for weight, initializer in zip(weights, initializers, strict=True)],
-        LiveMoments(model.moments, images.pixels) if settings.no_cache_latents else MomentCache(
-            model.moments, images.pixels, len(images),
-            min(settings.train_batch_size, len(images) * wanted.repeats),
-            memory_limit=int(settings.latent_cache_gb * 2**30), folder=wanted.output_dir),
-        None if masks is None else masks.to(run.device),
-        images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
-        if model.uses_sizes else None,
-        min_snr_weights(model, wanted.snr_gamma).to(run.device) if wanted.snr_gamma else None)
+    sizes_of_images = images.sizes(settings.resolution, settings.micro_conditioning)
+    if settings.no_cache_latents:
+        moments = LiveMoments(model.moments, images.pixels)
+    else:
+        batch_size = min(settings.train_batch_size, len(images) * wanted.repeats)
+        moments = MomentCache(model.moments, images.pixels, len(images), batch_size, folder=wanted.output_dir,
+                              memory_limit=int(settings.latent_cache_gb * 2**30))
+        images.kept.clear()
+    return Concept(settings=wanted, zone=zone, images=images, tokenizers=tokenizers, generators=generators,
+                   stream=stream, start=start, moments=moments,
+                   masks=None if masks is None else masks.to(run.device),
+                   sizes=sizes_of_images.to(run.device) if model.uses_sizes else None,
+                   weights=min_snr_weights(model, wanted.snr_gamma).to(run.device)
+                   if wanted.snr_gamma else None)
 
 
 def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: int) -> dict[str, Any]:
@@ -232,10 +235,11 @@ def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: in
     from accelerate.utils import set_seed
 
     for encoder, size in zip(model.text_encoders, sizes, strict=True):
-        encoder.resize_token_embeddings(size)
-    set_seed(seed, device_specific=run.one_concept)  # every rank draws its own noise
+        encoder.cpu().resize_token_embeddings(size)
+    set_seed((seed + run.rank) % 2**32)  # every rank draws its own noise
     for encoder, tokenizer in zip(model.text_encoders, tokenizers, strict=True):
-        encoder.resize_token_embeddings(len(tokenizer))  # draws, in upstream too
+        encoder.resize_token_embeddings(len(tokenizer))  # draws from the CPU's generator, in upstream too
+        encoder.to(run.device)
     return Generators(run.device).state_dict()
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from .errors import InputError, first_line
-from .files import read_torch, write_bytes, write_torch
+from .files import read_json, read_torch, write_bytes, write_torch
 
-__all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "read_metadata",
-           "safe_file_name", "save_embedding", "save_rows"]
+__all__ = ["ANY_ENCODER", "embedding_paths", "load_embedding", "read_embedding", "safe_file_name",
+           "save_embedding", "save_rows", "trained_with"]
 
 MEGABYTES = 256  # the largest file that is read as an embedding
 MOST_NUMBERS = 10**7  # of one text encoder; 75 vectors of T5 are 0.3 million
@@ -80,15 +80,24 @@ def read_embedding(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
     return token, rows
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a file of `read_embedding` says of its training; nothing unless it is a .safetensors file."""
+def trained_with(path: str | Path) -> tuple[int, str]:
+    """The --clip_skip and --pooled_token that an embedding was trained with, by its metadata.
+
+    A file without metadata, as a .bin file, was trained with the defaults, unless the training's options.json
+    beside it says otherwise.
+    """
     from safetensors import safe_open
 
     path = embedding_paths(path)[0]
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    options = path.with_name("options.json")
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata()
+    else:
+        found = read_json(options) if options.is_file() else None
+    found = found if isinstance(found, dict) else {}
+    skipped = str(found.get("clip_skip", ""))
+    return int(skipped) if skipped.isdecimal() else 0, str(found.get("pooled_token", "upstream"))
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from PIL import Image
 from . import pocket
 from .captions import EVALUATION_PROMPTS, read_prompt_templates
 from .devices import best_device, dtype_of
-from .embedding_files import embedding_paths, read_metadata
+from .embedding_files import embedding_paths, trained_with
 from .embeddings import load_into, with_all_vectors
 from .errors import InputError
 from .files import write_json
@@ -98,16 +98,15 @@ def evaluate_embedding(model: str, embedding: str | Path, real: list[Image.Image
 
 
 def as_trained(embedding: str | Path) -> dict[str, int]:
-    """The options of `generation.generate` that an embedding's file says it was trained with.
+    """The options of `generation.generate` that an embedding was `trained_with`.
 
     Warns of an embedding that SDXL's pipeline pools in another way.
     """
-    metadata = read_metadata(embedding)
-    if metadata.get("pooled_token") == "end":
+    clip_skip, pooled_token = trained_with(embedding)
+    if pooled_token == "end":
         warnings.warn("The embedding was trained with --pooled_token end, as ComfyUI, A1111 and kohya pool; "
                       "Diffusers' pipeline, which generates here, pools another token.", stacklevel=2)
-    skipped = metadata.get("clip_skip", "")
-    return {"clip_skip": int(skipped)} if skipped.isdecimal() and int(skipped) else {}
+    return {"clip_skip": clip_skip} if clip_skip else {}
 
 
 def evaluate_token(pipeline: Any, token: str, real: list[Image.Image], prompts: Sequence[str],

@@ -28,14 +28,16 @@ class _Losses:
 class Journal:
     """The records of a group's training; a context that shows its progress bar.
 
-    Losses are read in blocks of steps: reading one makes the host wait for the device. A concept whose loss
-    or rows are not finite fails, and the others go on.
+    Losses are read in blocks of steps: reading one makes the host wait for the device. A concept whose rows
+    are not finite fails, and so does one whose loss is not; with fp16, whose loss scaler skips such steps,
+    when no loss of a block is finite. The others continue.
     """
 
     def __init__(self, run: Run, group: Group):
         from tqdm.auto import tqdm
 
         self.run, self.group = run, group
+        self.skips_steps = run.accelerator.scaler is not None  # which leaves out steps that are not finite
         self.losses = {id(concept): _Losses() for concept in group.concepts}
         steps, count = run.settings.max_train_steps, len(group.concepts)
         self.progress = tqdm(total=steps, initial=min(group.step, steps),
@@ -77,7 +79,10 @@ class Journal:
                        for (step, _, at), losses in zip(waiting, values, strict=True)]
             waiting.clear()
             problem = self._problem(concept, records)
-            records = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
+            if self.skips_steps:
+                records = [record for record in records if math.isfinite(record["loss"])]
+            else:
+                records = list(itertools.takewhile(lambda record: math.isfinite(record["loss"]), records))
             if records and self.run.rank == 0:
                 with self.run.surviving(concept.settings):
                     append_stats(concept.output_dir / "stats.jsonl", records)
@@ -100,7 +105,8 @@ class Journal:
         return None
 
     def _own_problem(self, concept: Concept, records: list[dict[str, float]]) -> str | None:
-        if bad := [record["step"] for record in records if not math.isfinite(record["loss"])]:
+        bad = [record["step"] for record in records if not math.isfinite(record["loss"])]
+        if bad and (len(bad) == len(records) or not self.skips_steps):
             return (f"The loss is not a number at step {bad[0]}; files written before are kept. "
                     "Lower --learning_rate, or use bf16 instead of fp16.")
         # The last step's update has no loss to show it yet, but may be about to be saved.

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
-from .embedding_files import embedding_paths
+from .embedding_files import embedding_paths, trained_with
 from .embeddings import add_embedding, with_all_vectors
 from .errors import InputError
 from .folder_run import FolderRun, sha256_of
@@ -119,9 +119,18 @@ def _folders(images: Sequence[str]) -> dict[str, str]:
 
 
 def _tokenize_learned(model: Model, settings: MapSettings) -> TokenizedPrompt:
-    """Tokenize the prompt after adding the learned embeddings, `with_all_vectors` as in a pipeline."""
+    """Tokenize the prompt after adding the learned embeddings, `with_all_vectors` as in a pipeline.
+
+    The model reads the text as the embeddings were trained; InputError when they were trained differently.
+    """
     for path in settings.embeddings or []:
         add_embedding(model.tokenizers, model.text_encoders, path)
+    ways = {trained_with(path) for path in settings.embeddings or []}
+    if len(ways) > 1:
+        raise InputError("The --embeddings were trained with different --clip_skip or --pooled_token; make "
+                         "their maps one by one.")
+    if ways:
+        model.clip_skip, model.pooled_token = ways.pop()
     tokenizer, within = model.tokenizers[0], None if settings.tokens else settings.prompt
     words = dict.fromkeys(settings.tokens or settings.prompt.split())
     return tokenize_words(model, with_all_vectors(tokenizer, settings.prompt),

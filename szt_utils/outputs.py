@@ -1,9 +1,12 @@
 """The files of a training run: options, embeddings, validation images, pipelines, uploads to the Hub."""
 
+import contextlib
 import itertools
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from .generation import spell_out, use_dpm_solver
 from .images import read_image, save_png
 from .locks import lock_folder, sweep_leftovers
 from .models import Model, evaluating
+from .notices import notice
 from .settings import public_name
 from .training_run import Run
 
@@ -152,34 +156,62 @@ def upload_all(run: Run, model: Model, concepts: list[Concept]) -> None:
 def validate(run: Run, model: Model, group: Group, concept: Concept) -> None:
     """Generate the validation images, shared among the ranks, onto the disk and into the trackers.
 
-    Draws no random number of the training's.
+    Draws no random number of the training's. When the GPU's memory is too small, the images are left out.
     """
+    folder = concept.output_dir / "validation"
+    paths = [folder / f"step-{group.step:05d}-{i}.png" for i in range(run.settings.num_validation_images)]
+    try:
+        _save_validation_images(run, model, group, concept, paths)
+    except torch.OutOfMemoryError:
+        notice("The GPU's memory is too small for validation images, which are left out; training continues.")
+    run.barrier()
+    if run.accelerator.is_main_process:
+        _track(run, concept, [read_image(path) for path in paths if path.exists()], group.step)
+
+
+def _save_validation_images(run: Run, model: Model, group: Group, concept: Concept,
+                            paths: list[Path]) -> None:
     settings, stream = run.settings, concept.stream
     pipeline = model.pipeline(tokenizers=concept.tokenizers)
     use_dpm_solver(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     prompt = spell_out(pipeline, concept.settings.validation_prompt)
-    for name in ("vae", "text_encoder_3"):  # which a training lets go of; read again here
-        if getattr(pipeline, name, None) is not None:
-            getattr(pipeline, name).to(run.device)
-    folder = concept.output_dir / "validation"
-    paths = [folder / f"step-{group.step:05d}-{i}.png" for i in range(settings.num_validation_images)]
+    # The training lets go of the VAE and of T5, which the pipeline has read again.
+    pipeline.vae.to(run.device)
+    if getattr(pipeline, "text_encoder_3", None) is not None:
+        t5 = pipeline.text_encoder_3.to(run.device)
+        t5.forward = torch.autocast(run.device.type, enabled=False)(t5.forward)  # it overflows in float16
     cell = max(8, model.vae_scale_factor)  # pipelines take multiples of 8 only
     side = max(cell, settings.resolution // cell * cell)
-    with (evaluating(*model.text_encoders, model.network), torch.no_grad(),
-          ordinary_embeddings(model.text_encoders, group.rows_of(concept)), run.evaluation()):
-        for i in range(stream.rank, settings.num_validation_images, stream.num_ranks):
+    with (evaluating(*model.text_encoders, model.network), torch.no_grad(), run.evaluation(),
+          _decoding_in_float32(pipeline.vae),
+          ordinary_embeddings(model.text_encoders, group.rows_of(concept))):
+        for i in range(stream.rank, len(paths), stream.num_ranks):
             generator = torch.Generator(run.device).manual_seed(concept.settings.seed + i)
             image = pipeline(prompt, num_inference_steps=25, generator=generator,
                              height=side, width=side, clip_skip=settings.clip_skip or None).images[0]
             save_png(image, paths[i])
-    run.barrier()
-    if run.accelerator.is_main_process:
-        _track(run, concept, [read_image(path) for path in paths], group.step)
+
+
+@contextlib.contextmanager
+def _decoding_in_float32(vae: Any) -> Iterator[None]:
+    """For a while, a VAE decodes in float32, also under autocast: that of SDXL overflows in float16."""
+    dtype, decode = vae.dtype, vae.decode
+
+    @torch.autocast(vae.device.type, enabled=False)
+    def in_float32(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return decode(latents.float(), *args, **options)
+
+    torch.nn.Module.float(vae).decode = in_float32
+    try:
+        yield
+    finally:
+        del vae.decode
+        torch.nn.Module.to(vae, dtype)  # that of Diffusers warns
 
 
 def _track(run: Run, concept: Concept, images: list[Image.Image], step: int) -> None:
-    for tracker in run.accelerator.trackers:
+    for tracker in run.accelerator.trackers if images else []:
         if tracker.name == "tensorboard":
             tracker.writer.add_images(f"validation/{concept.name}", np.stack([np.asarray(i) for i in images]),
                                       step, dataformats="NHWC")

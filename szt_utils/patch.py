@@ -171,18 +171,18 @@ def _patch_numbers(script: _Script, loop: ast.For, node: ast.Call, name: str) ->
     if name == "timesteps":
         script.replace(node, f"szt.timesteps({scheduler}, {count[1]}, device={(device or ['None'])[0]})")
     else:
-        _check_places(script, loop, name, scheduler)
-        script.replace(node, f"szt.places({scheduler}, {count[1]})")
+        _check_indices(script, loop, name, scheduler)
+        script.replace(node, f"szt.indices({scheduler}, {count[1]})")
     return scheduler
 
 
 def _patch_density(script: _Script, loop: ast.For, node: ast.Call, name: str) -> str:
-    """u = compute_density_for_timestep_sampling(..., batch_size=count), and the places that follow."""
+    """u = compute_density_for_timestep_sampling(..., batch_size=count), and the indices that follow."""
     start, end = f"({name} * ", f"{_COUNT}).long()"
-    places = script.one("use of a density of timesteps", script.walk(ast.Assign, loop), lambda each: (
+    indices = script.one("use of a density of timesteps", script.walk(ast.Assign, loop), lambda each: (
         _text(each.value).startswith(start) and _text(each.value).endswith(end)))
-    scheduler = _text(places.value).removeprefix(start).removesuffix(end)
-    _check_places(script, loop, _text(places.targets[0]), scheduler)
+    scheduler = _text(indices.value).removeprefix(start).removesuffix(end)
+    _check_indices(script, loop, _text(indices.targets[0]), scheduler)
     if node.args or "batch_size" not in [each.arg for each in node.keywords]:
         raise script.refuse("its density of timesteps is called in a way that is not known", [node])
     if not _MIX.search(_text(loop)):  # Lumina's sigmas count the signal
@@ -191,8 +191,8 @@ def _patch_density(script: _Script, loop: ast.For, node: ast.Call, name: str) ->
     return scheduler
 
 
-def _check_places(script: _Script, loop: ast.For, name: str, scheduler: str) -> None:
-    """Places must lead to the scheduler's timesteps."""
+def _check_indices(script: _Script, loop: ast.For, name: str, scheduler: str) -> None:
+    """The indices must lead to the scheduler's timesteps."""
     script.one("reading of the scheduler's timesteps", script.assigns("timesteps", loop), lambda node: (
         _text(node.value).startswith(f"{scheduler}.timesteps[{name}]")))
 

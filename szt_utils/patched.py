@@ -59,7 +59,7 @@ class SafeZoneTraining:
 
     def __init__(self, args: Any, scheduler: Any):
         self.args = args
-        self.parts = 2 if getattr(args, "with_prior_preservation", False) else 1
+        self.prior = bool(getattr(args, "with_prior_preservation", False))
         self.masks, self._cached = {}, []
         given = {each.name: getattr(args, each.name) for each in fields(SafeZone)
                  if getattr(args, each.name) is not None}
@@ -122,19 +122,19 @@ class SafeZoneTraining:
         """In the place of torch.randint: WHEN."""
         if not self.active:
             return torch.randint(0, scheduler.config.num_train_timesteps, (count,), device=device)
-        return self.zone.timesteps(scheduler, count, parts=self.parts, device=device)
+        return self.zone.timesteps(scheduler, count, prior_preservation=self.prior, device=device)
 
-    def places(self, scheduler: Any, count: int) -> torch.Tensor:
-        """The same for places in the scheduler's list of timesteps."""
+    def indices(self, scheduler: Any, count: int) -> torch.Tensor:
+        """The same for indices into the scheduler's list of timesteps."""
         if not self.active:
             return torch.randint(0, scheduler.config.num_train_timesteps, (count,))
-        return self.zone.places(scheduler, count, parts=self.parts)
+        return self.zone.indices(scheduler, count, prior_preservation=self.prior)
 
     def density(self, density: Callable, scheduler: Any) -> Callable:
         """The script's density of timesteps, which draws those outside the safe zone again."""
         def inside(*, batch_size: int, **options: Any) -> torch.Tensor:
             with exit_on_input_error():
-                return self.zone.restrict(scheduler, batch_size, parts=self.parts,
+                return self.zone.restrict(scheduler, batch_size, prior_preservation=self.prior,
                                           u=lambda count: density(batch_size=count, **options))
         return inside if self.active else density
 
@@ -155,7 +155,7 @@ class SafeZoneTraining:
                    "the latent grid; --center_crop or a --mask_dilation may help.")
         if self.zone.mask_normalization == "area":
             mask = mask / mask.mean().clamp(min=1e-6).sqrt()  # what the script squares
-        own = len(prediction) // self.parts
+        own = self._own(len(prediction))
         mask = mask.view(own, 1, *[1] * (prediction.dim() - 4), *mask.shape[-2:])
         return tuple(torch.cat([each[:own] * mask, each[own:]]) for each in (prediction, target))
 
@@ -166,9 +166,13 @@ class SafeZoneTraining:
 
     def instances(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps of the instance images, which min-SNR weights."""
-        return timesteps[:len(timesteps) // self.parts] if self.active else timesteps
+        return timesteps[:self._own(len(timesteps))] if self.active else timesteps
 
     # What these are made of.
+
+    def _own(self, count: int) -> int:
+        """How many of a batch are instance images."""
+        return count // 2 if self.prior else count
 
     def mask_of(self, image: Image.Image) -> Image.Image:
         """The mask of an image that came from a file, RGB, of the image's upright size."""

@@ -1,7 +1,7 @@
-"""The images of a folder that are poisoned, with their masks: as they are changed, and as they are attacked.
+"""The images of a folder to poison, with their masks.
 
-Either is a square of the training resolution, or the image itself and, at about that resolution, the whole of
-it.
+`original` is what is changed and saved, `attacked` is what the model sees: the central square at the training
+resolution, or with --keep_size the whole image, scaled to about it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .folder_run import sha256_of
 from .images import check_resolution, crop_and_resize, from_pil, name_results, read_image
 from .masks import dilate, find_masks, read_mask, to_latent_grid
 
-__all__ = ["ImageJob", "Tensors", "find_jobs", "read_job", "scale"]
+__all__ = ["AttackInput", "ImageJob", "find_jobs", "read_job", "scale"]
 
 _LONGEST = 8  # times the shorter side, which becomes the resolution: memory grows with the longer one
 
@@ -31,7 +31,7 @@ class ImageJob:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class AttackInput:
     """An image as it is changed and as it is attacked, float32 in [0, 1]; no mask is None."""
 
     original: torch.Tensor  # (1, 3, H, W)
@@ -59,7 +59,7 @@ def find_jobs(image_dir: str | Path, mask_dir: str | Path | None = None,
 
 
 def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilation: int = 0,
-             multiple: int = 8) -> Tensors:
+             multiple: int = 8) -> AttackInput:
     """Read an image and its masks; InputError when a file cannot be used.
 
     The loss mask grows by `mask_dilation` pixels at the training resolution; `multiple` as of `scale`.
@@ -91,7 +91,7 @@ def read_job(job: ImageJob, resolution: int, keep_size: bool = False, mask_dilat
         if not to_latent_grid(loss_mask, (h // 8, w // 8)).any():
             raise InputError(f"The mask '{job.loss_mask_path}' covers less than half of every 8 x 8 "
                              "cell, so no loss would count; give a larger mask or --mask_dilation.")
-    return Tensors(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask, loss_mask)
+    return AttackInput(from_pil(image) if keep_size else attacked, mask, attacked, attacked_mask, loss_mask)
 
 
 def scale(image: Image.Image, resolution: int, keep_size: bool, multiple: int = 8,

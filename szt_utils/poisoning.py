@@ -26,7 +26,7 @@ from .images import from_pil, read_image, to_pil
 from .models import Model, check_length, find_family, load_model, load_schedule, tokenize
 from .notices import notice
 from .pgd import add_within_budget, pgd, project, rms, warn_if_unmoved
-from .poison_jobs import ImageJob, Tensors, find_jobs, read_job, scale
+from .poison_jobs import AttackInput, ImageJob, find_jobs, read_job, scale
 from .poisons import (
     Victim,
     check_chain,
@@ -107,7 +107,7 @@ class PoisonSettings:
             del arguments["mask_dilation"]
         return arguments
 
-    def read(self, job: ImageJob) -> Tensors:
+    def read(self, job: ImageJob) -> AttackInput:
         """An image and its masks as these settings need them."""
         return read_job(job, self.resolution, self.keep_size, self.zone().mask_dilation,
                         self.multiple if self.keep_size else 8)
@@ -154,7 +154,7 @@ def notice_strength(settings: PoisonSettings) -> None:
                f"{settings.strength}.")
 
 
-def aim(victim: Victim, batch: list[Tensors], settings: PoisonSettings) -> Victim:
+def aim(victim: Victim, batch: list[AttackInput], settings: PoisonSettings) -> Victim:
     """The victim with the loss masks and the target of a batch."""
     if settings.loss_mask_dir:
         masks = torch.cat([tensors.loss_mask for tensors in batch])
@@ -175,7 +175,7 @@ def make_target(target: str, height: int, width: int) -> torch.Tensor | None:
     return from_pil(read_image(target).resize((width, height)))
 
 
-def attack_batch(settings: PoisonSettings, victim: Victim, batch: list[Tensors],
+def attack_batch(settings: PoisonSettings, victim: Victim, batch: list[AttackInput],
                  on_step: Callable[[torch.Tensor], None]) -> list[torch.Tensor]:
     """Attack images of one size together; each (1, 3, H, W) as it will be saved."""
     poison, device = find_poison(settings.method), victim.model.device
@@ -191,7 +191,7 @@ def attack_batch(settings: PoisonSettings, victim: Victim, batch: list[Tensors],
             for tensors, change in zip(batch, (attacked - images).cpu().split(1), strict=True)]
 
 
-def add_change(settings: PoisonSettings, tensors: Tensors, change: torch.Tensor) -> torch.Tensor:
+def add_change(settings: PoisonSettings, tensors: AttackInput, change: torch.Tensor) -> torch.Tensor:
     """The original plus a change (1, 3, h, w), enlarged to its size, within the budget there."""
     if settings.keep_size:
         change = F.interpolate(change, tensors.original.shape[-2:], mode="bicubic", antialias=True)
@@ -245,7 +245,7 @@ def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
     return poisoned
 
 
-def input_hash(settings: PoisonSettings, tensors: Tensors) -> str:
+def input_hash(settings: PoisonSettings, tensors: AttackInput) -> str:
     """The hash of what a poison is made of: the image, its masks, and a target that is a file."""
     if "target_image" not in find_poison(settings.method).uses or settings.target_image in _TARGETS:
         return tensors.sha256()

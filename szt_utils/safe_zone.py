@@ -128,53 +128,55 @@ class SafeZone:
         t_max = num_timesteps if self.t_max is None else self.t_max
         return self.t_min, t_max, self.weights(num_timesteps)
 
-    def timesteps(self, scheduler: Any, count: int, u: Density | None = None, *, parts: int = 1,
-                  device: torch.device | str | None = None,
+    def timesteps(self, scheduler: Any, count: int, u: Density | None = None, *,
+                  prior_preservation: bool = False, device: torch.device | str | None = None,
                   generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw `count` timesteps of a Diffusers scheduler: WHEN (Sec. 4.2).
+        """Draw `count` timesteps of a Diffusers scheduler inside the zone: WHEN (Sec. 4.2).
 
-        Long for a scheduler that counts them (DDPM), else values of its own list (flow, EDM), of levels from
-        t_min to below t_max. `u` is a density of the caller, whose shape stays: see `restrict`. In a batch of
-        2 `parts`, the second half are the class images of prior preservation, which get all timesteps.
+        DDPM schedulers give long integers, those of flow and EDM values of `scheduler.timesteps`. `u` is a
+        density such as `compute_density_for_timestep_sampling`, which keeps its shape inside: see `restrict`.
+        With `prior_preservation`, the second half of the batch are class images, which get all timesteps.
         """
         schedule = Schedule(scheduler)
         if u is None:
-            places = self.places(scheduler, count, parts=parts, device=device, generator=generator)
+            indices = self.indices(scheduler, count, prior_preservation=prior_preservation, device=device,
+                                   generator=generator)
         else:
-            u = self.restrict(scheduler, count, u, parts=parts, generator=generator)
-            places = (u * len(schedule.values)).long()
-        return schedule.values.to(places.device)[places].to(device or places.device)
+            u = self.restrict(scheduler, count, u, prior_preservation=prior_preservation, generator=generator)
+            indices = (u * len(schedule.timesteps)).long()
+        return schedule.timesteps.to(indices.device)[indices].to(device or indices.device)
 
-    def places(self, scheduler: Any, count: int, *, parts: int = 1, device: torch.device | str | None = None,
-               generator: torch.Generator | None = None) -> torch.Tensor:
-        """Places in a scheduler's list of timesteps, long (count,), as `timesteps` draws them.
+    def indices(self, scheduler: Any, count: int, *, prior_preservation: bool = False,
+                device: torch.device | str | None = None,
+                generator: torch.Generator | None = None) -> torch.Tensor:
+        """Indices into `scheduler.timesteps`, long (count,), as `timesteps` draws them.
 
-        They are on the `device` for a scheduler that counts its timesteps, else where the generator is.
+        They are on the `device` for a DDPM scheduler, else where the generator is.
         """
         schedule = Schedule(scheduler)
-        places = self._inside(schedule).nonzero().flatten()
-        if not schedule.counts:
+        indices = self._inside(schedule).nonzero().flatten()
+        if schedule.discrete:
+            indices = indices.flip(0)  # rising timesteps: what torch.randint would draw
+        else:
             device = None if generator is None else generator.device
-        if schedule.counts:
-            places = places.flip(0)  # rising timesteps: what torch.randint would draw
         weights = self.weights(schedule.num_timesteps)
         if weights is not None:
-            nearest = schedule.levels[places].round().long() - self.t_min  # t_max itself is not one of them
+            nearest = schedule.t[indices].round().long() - self.t_min  # t_max itself is not one of them
             weights = weights[nearest.clamp(max=len(weights) - 1)]
-        everywhere = len(places) == len(schedule.values) and weights is None
-        own = count if everywhere else count // parts
-        drawn = places.to(device)[sample_timesteps(own, 0, len(places), weights, device=device,
-                                                   generator=generator)]
-        rest = sample_timesteps(count - own, 0, len(schedule.values), device=device, generator=generator)
+        everywhere = len(indices) == len(schedule.timesteps) and weights is None
+        own = count if everywhere else _own(count, prior_preservation)
+        drawn = indices.to(device)[sample_timesteps(own, 0, len(indices), weights, device=device,
+                                                    generator=generator)]
+        rest = sample_timesteps(count - own, 0, len(schedule.timesteps), device=device, generator=generator)
         return torch.cat([drawn, rest]) if own < count else drawn
 
-    def restrict(self, scheduler: Any, count: int, u: Density, *, parts: int = 1,
+    def restrict(self, scheduler: Any, count: int, u: Density, *, prior_preservation: bool = False,
                  generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw `count` numbers of [0, 1) by a density, float (count,), whose timesteps are in the zone.
+        """Draw `count` numbers in [0, 1) by a density, float (count,), whose timesteps are in the zone.
 
-        As in Diffusers' examples, u leads to the timestep `scheduler.timesteps[int(u T)]`. `u` is a function
-        of how many, which draws those outside the zone again, or a tensor of at least `count`, of which
-        others replace them. InputError when all are outside.
+        As in Diffusers' examples, the timestep of u is `scheduler.timesteps[int(u T)]`. Draws outside the
+        zone are rejected: a function `u` is asked for others, of a tensor `u` of at least `count` numbers
+        others are taken. InputError when all are outside.
         """
         if self.t_distribution != "uniform":
             raise InputError(f"Timesteps come from a density, so the timestep distribution "
@@ -187,7 +189,7 @@ class SafeZone:
         else:
             first, draw = u(count), u
         return redraw_outside(first, draw, lambda u: inside.to(u.device)[(u * len(inside)).long()],
-                              count // parts)
+                              _own(count, prior_preservation))
 
     def _inside(self, schedule: Schedule) -> torch.Tensor:
         """Which timesteps of a schedule's list are in the zone, bool (N,)."""
@@ -197,7 +199,7 @@ class SafeZone:
                 schedule.log_snr(at) > PAPER_LOG_SNR + 0.01):
             notice("t_min 500 is that of Stable Diffusion; SafeZone.paper(resolution, scheduler) chooses "
                    "the scheduler's by its signal-to-noise ratio.")
-        inside = (schedule.levels >= self.t_min) & (schedule.levels < t_max)
+        inside = (schedule.t >= self.t_min) & (schedule.t < t_max)
         if not inside.any():
             raise InputError(f"The scheduler has no timestep from {self.t_min} to below {t_max}.")
         return inside
@@ -237,23 +239,24 @@ class SafeZone:
         return mask if self.mask_mode == "latent" else None
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, masks: torch.Tensor | None = None,
-             weights: torch.Tensor | None = None, *, parts: int = 1,
-             prior_weight: float = 1.0) -> torch.Tensor:
+             weights: torch.Tensor | None = None, *, prior_preservation: bool = False,
+             prior_loss_weight: float = 1.0) -> torch.Tensor:
         """The scalar loss of Eq. 7 of a prediction and its target, in float32: WHERE (Sec. 4.3).
 
         Both are (B, C, h, w), with frames (B, C, F, h, w), or packed into tokens (B, L, C). `masks`
         (B, 1, H, W) may be of the images' size. `weights`, of B elements, multiply the error of each sample.
-        In a batch of 2 `parts`, the second half are class images: their unmasked mean is added, times
-        `prior_weight`.
+        With `prior_preservation`, the second half of the batch are class images: their unmasked mean is
+        added, times `prior_loss_weight`.
         """
         error = (prediction.float() - target.float()).square()
         if weights is not None:
             error = error * weights.to(error).view(-1, *[1] * (error.dim() - 1))
-        own, rest = error.split([len(error) // parts, len(error) - len(error) // parts])
+        count = _own(len(error), prior_preservation)
+        own, of_class = error[:count], error[count:]
         if masks is not None:
             own, masks = to_grid_of(own, masks[:len(own)].to(own))
         loss = self.mean(own, masks)
-        return loss if parts == 1 else loss + prior_weight * rest.mean()
+        return loss + prior_loss_weight * of_class.mean() if prior_preservation else loss
 
     def mean(self, error: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The mean of Eq. 7 of any error (B, C, ..., h, w) and a mask (B, 1, h, w) on its grid, a scalar."""
@@ -272,6 +275,11 @@ class SafeZone:
             f"{len(masks)} masks, mode {self.mask_mode}, dilated by {self.mask_dilation} px: "
             f"{100 * masks.mean().item():.0f} % of the latent grid is "
             + ("observed" if self.mask_mode == "none" else "trained on")]
+
+
+def _own(count: int, prior_preservation: bool) -> int:
+    """How many of a batch are images of the concept, and not of its class."""
+    return count // 2 if prior_preservation else count
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,6 @@
 """How noisy the timesteps of a Diffusers scheduler are: of DDPM, EDM and rectified flow.
 
-A level t counts noise, from 0, almost clean, to T - 1, almost noise, for all of them:
+For all of them, t counts noise from 0, almost clean, to T - 1, almost noise:
 
     DDPM   z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) noise   SNR abar / (1 - abar)         t is the timestep
     flow   z_t = (1 - sigma) z0 + sigma noise               SNR ((1 - sigma) / sigma)^2   t = sigma T - 1
@@ -41,9 +41,9 @@ def flow_log_snr(num_timesteps: int, timesteps: torch.Tensor) -> torch.Tensor:
 class Schedule:
     """The schedule of noise of a Diffusers scheduler, with the part of a `Model` that a `SafeZone` asks for.
 
-    `values` (N,) are the scheduler's timesteps as its list has them, the noisiest first, and `levels` (N,)
-    their levels t. `counts` says that the timesteps are whole levels, long, as of DDPM. InputError for a
-    scheduler of another kind, and for one whose list is that of a sampler's few steps.
+    `timesteps` (N,) are the scheduler's own, in its list's order from the noisiest, and `t` (N,) count their
+    noise. `discrete` says that timesteps are t itself, long, as of DDPM. InputError for a scheduler of
+    another kind, and for one whose list is that of a sampler's few steps.
     """
 
     def __init__(self, scheduler: Any):
@@ -52,31 +52,33 @@ class Schedule:
         self.num_timesteps = config.get("num_train_timesteps")
         self._signal, self._edm = getattr(scheduler, "alphas_cumprod", None), None
         if self._signal is not None and not config.get("use_flow_sigmas"):
-            self.counts = listed is None or not listed.is_floating_point() or len(listed) > self.num_timesteps
-            self.values = torch.arange(self.num_timesteps - 1, -1, -1) if self.counts else listed.cpu()
-            self.levels = self.values.double()
+            listed_whole = listed is None or not listed.is_floating_point()
+            self.discrete = listed_whole or len(listed) > self.num_timesteps
+            self.timesteps = torch.arange(self.num_timesteps - 1, -1, -1) if self.discrete else listed.cpu()
+            self.t = self.timesteps.double()
             self._check_length(scheduler)
             return
         known = self.num_timesteps is not None and listed is not None and sigmas is not None
         if not known or self._signal is not None or (scale is None and sigmas.max() > 1):
             raise InputError(f"The noise schedule of this {type(scheduler).__name__} is not known; use a "
                              "scheduler of DDPM, EDM or rectified flow.")
-        self.counts, self.values = False, listed[:self.num_timesteps].cpu()
-        sigmas = sigmas[:len(self.values)].cpu().double()
+        self.discrete, self.timesteps = False, listed[:self.num_timesteps].cpu()
+        sigmas = sigmas[:len(self.timesteps)].cpu().double()
         if scale is None:
-            self.levels = (sigmas * self.num_timesteps - 1).round(decimals=3)  # sigmas are float32
+            self.t = (sigmas * self.num_timesteps - 1).round(decimals=3)  # sigmas are float32
         else:
-            self.levels = torch.arange(len(sigmas) - 1, -1, -1).double()
+            self.t = torch.arange(len(sigmas) - 1, -1, -1).double()
             self._edm = 2 * (scale / sigmas.flip(0)).log()
         self._check_length(scheduler)
 
     def _check_length(self, scheduler: Any) -> None:
-        if len(self.values) < self.num_timesteps:
-            raise InputError(f"This {type(scheduler).__name__} has been set to {len(self.values)} sampling "
-                             f"steps; train with a copy of its own, of all {self.num_timesteps} timesteps.")
+        if len(self.timesteps) < self.num_timesteps:
+            raise InputError(f"This {type(scheduler).__name__} has been set to {len(self.timesteps)} "
+                             "sampling steps; train with a copy of its own, of all "
+                             f"{self.num_timesteps} timesteps.")
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """ln(signal / noise) of the variances at whole levels t (B,), float64."""
+        """ln(signal / noise) of the variances at t, long (B,) -> float64 (B,)."""
         if self._edm is not None:
             return self._edm[timesteps]
         if self._signal is not None:

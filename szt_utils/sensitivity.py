@@ -145,8 +145,10 @@ def semantic_sensitivity(model: Model, latents: torch.Tensor, prompt: TokenizedP
     """
     words, count = len(prompt.words), len(replaced) // len(prompt.words)
     unchanged = torch.zeros(1, replaced.shape[1], dtype=torch.bool)
-    conditions = prompt_conditions(model, prompt, torch.cat([unchanged, replaced]),
-                                   torch.cat([torch.zeros_like(drawn[:1]), drawn]))
+    replaced, drawn = torch.cat([unchanged, replaced]), torch.cat([torch.zeros_like(drawn[:1]), drawn])
+    parts = [prompt_conditions(model, prompt, *part) for part in zip(
+        replaced.split(batch_size or len(replaced)), drawn.split(batch_size or len(drawn)), strict=True)]
+    conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     chunks = [slice(0, count + 1), *(slice(1 + i * count, 1 + (i + 1) * count) for i in range(1, words))]
     if batch_size:
         chunks = [slice(start, min(start + batch_size, chunk.stop))

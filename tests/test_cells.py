@@ -1,5 +1,6 @@
 """The making of cells: the settings of their poisons, purifiers and trainings, and how failures are shown."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -153,6 +154,14 @@ def test_the_training_does_not_see_the_launcher(monkeypatch):
                 "MASTER_PORT"} & set(options["env"])
     with pytest.raises(SystemExit, match="--seed 0\nouterr"):
         cells.train_apart(seed=0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found.clear()
+    for rank in "0123":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with contextlib.suppress(SystemExit):
+            cells.train_apart(seed=0)
+    assert [options["env"]["CUDA_VISIBLE_DEVICES"] for _, options in found] == ["0", "1", "0", "1"]
 
 
 def test_a_training_that_reports_an_error_fails_with_its_sentence():

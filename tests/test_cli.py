@@ -13,10 +13,12 @@ import torch
 from conftest import ROOT, SCRIPT, embedding, flags, run_here, run_script
 from PIL import Image
 
+import szt_utils.journal
 import textual_inversion_szt
 from szt_utils.files import read_stats
 from szt_utils.safe_zone import SafeZone
 from szt_utils.training_images import TrainingImages
+from szt_utils.training_run import Run
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +292,50 @@ def test_a_damaged_checkpoint(tiny_model, concept_folder, before, tmp_path, file
                       max_train_steps=2)
     run_here(arguments)
     assert [record["step"] for record in read_stats(before / "stats.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("bad, ends", [({3}, False), ({1, 2, 3, 4}, True)])
+def test_steps_that_a_loss_scaler_skips_end_no_training(tiny_model, concept_folder, tmp_path, monkeypatch,
+                                                        bad, ends):
+    """With fp16 on a GPU; here a scaler stands by, and the optimizer is not asked to step."""
+    draw, step, steps = textual_inversion_szt.draw, Run.step, [0]
+
+    def poisoned(concept, model):
+        sample, steps[0] = draw(concept, model), steps[0] + 1
+        if steps[0] in bad:
+            sample.noise = sample.noise * float("nan")
+        return sample
+
+    def skipping(run, optimizer, lr_scheduler, rows):
+        if steps[0] in bad:
+            optimizer.zero_grad()
+        else:
+            step(run, optimizer, lr_scheduler, rows)
+
+    monkeypatch.setattr(textual_inversion_szt, "draw", poisoned)
+    monkeypatch.setattr(Run, "step", skipping)
+    journal = szt_utils.journal.Journal.__init__
+    monkeypatch.setattr(szt_utils.journal.Journal, "__init__", lambda self, *given: (
+        journal(self, *given), setattr(self, "skips_steps", True))[0])
+    arguments = flags(tiny_model, concept_folder[0], tmp_path / "out", max_train_steps=4)
+    if ends:
+        assert "not a number at step 1" in refused(arguments)
+    else:
+        run_here(arguments)
+        assert [record["step"] for record in read_stats(tmp_path / "out" / "stats.jsonl")] == [1, 2, 4]
+        assert embedding(tmp_path / "out").isfinite().all()
+
+
+def test_without_room_for_validation_images_the_training_continues(tiny_model, concept_folder, tmp_path,
+                                                                   monkeypatch, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("szt_utils.outputs._save_validation_images", too_large)
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "out", validation_prompt="a <star>",
+                   validation_steps=1))
+    assert "memory is too small for validation images" in capsys.readouterr().err
+    assert embedding(tmp_path / "out").isfinite().all()
 
 
 def test_a_loss_that_is_not_a_number_keeps_what_was_written(tiny_model, concept_folder, before):

@@ -10,7 +10,7 @@ from conftest import SCRIPT, flags, run_here, run_script, two_ranks
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
-from szt_utils.concepts import Group
+from szt_utils.concepts import Group, _seeded
 from szt_utils.embedding_files import load_embedding
 from szt_utils.files import read_stats
 from szt_utils.pocket import write_concept
@@ -128,6 +128,14 @@ def test_checkpoints_and_pipelines_hold_one_concept_each(tiny_model, entries, tm
         assert torch.equal(weight[-2:].detach(), rows(tmp_path / name))
         assert pipeline.tokenizer.convert_tokens_to_ids(f"<{name}>_1") == len(weight) - 1
         assert (tmp_path / name / "validation" / "step-00002-0.png").exists()
+
+
+def test_every_rank_has_a_seed_also_after_the_largest():
+    states = []
+    for rank, seed in ((0, 0), (1, 2**32 - 1), (0, 2**32 - 1)):
+        states.append(_seeded(SimpleNamespace(rank=rank, device="cpu"), SimpleNamespace(text_encoders=[]), [],
+                              [], seed)["cpu"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
 
 
 def test_one_that_fails_does_not_stop_the_others(tiny_model, entries, tmp_path, monkeypatch):

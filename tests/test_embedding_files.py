@@ -16,6 +16,7 @@ from szt_utils.embedding_files import (
     read_embedding,
     save_embedding,
     save_rows,
+    trained_with,
 )
 from szt_utils.embeddings import load_into
 from szt_utils.errors import InputError
@@ -179,6 +180,18 @@ def test_a_damaged_file_is_no_code_and_a_model_no_embedding(tmp_path):
         file.truncate((MEGABYTES << 20) + 1)
     with pytest.raises(InputError, match="has more than 256 MB; it is not an embedding"):
         read_embedding(tmp_path / "model.safetensors")
+
+
+def test_how_an_embedding_was_trained_is_in_its_metadata_or_beside_it(tmp_path):
+    save_embedding(tmp_path / "a.safetensors", TOKEN, rows(32), {"clip_skip": "1", "pooled_token": "end"})
+    assert trained_with(tmp_path / "a.safetensors") == (1, "end")
+    save_embedding(tmp_path / "a.bin", TOKEN, rows(32))
+    assert trained_with(tmp_path / "a.bin") == (0, "upstream")
+    (tmp_path / "options.json").write_text('{"clip_skip": 2, "pooled_token": "end"}')
+    assert trained_with(tmp_path / "a.bin") == (2, "end")
+    for foreign in ("[]", '{"clip_skip": [1]}', "{}"):
+        (tmp_path / "options.json").write_text(foreign)
+        assert trained_with(tmp_path / "a.bin") == (0, "upstream")
 
 
 def test_load_embedding_takes_files_of_one_encoder_only(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKEN, build_tiny_flux, build_tiny_sd3, embedding, flags, run_here, two_ranks
-from diffusers import AutoPipelineForImage2Image, FluxPipeline
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -33,6 +33,7 @@ from szt_utils.sensitivity import (
     semantic_sensitivity,
     tokenize_words,
 )
+from szt_utils.training_run import Run
 
 PROMPT = "a photo of a star"
 
@@ -564,6 +565,37 @@ def test_t5_goes_when_it_has_encoded_the_captions_and_changes_no_bit(folders, co
     assert kept == len(set(STYLE_TEMPLATES)) < len(passes) == 60
     for name in ("offload", "again"):
         assert all(map(torch.equal, learned(tmp_path / "kept"), learned(tmp_path / name)))
+
+
+def test_t5_and_the_vae_compute_in_their_own_precision_under_autocast(folders, concept_folder, tmp_path,
+                                                                       monkeypatch):
+    """In float16 they overflow on a GPU; bfloat16 on a CPU shows which layers autocast reaches."""
+    from accelerate import Accelerator
+
+    seen, validating = [], []
+    real, decode = T5EncoderModel.forward, AutoencoderKL.decode
+
+    def forward(self, *args, **options):
+        seen.append(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        return real(self, *args, **options)
+
+    def decoded(self, latents, *args, **options):
+        image = decode(self, latents, *args, **options)
+        seen.append(image[0].dtype)
+        return image
+
+    def autocast(*_):
+        validating.append(torch.autocast("cpu", torch.bfloat16))
+        return validating[-1]
+
+    monkeypatch.setattr(T5EncoderModel, "forward", forward)
+    monkeypatch.setattr(AutoencoderKL, "decode", decoded)
+    monkeypatch.setattr(Accelerator, "autocast", autocast)
+    monkeypatch.setattr(Run, "evaluation", autocast)
+    run_here(flags(folders["sd3"], concept_folder[0], tmp_path, max_train_steps=1, no_cache_latents=True,
+                   validation_prompt="a <star>", validation_steps=1, num_validation_images=1))
+    assert validating and len(seen) > 3 and set(seen) == {torch.float32}
+    assert np.asarray(Image.open(tmp_path / "validation" / "step-00001-0.png")).std() > 0
 
 
 def test_another_t5_is_refused_when_a_run_is_resumed(folders, concept_folder, tmp_path):

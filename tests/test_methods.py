@@ -100,10 +100,10 @@ def test_class_images_have_all_timesteps_and_no_mask(methods, entry, name, flags
     monkeypatch.setattr(SafeZone, "timesteps", lambda *given, **options: (
         drawn.append(timesteps(*given, **options)) or drawn[-1]))
 
-    def record(zone, prediction, target, masks, parts):
+    def record(zone, prediction, target, masks, prior_preservation):
         prediction.retain_grad()
         losses.append((prediction, masks))
-        return loss(zone, prediction, target, masks, parts=parts)
+        return loss(zone, prediction, target, masks, prior_preservation=prior_preservation)
 
     monkeypatch.setattr(SafeZone, "loss", record)
     masks = {"loss_mask_dir": str(Path(entry["train_data_dir"]).parent / "masks")}

@@ -634,7 +634,7 @@ def test_real_scripts_off_are_the_originals_and_on_are_safe(name, model, data, m
 
     levels, outside = [], []
     monkeypatch.setattr(patched.SafeZoneTraining, "mask", watch(patched.SafeZoneTraining.mask, outside))
-    for draw in ("places", "restrict"):
+    for draw in ("indices", "restrict"):
         monkeypatch.setattr(SafeZone, draw, watch_draws(getattr(SafeZone, draw), draw, levels))
     run_real(script, monkeypatch, *flags, "--szt", "--loss_mask_dir", root / "masks",
              "--output_dir", tmp_path / "on")
@@ -665,14 +665,16 @@ def watch(real, outside):
     return mask
 
 
-def watch_draws(real, draw, levels):
-    """Record the levels of the instances' timesteps, and the threshold."""
-    def drawing(self, scheduler, count, *args, parts=1, **options):
+def watch_draws(real, draw, seen):
+    """Record what the instances' timesteps are in DDPM's count, and the threshold."""
+    def drawing(self, scheduler, count, *args, prior_preservation=False, **options):
         from szt_utils.schedules import Schedule
 
-        schedule, drawn = Schedule(scheduler), real(self, scheduler, count, *args, parts=parts, **options)
-        places = drawn if draw == "places" else (drawn * len(schedule.values)).long()
-        levels.append((schedule.levels[places[:count // parts]], self.t_min))
+        schedule = Schedule(scheduler)
+        drawn = real(self, scheduler, count, *args, prior_preservation=prior_preservation, **options)
+        indices = drawn if draw == "indices" else (drawn * len(schedule.timesteps)).long()
+        own = count // 2 if prior_preservation else count
+        seen.append((schedule.t[indices[:own]], self.t_min))
         return drawn
     return drawing
 

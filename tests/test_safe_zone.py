@@ -166,7 +166,7 @@ def test_timesteps_of_any_scheduler_are_its_own_and_below_the_papers_ratio(name)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_without_a_defence_the_draws_are_those_of_the_diffusers_examples(name):
     scheduler, seed = SCHEDULERS[name], torch.Generator().manual_seed
-    drawn = SafeZone().timesteps(scheduler, 64, parts=2, generator=seed(0))
+    drawn = SafeZone().timesteps(scheduler, 64, prior_preservation=True, generator=seed(0))
     indices = torch.randint(0, 1000, (64,), generator=seed(0))
     assert torch.equal(drawn, indices if name == "ddpm" else scheduler.timesteps[indices])
     u = torch.rand(64, generator=seed(0))
@@ -215,7 +215,7 @@ def test_the_papers_zone_without_a_scheduler_says_that_it_is_stable_diffusions(c
 def test_class_images_get_all_timesteps(name):
     scheduler, zone = SCHEDULERS[name], SafeZone.paper(512, SCHEDULERS[name])
     for u in (None, torch.rand):
-        ratio = snr_of(name, scheduler, zone.timesteps(scheduler, 2000, u, parts=2))
+        ratio = snr_of(name, scheduler, zone.timesteps(scheduler, 2000, u, prior_preservation=True))
         assert ratio[:1000].max() < 0.3825 and ratio[1000:].max() > 1
 
 
@@ -301,9 +301,10 @@ def test_class_images_count_everywhere_and_by_their_weight():
     mask[..., :4, :] = 1
     error = (prediction - target) ** 2
     expected = (error[:2] * mask).mean() + 0.5 * error[2:].mean()
-    assert torch.allclose(SafeZone().loss(prediction, target, mask, parts=2, prior_weight=0.5), expected)
+    loss = SafeZone().loss(prediction, target, mask, prior_preservation=True, prior_loss_weight=0.5)
+    assert torch.allclose(loss, expected)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)  # as Diffusers has them
-    both = SafeZone().loss(prediction, target, mask.repeat(2, 1, 1, 1), weights, parts=2)
+    both = SafeZone().loss(prediction, target, mask.repeat(2, 1, 1, 1), weights, prior_preservation=True)
     weighted = error * weights
     assert torch.allclose(both, (weighted[:2] * mask).mean() + weighted[2:].mean())
 

@@ -27,26 +27,26 @@ def test_the_signal_to_noise_ratio_is_that_of_noised_latents(make, scale):
     """Measured: the variance that `add_noise`, or the flow's mixture, leaves of signal and of noise."""
     scheduler = make()
     schedule = Schedule(scheduler)
-    for level in (100, 500, 900):
-        place = (schedule.levels == level).nonzero().item()
-        timestep = schedule.values[place:place + 1]
+    for t in (100, 500, 900):
+        index = (schedule.t == t).nonzero().item()
+        timestep = schedule.timesteps[index:index + 1]
         one, nothing = torch.full((1, 1, 1, 1), scale), torch.zeros(1, 1, 1, 1)
         noised = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else (
             lambda x, t, noise, add=scheduler.add_noise: add(x, noise, t))
         signal, noise = noised(one, timestep, nothing), noised(nothing, timestep, torch.ones(1, 1, 1, 1))
         expected = 2 * (signal.double() / noise.double()).log().item()
-        assert schedule.log_snr(torch.tensor([level])).item() == pytest.approx(expected, abs=2e-3), level
+        assert schedule.log_snr(torch.tensor([t])).item() == pytest.approx(expected, abs=2e-3), t
 
 
-def test_levels_count_the_noise():
+def test_t_counts_the_noise():
     for make in (DDPMScheduler, EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler):
         schedule = Schedule(make())
-        assert schedule.num_timesteps == len(schedule.values) == 1000
-        assert torch.equal(schedule.levels, torch.arange(999.0, -1, -1, dtype=torch.float64))
+        assert schedule.num_timesteps == len(schedule.timesteps) == 1000
+        assert torch.equal(schedule.t, torch.arange(999.0, -1, -1, dtype=torch.float64))
         assert (schedule.log_snr(torch.arange(999)).diff() < 0).all()
     shifted = Schedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    assert shifted.levels[0] == 999 and shifted.levels[500] == pytest.approx(749, abs=1)
-    assert torch.allclose(shifted.values, (shifted.levels + 1).float(), atol=2e-3)
+    assert shifted.t[0] == 999 and shifted.t[500] == pytest.approx(749, abs=1)
+    assert torch.allclose(shifted.timesteps, (shifted.t + 1).float(), atol=2e-3)
 
 
 @pytest.mark.parametrize("make", [DDIMScheduler, PNDMScheduler, HeunDiscreteScheduler])
@@ -54,7 +54,7 @@ def test_whole_timesteps_do_not_depend_on_the_steps_of_sampling(make):
     scheduler = make()
     scheduler.set_timesteps(1000 if make is HeunDiscreteScheduler else 20)  # Heun lists each step twice
     schedule = Schedule(scheduler)
-    assert schedule.counts and len(schedule.values) == 1000
+    assert schedule.discrete and len(schedule.timesteps) == 1000
 
 
 @pytest.mark.parametrize("make", [EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])

@@ -144,8 +144,11 @@ def test_one_batch_of_replacements_and_the_unchanged_prediction_once(folders, in
                                     drawn=drawn, **kwargs)
     whole = maps()
     assert sizes == [17, 16]
+    texts = []
+    model.text_encoders[0].register_forward_hook(lambda encoder, args, output: texts.append(len(output[0])))
     limited = maps(batch_size=10)
     assert sizes == [10, 7, 10, 6] and torch.allclose(whole, limited, rtol=1e-9)
+    assert texts == [10, 10, 10, 3]
 
 
 def test_replacing_a_word_by_itself_changes_nothing(folders, inputs):

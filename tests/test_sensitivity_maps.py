@@ -83,6 +83,26 @@ def test_resolution_embeddings_and_all_words(options, tmp_path):
     assert json.loads(metadata["tokens"]) == ["<c>"] and both["ssm"].shape[0] == 1
 
 
+def test_the_text_is_read_as_the_embedding_was_trained(options, tmp_path, monkeypatch):
+    import szt_utils.map_making
+
+    seen, rows, load = [], torch.randn(1, 32), szt_utils.map_making.load_model
+    monkeypatch.setattr(szt_utils.map_making, "load_model", lambda *given, **more: (
+        seen.append(load(*given, **more)) or seen[-1]))
+    maps = {}
+    for skip in (0, 1):
+        save_embedding(tmp_path / f"{skip}.safetensors", "<c>", rows, {"clip_skip": str(skip)})
+        here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",
+             tmp_path / f"{skip}.safetensors", "--output_dir", tmp_path / str(skip))
+        maps[skip], _ = read(tmp_path / str(skip) / "maps.safetensors")
+    assert [model.clip_skip for model in seen] == [0, 1]
+    assert not torch.allclose(maps[0]["ssm"], maps[1]["ssm"], rtol=0.1)
+    save_embedding(tmp_path / "other.safetensors", "<d>", rows)
+    with pytest.raises(SystemExit, match="trained with different --clip_skip or --pooled_token"):
+        here(*options[:4], "--prompt", "a <c> <d>", "--timesteps", 500, "--embeddings",
+             tmp_path / "1.safetensors", tmp_path / "other.safetensors", "--output_dir", tmp_path / "both")
+
+
 def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
     from szt_utils.generation import load_pipeline
     from szt_utils.map_making import MapSettings, _tokenize_learned

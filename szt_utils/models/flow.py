@@ -54,18 +54,19 @@ class T5:
     def states(self, ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states of token ids (B, length), (B, length, D)."""
         if self.encoder is None:
-            return torch.cat([self.known[tuple(row)] for row in ids.tolist()])
+            return torch.cat([self.known[tuple(row)] for row in ids.tolist()]).to(ids.device)
         return self.encoder(ids.to(self.encoder.device))[0]
 
     @torch.no_grad()
     def remember(self, prompts: set[str], device: torch.device) -> None:
-        """Compute the states of all texts that will come on a device, and let go of the encoder.
+        """Compute the states of all texts that will come on a device, keep them on the CPU, and let go of the
+        encoder.
 
         One text at a time, as their states may differ in the last bit between batch sizes.
         """
         self.encoder.to(device)
         for row in self.tokenize(sorted(prompts)):
-            self.known[tuple(row.tolist())] = self.states(row[None])
+            self.known[tuple(row.tolist())] = self.states(row[None]).cpu()
         self.encoder = None
 
 
