@@ -17,14 +17,14 @@ anything is:
 import argparse
 import sys
 
-from szt_utils.arguments import given_flags, number, refuse_unused, script_parser, user_path
+from szt_utils.arguments import given_flags, number, refuse_unused, refuse_without, script_parser, user_path
 from szt_utils.errors import exit_on_input_error, printable
 
 TRAINERS = ("kohya", "onetrainer", "ai-toolkit", "simpletuner", "diffusion-pipe", "musubi", "diffusers")
 MODELS = ("sd15", "sd2", "sdxl", "sd3", "flux", "qwen-image", "z-image")
 REQUIRED = ("image_dir", "output_dir", "placeholder_token")  # of an export
 USED_BY = {"config": ("--check",), **dict.fromkeys(
-    (*REQUIRED, "initializer_token", "learnable_property", "loss_mask_dir"), ("an export",))}
+    (*REQUIRED, "initializer_token", "learnable_property", "loss_mask_dir", "mask_dilation"), ("an export",))}
 
 
 def resolution(text: str) -> int:
@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="--check: config files, or command lines in text files, of one training. (those of an export)")
     args = parser.parse_args(argv)
     refuse_unused(parser, args, "--check" if args.check else "an export", USED_BY)
+    refuse_without(parser, args, "--loss_mask_dir", args.check or args.loss_mask_dir, "mask_dilation")
     missing = [f"--{name}" for name in REQUIRED if not args.check and not getattr(args, name)]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")

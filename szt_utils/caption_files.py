@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .captions import templates_for
 from .errors import InputError
-from .files import parse_json, read_text
+from .files import nfc, parse_json, read_text
 from .settings import ConceptSettings
 
 __all__ = ["METADATA", "caption_templates", "insert_token", "read_captions", "read_metadata"]
@@ -17,14 +17,18 @@ METADATA = "metadata.jsonl"  # as in image folders of the datasets library: file
 def read_captions(image_dir: str | Path, images: Sequence[Path]) -> dict[Path, str]:
     """The captions that images have, each as one line; an empty caption counts as none.
 
-    InputError for a file that cannot be read, and for a line of metadata.jsonl that is no JSON object with
-    the text entries file_name and text.
+    Names match whatever the Unicode form of their accents and the case of the suffix. InputError for a file
+    that cannot be read, and for a line of metadata.jsonl that is no JSON object with the text entries
+    file_name and text.
     """
-    listed, captions = read_metadata(Path(image_dir) / METADATA), {}
+    listed = {nfc(name): text for name, text in read_metadata(Path(image_dir) / METADATA).items()}
+    texts = {nfc(str(path.with_suffix(""))): path for folder in {image.parent for image in images}
+             for path in sorted(folder.glob("*")) if path.suffix.lower() == ".txt" and path.is_file()}
+    captions = {}
     for image in images:
-        beside = image.with_suffix(".txt")
-        text = (read_text(beside, "caption file") if beside.is_file()
-                else listed.get(image.relative_to(image_dir).as_posix(), ""))
+        beside = texts.get(nfc(str(image.with_suffix(""))))
+        text = (read_text(beside, "caption file") if beside
+                else listed.get(nfc(image.relative_to(image_dir).as_posix()), ""))
         if line := " ".join(text.split()):
             captions[image] = line
     return captions

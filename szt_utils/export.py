@@ -71,6 +71,7 @@ def plan_for(folder: str | Path, model: str, resolution: int | None = None, toke
     family = FAMILIES[model]
     resolution = resolution or family.resolution
     safe_zone = SafeZone.paper(resolution, family, **zone)
+    safe_zone.fit(family.num_timesteps)  # raises for a threshold that no timestep reaches
     return Plan(Path(folder).resolve(), family, safe_zone, resolution, token)
 
 
@@ -185,7 +186,7 @@ def _name_leftovers(run: FolderRun, names: set[str]) -> None:
 def _readme(plan: Plan, trainer: Trainer) -> str:
     zone, family = plan.zone, plan.family
     paper = SafeZone.paper(plan.resolution, family)
-    given = "".join(f" --{name} {getattr(zone, name)}" for name in ("jpeg_quality", "t_min", "mask_dilation")
+    given = "".join(f" --{name} {getattr(zone, name)}" for name in ("jpeg_quality", "t_min")
                     if getattr(zone, name) != getattr(paper, name))
     masks = f"masks grown by {zone.mask_dilation} pixels" if plan.has_masks else "no masks"
     sizes = ", ".join(f"{width} x {height}" for width, height in plan.sizes)

@@ -11,6 +11,7 @@ from .errors import InputError, first_line
 from .export import plan_for
 from .files import read_text
 from .images import MASK_ENDING, list_images, read_image, read_upright
+from .mask_pixels import white_pixels
 from .notices import notice
 from .trainers import TRAINERS
 from .trainers.config_files import Config, read_config
@@ -41,7 +42,7 @@ def check_folder(folder: str | Path, trainer: str, model: str, config: Sequence[
         return _check_images(plan, chosen, _default_source(plan, chosen), False)
     read = read_config(paths)
     try:
-        return [*_check_sources(plan, chosen, read), *chosen.check(plan, read)]
+        return list(dict.fromkeys([*_check_sources(plan, chosen, read), *chosen.check(plan, read)]))
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -73,31 +74,44 @@ def _check_sources(plan: Plan, trainer: Trainer, config: Config) -> Iterator[str
 
 
 def _check_images(plan: Plan, trainer: Trainer, source: Source, is_configured: bool) -> list[str]:
-    folder = plan.folder / source.images
-    paths = list_images(folder)
-    resolution = int(source.resolution or plan.resolution)
+    folder, square = plan.folder / source.images, (plan.resolution, plan.resolution)
+    paths = _list(trainer, source, folder)
     findings, sizes = [], {}
+    inside = [path for path in paths if source.masks not in (None, source.images)
+              and (plan.folder / source.masks).resolve() in path.resolve().parents]
+    if inside:
+        findings.append(f"{trainer.title} would train on the masks in '{source.masks}', since it reads "
+                        "sub-folders; move them out of the images' folder.")
+    suffixes = trainer.image_suffixes
+    if unread := [path for path in paths if suffixes and path.suffix.lower() not in suffixes]:
+        findings.append(f"{trainer.title} does not read {_some(unread)}; convert to PNG.")
+    paths = [path for path in paths if path not in inside and path not in unread]
     resized, plain = [], []
     for path in paths:
         image = read_image(path)
         sizes[path] = image.size
-        kept = (image.size == (resolution, resolution) if source.is_square
-                else trainer.keeps(image.size, resolution, plan.family.name))
+        kept = (image.size == square if source.is_fixed
+                else trainer.keeps(image.size, plan.resolution, plan.family.name))
         if not kept:
             resized.append(path)
         if _change(image, plan.zone.purify(image)) > _COMPRESSED:
             plain.append(path)
-    if resolution != plan.resolution:
-        findings.append(f"The config trains at a resolution of {resolution}, not of {plan.resolution}; set "
-                        "it, or export again with --resolution.")
+    if source.size and source.size != square:
+        given = " x ".join(f"{side:g}" for side in dict.fromkeys(source.size))
+        findings.append(f"The config trains at a resolution of {given}, not of {plan.resolution}; set it, or "
+                        "export again with --resolution.")
     elif resized:
         findings.append(f"{trainer.title} will resize {_some(resized)}, which undoes JPEG's blocks; export "
-                        f"the images at a resolution of {resolution}.")
+                        f"the images at a resolution of {plan.resolution}.")
     if plain:
         findings.append(f"JPEG quality {plan.zone.jpeg_quality} was not applied to {_some(plain)} at this "
                         "size; export from the original images.")
     return findings + _check_captions(trainer, folder, paths) + _check_masks(plan, trainer, source, sizes,
                                                                              is_configured)
+
+
+def _list(trainer: Trainer, source: Source, folder: Path, masks: bool = False) -> list[Path]:
+    return list_images(folder, trainer.is_recursive or source.is_recursive, masks)
 
 
 def _change(image: Image.Image, other: Image.Image) -> float:
@@ -117,11 +131,11 @@ def _check_captions(trainer: Trainer, folder: Path, paths: Sequence[Path]) -> li
         without = [path for path in paths if not path.with_suffix(".txt").is_file()
                    or not read_text(path.with_suffix(".txt"), "caption file").strip()]
     else:
-        listed = read_metadata(folder / METADATA)
-        without = [path for path in paths if not listed.get(path.relative_to(folder).as_posix(), "").strip()]
+        listed = {each.parent / name: text for each in sorted(folder.rglob(METADATA))
+                  for name, text in read_metadata(each).items()}
+        without = [path for path in paths if not listed.get(path, "").strip()]
     where = "<stem>.txt beside the image" if trainer.caption_files else METADATA
     return [f"No caption was found for {_some(without)}; expected it in {where}."] if without else []
-
 
 
 def _check_masks(plan: Plan, trainer: Trainer, source: Source, sizes: dict[Path, tuple[int, int]],
@@ -133,17 +147,41 @@ def _check_masks(plan: Plan, trainer: Trainer, source: Source, sizes: dict[Path,
                   if source.masks is None else f"The folder of masks '{source.masks}' does not exist")
         return [f"{absent}, so the loss counts on the whole image; make masks with precompute_masks.py and "
                 "export them."]
-    masks = {path.stem: path for path in list_images(plan.folder / source.masks, masks=True)}
-    names = {path: path.stem + MASK_ENDING * trainer.masks_beside_images for path in sizes}
-    found = {path: masks[name] for path, name in names.items() if name in masks}
-    without = [path for path in sizes if path not in found]
-    others = [path for path in masks.values() if path not in found.values() and path not in sizes]
-    opened = {path: read_upright(mask) for path, mask in found.items()}
-    unlike = [found[path] for path, mask in opened.items() if mask.size != sizes[path]]
-    black = [found[path] for path, mask in opened.items() if mask.convert("L").getextrema()[1] == 0]
-    expected = names[without[0]] if without else ""
+    folder, found, without, read = plan.folder / source.masks, {}, {}, set()
+    for path in sizes:
+        names = trainer.mask_names(path.relative_to(plan.folder / source.images))
+        if existing := [folder / name for name in names if (folder / name).is_file()]:
+            found[path] = existing[0]
+            read.update(existing)
+        else:
+            without[path] = Path(max(names, key=lambda name: name.endswith(".png")))
+    stems, expected = {mask.stem for mask in without.values()}, next(iter(without.values()), None)
+    others = [path for path in _list(trainer, source, folder, masks=True) if path not in read
+              and (path.stem.endswith(MASK_ENDING) or not trainer.masks_beside_images)]
+    unlike, black, odd = [], [], []
+    for path, mask in found.items():
+        opened = read_upright(mask)
+        if trainer.reads_any_mask:
+            opened = Image.fromarray(white_pixels(opened)[0])
+        if opened.size != sizes[path]:
+            unlike.append(mask)
+        if opened.convert("L").getextrema()[1] == 0:
+            black.append(mask)
+        elif _is_odd(opened):
+            odd.append(mask)
     return [sentence.format(_some(files)) for files, sentence in (
-        (without, f"No mask was found for {{}}; expected {expected}.png in '{source.masks}'."),
-        (others, "No image was found for {} among the masks; remove what belongs to none."),
+        (list(without), f"No mask was found for {{}}; expected {expected} in '{source.masks}'."),
+        ([path for path in others if path.stem in stems],
+         f"{trainer.title} does not read {{}} as a mask; expected {expected}."),
+        ([path for path in others if path.stem not in stems],
+         "No image was found for {} among the masks; remove what belongs to none."),
         (unlike, "The mask has another size than its image: {}; export again."),
+        (odd, f"The mask has transparency, labels, colors or dark gray, but {trainer.title} needs white on "
+              "black: {}; export again."),
         (black, "Nothing would be trained on with a mask that is all black: {}.")) if files]
+
+
+def _is_odd(mask: Image.Image) -> bool:
+    """Whether a mask has transparency, labels, colors or nothing but dark gray."""
+    is_clear = mask.has_transparency_data and mask.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return is_clear or bool(white_pixels(mask)[1]) or mask.convert("L").getextrema()[1] < 128

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,16 @@ from typing import Any, NoReturn
 
 from .errors import InputError, first_line
 
-__all__ = ["append_stats", "atomic_path", "parse_json", "read_calibration_json", "read_json", "read_stats",
-           "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json", "write_text",
+__all__ = ["append_stats", "atomic_path", "nfc", "parse_json", "read_calibration_json", "read_json",
+           "read_stats", "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json", "write_text",
            "write_torch"]
 
 MEGABYTES = 64  # the largest text or JSON file that is read
+
+
+def nfc(name: str) -> str:
+    """A file's name in Unicode's composed form: macOS writes accents in another one than people type."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_text(path: str | Path, what: str = "file") -> str:

@@ -130,7 +130,9 @@ def _tokenize_learned(model: Model, settings: MapSettings) -> TokenizedPrompt:
         raise InputError("The --embeddings were trained with different --clip_skip or --pooled_token; make "
                          "their maps one by one.")
     if ways:
-        model.clip_skip, model.pooled_token = ways.pop()
+        model.clip_skip, pooled_token = ways.pop()
+        if model.pooled_token is not None:
+            model.pooled_token = pooled_token
     tokenizer, within = model.tokenizers[0], None if settings.tokens else settings.prompt
     words = dict.fromkeys(settings.tokens or settings.prompt.split())
     return tokenize_words(model, with_all_vectors(tokenizer, settings.prompt),

@@ -6,7 +6,6 @@ Masks are float32 (B, 1, H, W) of 0 and 1. A mask file has the stem of its image
 
 import functools
 import math
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .errors import InputError
+from .files import nfc
 from .images import MASK_ENDING, crop_and_resize, from_pil, list_images, read_upright, reading
 from .mask_pixels import white_pixels
 from .notices import notice
@@ -34,14 +34,14 @@ def find_masks(mask_dir: str | Path, image_paths: list[Path]) -> list[Path]:
     """
     images, masks = {path.resolve() for path in image_paths}, {}
     for path in list_images(mask_dir, masks=True):
-        stem = _stem(path).removesuffix(MASK_ENDING)
+        stem = nfc(path.stem).removesuffix(MASK_ENDING)
         if path.resolve() in images:
             notice(f"'{mask_dir}': the masks are the files '<stem>{MASK_ENDING}' beside the images.")
             continue
         if stem in masks:
             raise InputError(f"Both '{masks[stem]}' and '{path}' are masks of '{stem}'; remove one.")
         masks[stem] = path
-    stems = [_stem(path) for path in image_paths]
+    stems = [nfc(path.stem) for path in image_paths]
     for path, stem in zip(image_paths, stems, strict=True):
         if stem not in masks:
             raise InputError(f"The image '{path}' has no mask in '{mask_dir}'; expected '{path.stem}.png' or "
@@ -77,10 +77,6 @@ def find_mask(masks: str | Path, path: str | Path) -> Path:
 def _masks_of_folder(mask_dir: Path, folder: Path, *_times: int) -> dict[str, Path]:
     paths = list_images(folder)
     return {path.name: mask for path, mask in zip(paths, find_masks(mask_dir, paths), strict=True)}
-
-
-def _stem(path: Path) -> str:
-    return unicodedata.normalize("NFC", path.stem)
 
 
 def read_mask(path: str | Path, image_size: tuple[int, int]) -> Image.Image:

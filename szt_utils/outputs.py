@@ -85,7 +85,7 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
                      "quality on small models")
     if model.t5 is not None:
         lines.append("T5 has no embedding for the placeholder; it reads its letters")
-    if model.family == "SDXL":
+    if model.pooled_token is not None:
         lines.append(f"pooled token: {run.settings.pooled_token}, as "
                      + ("Diffusers does; ComfyUI, A1111 and kohya pool the end of the text (--pooled_token "
                         "end)" if run.settings.pooled_token == "upstream" else
@@ -128,7 +128,7 @@ def _metadata(run: Run, model: Model, group: Group, concept: Concept) -> dict[st
                 **asdict(concept.zone), "seed": settings.seed,
                 "learning_rate": shared.learning_rate, "train_batch_size": shared.train_batch_size,
                 "resolution": shared.resolution, "clip_skip": shared.clip_skip}
-    if model.family == "SDXL":
+    if model.pooled_token is not None:
         metadata["pooled_token"] = shared.pooled_token
     return {option: str(value) for option, value in metadata.items()}
 

@@ -10,14 +10,13 @@ upright image:
 """
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json
+from .files import nfc, read_json
 
 __all__ = ["MOST_POINTS", "SamPrompt", "prompt_from_json", "prompt_to_json", "read_points_file",
            "relative_prompt"]
@@ -94,8 +93,8 @@ def read_points_file(path: str | Path, sizes: Mapping[str, tuple[int, int]]) -> 
     entries = read_json(path, "points file")
     if not isinstance(entries, dict):
         raise InputError(f"The points file '{path}' must hold one object with an entry for every image.")
-    same = {unicodedata.normalize("NFC", name): name for name in sizes}  # whatever the form of their accents
-    entries = {same.get(unicodedata.normalize("NFC", name), name): entry for name, entry in entries.items()}
+    same = {nfc(name): name for name in sizes}  # whatever the form of their accents
+    entries = {same.get(nfc(name), name): entry for name, entry in entries.items()}
     for name in sizes:
         if name not in entries:
             raise InputError(f"The points file '{path}' has no entry for '{name}'; add one.")

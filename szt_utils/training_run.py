@@ -205,15 +205,15 @@ class Run:
                             tokenizer=settings.tokenizer_name, text_dtype=torch.float32,
                             text_linear=self.dtype if self._autocasts() else None,
                             quantize=settings.quantize)
-        if model.family != "SDXL" and (settings.pooled_token, settings.micro_conditioning) != (
-                "upstream", "crop"):
+        if model.pooled_token is not None:
+            model.pooled_token = settings.pooled_token
+        elif (settings.pooled_token, settings.micro_conditioning) != ("upstream", "crop"):
             raise InputError(f"--pooled_token and --micro_conditioning are of SDXL; this is {model.family}.")
         layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
         if settings.clip_skip >= layers:
             raise InputError(f"--clip_skip must be below {layers}, the number of the text encoder's layers, "
                              f"but is {settings.clip_skip}.")
         model.clip_skip = settings.clip_skip
-        model.pooled_token = settings.pooled_token  # of SDXL; the others have none
         if settings.gradient_checkpointing:
             model.network.train()  # checkpointing is off in evaluation mode
             model.network.enable_gradient_checkpointing()

@@ -1,5 +1,8 @@
 """Captions of images: where they are found, which wins, and where the concept's token goes."""
 
+import json
+import unicodedata
+
 import pytest
 
 from szt_utils.caption_files import caption_templates, insert_token, read_captions
@@ -16,6 +19,26 @@ def test_a_text_file_wins_over_metadata_and_an_empty_caption_is_none(tmp_path):
                                              encoding="utf-8")
     assert read_captions(tmp_path, images) == {images[0]: "two lines", images[1]: "listed too"}
     assert read_captions(str(tmp_path), []) == {}
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_whatever_the_form_of_their_accents_and_the_case_of_txt(tmp_path, form, other):
+    images = [tmp_path / unicodedata.normalize(form, f"{name}.png") for name in ("café", "thé", "b.1", "c")]
+    texts = {"café.txt": "beside", "b.1.TXT": "upper", "c.TXT": "no", "c.txt": "lower"}
+    for name, text in texts.items():
+        (tmp_path / unicodedata.normalize(other, name)).write_text(text)
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(
+        {"file_name": unicodedata.normalize(other, "thé.png"), "text": "listed"}))
+    assert list(read_captions(tmp_path, images).values()) == ["beside", "listed", "upper", "lower"]
+
+
+def test_an_image_in_a_sub_folder_has_its_caption_beside_it_or_by_its_path(tmp_path):
+    images = [tmp_path / name for name in ("sub/a.png", "sub/b.png", "b.png")]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("beside")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/b.png", "text": "listed"}')
+    assert read_captions(tmp_path, images) == {images[0]: "beside", images[1]: "listed"}
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"file_name": "a.png"}', '{"file_name": "a.png", "text": 3}', "{"])

@@ -189,6 +189,13 @@ def test_values_given_by_hand(export, capsys):
     assert check_folder(folder, "kohya", "sdxl", resolution=128, t_min=600, jpeg_quality=60) == []
 
 
+@pytest.mark.parametrize("trainer, model, t_min", [("kohya", "flux", 900), ("diffusion-pipe", "sd3", 300),
+                                                   ("ai-toolkit", "sd15", 999)])
+def test_the_config_of_a_t_min_given_by_hand_keeps_its_own_zone(export, trainer, model, t_min):
+    folder = export(trainer, model, t_min=t_min)
+    assert check_folder(folder, trainer, model, resolution=128, t_min=t_min) == []
+
+
 def test_without_masks_no_config_asks_for_them(export):
     folder = export("kohya", "sdxl", loss_mask_dir=None)
     assert "masked_loss" not in (folder / "config.toml").read_text()

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from szt_utils.errors import InputError
 from szt_utils.export import ExportSettings, export_folder, plan_for
 from szt_utils.export_check import check_folder
+from szt_utils.safe_zone import SafeZone
 from szt_utils.trainers import TRAINERS
 from szt_utils.trainers.config_files import to_toml, tomllib
 
@@ -91,6 +92,10 @@ TRAPS = [
     ("onetrainer", "flux", "config.json", put(timestep_shift=0.5), "from 0.618 to 0.447, below 0.618"),
     ("onetrainer", "flux", "config.json", put(dynamic_timestep_shifting=True), "moves the range"),
     ("onetrainer", "sdxl", "config.json", put("concepts", 0, image={}), "enable_crop_jitter is on"),
+    ("onetrainer", "sdxl", "config.json", put(resolution="128x192"), "resolution of 128 x 192, not of 128"),
+    ("onetrainer", "sdxl", "config.json", put(resolution="128, 768"), "trains at a resolution of 768"),
+    ("onetrainer", "sdxl", "config.json", put("concepts", 0, "image", enable_resolution_override=True,
+                                              resolution_override="512"), "trains at a resolution of 512"),
     # ai-toolkit
     ("ai-toolkit", "sd2", "config.yaml", put(*TRAIN, min_snr_gamma=None), "set min_snr_gamma to 5."),
     ("ai-toolkit", "sdxl", "config.yaml", put(*TRAIN, min_denoising_steps=500, max_denoising_steps=999),
@@ -170,6 +175,7 @@ def test_musubis_sigma_with_the_range_that_is_right_there(exported, tmp_path):
     ("--szt", "--szt compresses and grows masks once more"),
     ("--loss_mask_dir ''", "--loss_mask_dir is not set"),
     ("--instance_data_dir images", "holds 'metadata.jsonl', which the script would open as an image"),
+    ("--instance_data_dir .", "holds 'README.md', which the script would open as an image"),
 ])
 def test_a_trap_in_a_command_line_is_found(exported, tmp_path, line, message):
     folder = exported("diffusers", "flux")
@@ -190,21 +196,24 @@ def test_a_command_line_of_kohya(exported, tmp_path):
     assert len(findings) == 1 and "--conditioning_data_dir is ignored on the command line" in findings[0]
 
 
+def without_configs(folder: Path, target: Path) -> Path:
+    """A copy of an export, whose config files are not read: their paths are those of the original."""
+    shutil.copytree(folder, target)
+    for path in target.glob("*.*"):
+        path.unlink()
+    return target
+
+
 @pytest.fixture
 def copied(exported, tmp_path):
-    """A copy of an export, whose config files are not read: their paths are those of the original."""
-    folder = shutil.copytree(exported("kohya", "sdxl"), tmp_path / "copy")
-    for path in folder.glob("*.toml"):
-        path.unlink()
-    return folder
+    return without_configs(exported("kohya", "sdxl"), tmp_path / "copy")
 
 
 def test_captions_are_looked_for_where_the_trainer_reads_them(exported, tmp_path):
     for trainer, model, other in (("diffusers", "flux", "{}.txt"), ("kohya", "sdxl", "metadata.jsonl")):
-        folder = shutil.copytree(exported(trainer, model), tmp_path / trainer)
+        folder = without_configs(exported(trainer, model), tmp_path / trainer)
         images = sorted((folder / "images").glob("*.png"))
-        for path in (*(folder / "images").glob("*.txt"), *(folder / "images").glob("*.jsonl"),
-                     *folder.glob("*.toml"), *folder.glob("*.sh")):  # whose paths are those of the original
+        for path in (*(folder / "images").glob("*.txt"), *(folder / "images").glob("*.jsonl")):
             path.unlink()
         for image in images:
             with open(folder / "images" / other.format(image.stem), "a") as captions:
@@ -246,6 +255,135 @@ def test_what_is_wrong_with_the_images(copied, damage, message):
     assert any(message in finding for finding in findings), findings
 
 
+@pytest.mark.parametrize("trainer, names, expected, is_read", [
+    ("kohya", "masks/{}.webp", "0.png", True), ("kohya", "masks/{}.PNG", "0.png", True),
+    ("kohya", "masks/{}.tif", "0.png", False), ("ai-toolkit", "masks/{}.bmp", "0.png", False),
+    ("ai-toolkit", "masks/{}.PNG", "0.png", False), ("simpletuner", "masks/{}.webp", "0.png", False),
+    ("onetrainer", "images/{}-masklabel.webp", "0-masklabel.png", False),
+    ("diffusion-pipe", "masks/{}.gif", "0.png", True), ("diffusers", "masks/{}.tif", "0.png", True)])
+def test_a_mask_of_a_suffix_that_the_trainer_does_not_read_is_none(exported, tmp_path, trainer, names,
+                                                                  expected, is_read):
+    folder = without_configs(exported(trainer, "sdxl"), tmp_path / "copy")
+    for i in range(2):
+        png = folder / TRAINERS[trainer].mask_name.format(i)
+        mask = Image.open(png)
+        png.unlink()
+        mask.save(folder / names.format(i), lossless=True)
+    findings = check_folder(folder, trainer, "sdxl", resolution=128)
+    names = ", ".join(Path(names.format(i)).name for i in range(2))
+    assert findings == [] if is_read else [finding.partition(" in '")[0] for finding in findings] == [
+        f"No mask was found for 0.png, 1.png; expected {expected}",
+        f"{TRAINERS[trainer].title} does not read {names} as a mask; expected {expected}."]
+
+
+@pytest.mark.parametrize("trainer, suffix, is_read", [
+    ("kohya", "bmp", True), ("kohya", "tif", False), ("ai-toolkit", "bmp", False), ("musubi", "gif", False),
+    ("musubi", "avif", True), ("onetrainer", "gif", False), ("simpletuner", "gif", True)])
+def test_an_image_of_a_suffix_that_the_trainer_does_not_read_is_named(exported, tmp_path, trainer, suffix,
+                                                                     is_read):
+    model = next(iter(TRAINERS[trainer].models))
+    folder = without_configs(exported(trainer, model), tmp_path / "copy")
+    Image.new("RGB", (128, 128)).save(folder / "images" / f"x.{suffix}")
+    unread = f"{TRAINERS[trainer].title} does not read x.{suffix}; convert to PNG."
+    findings = check_folder(folder, trainer, model, resolution=128)
+    assert findings == ([unread] if not is_read else findings) and (unread in findings) != is_read
+
+
+def labels(mask):
+    return mask.point(lambda level: level // 255)
+
+
+def cut_out(mask):
+    clear = Image.new("RGBA", mask.size, "white")
+    clear.putalpha(mask)
+    return clear
+
+
+def colors(mask):
+    red = Image.merge("RGB", [mask, *[Image.new("L", mask.size)] * 2])
+    red.paste((0, 200, 0), (60, 60, 70, 70))
+    return red
+
+
+@pytest.mark.parametrize("change, is_odd", [
+    (labels, True), (cut_out, True), (colors, True),
+    (lambda mask: mask.filter(ImageFilter.BoxBlur(5)).point(lambda level: level // 3), True),
+    (lambda mask: mask.filter(ImageFilter.BoxBlur(5)), False), (lambda mask: mask.convert("RGBA"), False),
+    (lambda mask: mask.convert("P"), False), (lambda mask: mask.convert("1"), False)])
+@pytest.mark.parametrize("trainer", ["kohya", "onetrainer", "diffusers"])
+def test_a_mask_that_means_something_else_to_a_trainer_is_found(exported, tmp_path, trainer, change, is_odd):
+    """Trainers weight the loss by levels and drop transparency, which the patched script does not."""
+    folder = without_configs(exported(trainer, "sdxl"), tmp_path / "copy")
+    path = folder / TRAINERS[trainer].mask_name.format(1)
+    change(Image.open(path)).save(path)
+    findings = check_folder(folder, trainer, "sdxl", resolution=128)
+    message = f"{TRAINERS[trainer].title} needs white on black: {path.name};"
+    odd = [each for each in findings if message in each]
+    assert len(odd) == (is_odd and trainer != "diffusers")
+    assert findings == odd or (trainer == "diffusers" and "all black" in findings[0])  # the gray is too dark
+
+
+@pytest.mark.parametrize("trainer", ["kohya", "onetrainer", "ai-toolkit", "simpletuner", "diffusion-pipe",
+                                     "diffusers"])
+def test_sub_folders_are_read_as_by_the_trainer(exported, tmp_path, trainer):
+    """An image in a sub-folder has its mask by its name, by its path, or beside it; its caption beside it."""
+    folder = without_configs(exported(trainer, "sdxl"), tmp_path / "copy")
+    for name in ("images", "masks") if trainer == "simpletuner" else ("images",):
+        (folder / name / "sub").mkdir()
+        for path in (folder / name).glob("1*"):
+            path.rename(folder / name / "sub" / path.name)
+    if trainer == "diffusers":
+        lines = (folder / "images" / "metadata.jsonl").read_text().splitlines(keepends=True)
+        (folder / "images" / "metadata.jsonl").write_text(lines[0])
+        (folder / "images" / "sub" / "metadata.jsonl").write_text(lines[1])
+    is_recursive = trainer in ("ai-toolkit", "simpletuner", "diffusers")
+    others = ["No image was found for 1.png among the masks; remove what belongs to none."]
+    assert check_folder(folder, trainer, "sdxl", resolution=128) == (
+        [] if is_recursive or trainer == "onetrainer" else others)
+    Image.new("RGB", (128, 128)).save(folder / "images" / "sub" / "x.png")
+    findings = check_folder(folder, trainer, "sdxl", resolution=128)
+    assert is_recursive == any("No caption was found for x.png" in finding for finding in findings)
+    assert is_recursive == any("No mask was found for x.png" in finding for finding in findings)
+
+
+def test_onetrainer_reads_sub_folders_where_its_config_says_so(exported, tmp_path):
+    folder = shutil.copytree(exported("onetrainer", "sdxl"), tmp_path / "copy")
+    (folder / "images" / "sub").mkdir()
+    shutil.copy(folder / "images" / "0.png", folder / "images" / "sub" / "x.png")
+    for is_read in (False, True):
+        content = load(folder / "config.json")
+        put("concepts", 0, include_subdirectories=is_read, path=str(folder / "images"))(content)
+        dump(folder / "config.json", content)
+        findings = check_folder(folder, "onetrainer", "sdxl", resolution=128)
+        assert [finding.partition(" in ")[0] for finding in findings] == is_read * [
+            "No caption was found for x.png; expected it",
+            "No mask was found for x.png; expected sub/x-masklabel.png"]
+
+
+def test_masks_in_a_sub_folder_of_the_images_would_be_trained_on(exported, tmp_path):
+    folder = without_configs(exported("ai-toolkit", "sdxl"), tmp_path / "copy")
+    for path in (folder / "images").iterdir():
+        path.rename(folder / path.name)
+    (folder / "images").rmdir()
+    (finding,) = check_folder(folder, "ai-toolkit", "sdxl", resolution=128)
+    assert finding.startswith("ai-toolkit would train on the masks in")
+
+
+@pytest.mark.parametrize("size", ["128", "128x128"])
+def test_onetrainers_resolution_may_be_a_size(exported, tmp_path, size):
+    """"128x128" is one size for all images, "128" the area of its buckets."""
+    folder = shutil.copytree(exported("onetrainer", "sdxl"), tmp_path / "copy")
+    content, image, mask = (load(folder / "config.json"), folder / "images" / "0.png",
+                            folder / "images" / "0-masklabel.png")
+    put("concepts", 0, path=str(folder / "images"))(content)
+    dump(folder / "config.json", content | {"resolution": size})
+    assert check_folder(folder, "onetrainer", "sdxl", resolution=128) == []
+    SafeZone.paper(128).purify(Image.open(image).resize((192, 64))).save(image)
+    Image.open(mask).resize((192, 64)).save(mask)
+    findings = check_folder(folder, "onetrainer", "sdxl", resolution=128)
+    assert len(findings) == (size == "128x128") and all("will resize 0.png" in each for each in findings)
+
+
 def test_a_set_that_was_moved_is_found(exported, tmp_path):
     folder = shutil.copytree(exported("onetrainer", "sdxl"), tmp_path / "moved")
     findings = check_folder(folder, "onetrainer", "sdxl", resolution=128)
@@ -253,19 +391,17 @@ def test_a_set_that_was_moved_is_found(exported, tmp_path):
 
 
 def test_a_missing_mask_of_onetrainer_is_found_beside_the_image(exported, tmp_path):
-    folder = shutil.copytree(exported("onetrainer", "sdxl"), tmp_path / "copy")
-    (folder / "config.json").unlink()
+    folder = without_configs(exported("onetrainer", "sdxl"), tmp_path / "copy")
     (folder / "images" / "0-masklabel.png").unlink()
     (finding,) = check_folder(folder, "onetrainer", "sdxl", resolution=128)
     assert "No mask was found for 0.png; expected 0-masklabel.png" in finding
 
 
 def test_many_files_are_counted(exported, tmp_path):
-    folder = shutil.copytree(exported("musubi", "z-image"), tmp_path / "copy")
+    folder = without_configs(exported("musubi", "z-image"), tmp_path / "copy")
     for i in range(5):
         (folder / "images" / f"{i}.txt").unlink(missing_ok=True)
         shutil.copy(folder / "images" / "0.png", folder / "images" / f"{i}.png") if i else None
-    (folder / "config.toml").unlink(), (folder / "dataset.toml").unlink()
     (finding,) = check_folder(folder, "musubi", "z-image", resolution=128)
     assert "for 0.png, 1.png, 2.png and 2 more;" in finding
 

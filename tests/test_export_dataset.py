@@ -69,6 +69,8 @@ EXPORT = [*REQUIRED, "--image_dir", "i", "--output_dir", "o", "--placeholder_tok
     (["--trainer", "fluxgym", "--model", "sd15"], "invalid choice: 'fluxgym'"),
     ([*EXPORT, "--config", "x.toml"], "--config: an export does not use it, only --check"),
     ([*REQUIRED, "--check", "d", "--image_dir", "i"], "--image_dir: --check does not use it"),
+    ([*REQUIRED, "--check", "d", "--mask_dilation", "3"], "--mask_dilation: --check does not use it"),
+    ([*EXPORT, "--mask_dilation", "3"], "--mask_dilation: needs --loss_mask_dir"),
     ([*EXPORT, "--resolution", "500"], "500 is not a multiple of 64"),
     ([*EXPORT, "--t_min", "1000"], "1000 is not at least 0 and at most 999"),
     ([*EXPORT, "--placeholder_token", " "], "--placeholder_token: it is empty"),

@@ -1,10 +1,12 @@
 """Trainers: the sizes that each keeps, the noise of the families, shares of draws, and TOML."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from szt_utils.export import plan_for
 from szt_utils.safe_zone import PAPER_LOG_SNR, SafeZone
@@ -12,7 +14,9 @@ from szt_utils.trainers import TRAINERS
 from szt_utils.trainers.buckets import nearest_bucket
 from szt_utils.trainers.config_files import read_config, to_toml, tomllib
 from szt_utils.trainers.family import FAMILIES
-from szt_utils.trainers.trainer import flux_shift, share_in_zone, shifted
+from szt_utils.trainers.trainer import flux_shift, read_size, share_in_zone, shifted
+
+PAIRS = [(name, model) for name, trainer in TRAINERS.items() for model in trainer.models]
 
 
 def kohya_bucket(width, height, resolution):
@@ -110,6 +114,68 @@ def test_the_share_of_draws_in_the_zone_is_that_of_a_simulation():
     assert shifted(shifted(0.618, 3), 1 / 3) == pytest.approx(0.618)
 
 
+@pytest.mark.parametrize("trainer, model", PAIRS)
+def test_the_config_files_of_any_t_min_have_nothing_wrong_with_them(tmp_path, trainer, model):
+    for t_min in (0, 1, 2, 300, 500, 618, 800, 957, 997, 998, 999):
+        plan, paths = plan_for("data", model, t_min=t_min), []
+        for name, text in TRAINERS[trainer].configs(plan).items():
+            if not name.endswith("metadata.jsonl"):
+                paths.append(tmp_path / name)
+                paths[-1].write_text(text)
+        assert list(TRAINERS[trainer].check(plan, read_config(paths))) == [], t_min
+
+
+def test_the_shift_puts_a_share_of_0_988_in_the_zone_of_any_t_min():
+    assert plan_for("data", "flux").shift == 5
+    assert all(plan_for("data", "flux", t_min=t_min).shift == 1 for t_min in (0, 1, 244))  # 0.988 are in it
+    x = 1 / (1 + np.exp(-0.5 * np.random.default_rng(0).standard_normal(200_000)))
+    for t_min in (300, 618, 700, 900, 999):
+        plan = plan_for("data", "flux", t_min=t_min)
+        drawn = plan.shift * x / (1 + (plan.shift - 1) * x)
+        assert (drawn >= t_min / 1000).mean() == pytest.approx(0.988, abs=0.003)
+        for name, key in (("kohya", "discrete_flow_shift"), ("diffusion-pipe", "shift")):
+            document = tomllib.loads(TRAINERS[name].configs(plan)["config.toml"])
+            assert document.get("model", document)[key] == plan.shift
+            (trap,) = (trap for trap in TRAINERS[name].traps(plan) if "sigmoid_scale" in trap)
+            assert f"shift {plan.shift:g} and sigmoid_scale 0.5" in trap
+            assert f"{share_in_zone(plan, plan.shift, 0.5):.1%} at {t_min} or above" in trap
+
+
+@pytest.mark.parametrize("model", ["sd15", "flux"])
+@pytest.mark.parametrize("t_min", [0, 3, 500, 900, 997, 998, 999])
+def test_what_ai_toolkit_draws_of_a_config(model, t_min):
+    """Its table goes from timestep 999 down, torch.randint leaves out the end, and ddpm one more at each."""
+    (text,) = TRAINERS["ai-toolkit"].configs(plan_for("data", model, t_min=t_min)).values()
+    train = yaml.safe_load(text)["config"]["process"][0]["train"]
+    low, high = train["min_denoising_steps"], min(train["max_denoising_steps"], 999)
+    indices = [low] if low == high else range(low, high) if model == "flux" else range(low + 1, high - 1)
+    assert 999 - max(indices) == max(t_min, 1 if model == "flux" else 2)
+
+
+@pytest.mark.parametrize("trainer, first, last, count", [
+    ("kohya", "a.b.BMP", "a.b.webp", 10), ("ai-toolkit", "a.b.jpg", "a.b.webp", 4),
+    ("onetrainer", "sub/a.b-masklabel.png", "sub/a.b-masklabel.png", 1),
+    ("simpletuner", "sub/a.b.jpg", "sub/a.b.jpg", 1), ("diffusion-pipe", "a.b.AVIF", "a.b.webp", 18)])
+def test_where_a_trainer_looks_for_a_mask(trainer, first, last, count):
+    names = TRAINERS[trainer].mask_names(Path("sub/a.b.jpg"))
+    assert (names[0], names[-1], len(names)) == (first, last, count)
+
+
+def test_ai_toolkits_sigmoid_reaches_no_zone_near_pure_noise(tmp_path):
+    plan = plan_for("data", "flux", t_min=999)
+    (text,) = TRAINERS["ai-toolkit"].configs(plan).values()
+    (tmp_path / "config.yaml").write_text(text.replace("timestep_type: linear", "timestep_type: sigmoid"))
+    (finding,) = TRAINERS["ai-toolkit"].check(plan, read_config([tmp_path / "config.yaml"]))
+    assert "set it to 1 with timestep_type linear." in finding
+    assert TRAINERS["ai-toolkit"].traps(plan)[-1].endswith("there none is in the zone.")
+
+
+def test_a_resolution_is_read_in_every_form():
+    assert read_size(512) == read_size("512") == read_size([512, 512]) == (512, 512)
+    assert read_size("512, 768") == read_size("512x768") == read_size([512, 768]) == (512, 768)
+    assert read_size(None) is read_size(1.0) is read_size("0.5") is None
+
+
 def test_toml_is_read_as_it_was_written(tmp_path):
     document = {"path": 'C:\\images "of" ünicode 🟫', "number": 0.0001, "whole": 3, "flag": True,
                 "sizes": [[1, 2, 1], [3, 4, 1]], "empty": [], "table": {"a": 1, "inner": {"b": "c"}},
@@ -119,6 +185,18 @@ def test_toml_is_read_as_it_was_written(tmp_path):
     config = read_config([tmp_path / "file.toml"])
     assert config.documents == [document] and config.settings["a"] == 1
     assert config.tables("datasets", "subsets") == [] and len(config.tables("datasets")) == 2
+
+
+@pytest.mark.parametrize("suffix, end", [("bat", "^"), ("CMD", "^"), ("ps1", "`")])
+def test_the_paths_of_a_command_line_on_windows_keep_their_backslashes(tmp_path, suffix, end):
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(f"py train.py --train_data_dir C:\\data\\images\\\r\n --output_dir=D:\\out {end}\r\n"
+                    '  --vae "C:\\my vae\\" --masked_loss', newline="")
+    assert read_config([path]).settings == {
+        "script": "train.py", "train_data_dir": "C:\\data\\images\\", "output_dir": "D:\\out",
+        "vae": "C:\\my vae\\", "masked_loss": True}
+    (tmp_path / "run.sh").write_text("train --a my\\ toy \\\n --b 1")
+    assert read_config([tmp_path / "run.sh"]).settings == {"a": "my toy", "b": "1"}
 
 
 def test_the_flags_of_a_command_line(tmp_path):

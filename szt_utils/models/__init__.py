@@ -52,6 +52,7 @@ class Model(Protocol):
     clip_skip: int  # last layers of the text encoders to skip, as in Diffusers' pipelines
     embedding_keys: tuple[str, ...]  # of the text encoders' rows in an embedding file, as A1111 names them
     uses_sizes: bool  # whether `condition` uses sizes
+    pooled_token: str | None  # "upstream" or "end", which token's state is the pooled text; None: no choice
     no_training: str  # why textual inversion is not offered, or ""
 
     @property

@@ -53,6 +53,7 @@ class StableDiffusion:
     vae_overflows = False  # in float16
     embedding_keys = ("clip_l",)
     uses_sizes = False
+    pooled_token = None
     # What the pipeline corrects in a scheduler's config.
     corrected = {"clip_sample": False, "steps_offset": 1}
 

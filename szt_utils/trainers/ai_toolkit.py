@@ -10,24 +10,40 @@ import yaml
 
 from .buckets import area_buckets
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, first_size
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, read_size
 
 __all__ = ["AI_TOOLKIT"]
 
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-def _last_step(plan: Plan, timestep_type: str = "linear") -> int:
-    """The largest max_denoising_steps that keeps all draws in the zone.
 
-    It is an index into the timesteps from pure noise down. "sigmoid" makes the table's entries the quantiles
-    of the sigmoid of a normal. For diffusion models the draws end two before it, for flow models one.
+def _drawn(plan: Plan, low: float, high: float) -> tuple[float, float]:
+    """The first and the last index that are drawn with min_denoising_steps and max_denoising_steps.
+
+    They count the timesteps from pure noise down. Without any between them, `low` itself is drawn.
+    """
+    high, margin = min(high, plan.family.num_timesteps - 1), 0 if plan.family.flow else 1
+    return (low, low) if low == high else (low + margin, high - 1 - margin)
+
+
+def _zone_size(plan: Plan, timestep_type: str = "linear") -> int:
+    """How many of the timesteps from pure noise down are in the zone.
+
+    "sigmoid" makes the table's entries the quantiles of the sigmoid of a normal.
     """
     steps, t_min = plan.family.num_timesteps, plan.zone.t_min
-    if not plan.family.flow:
-        return steps - t_min + 1
-    cut = t_min / steps
-    if timestep_type == "sigmoid" and 0 < cut < 1:
-        return int(steps * (1 - NormalDist().cdf(math.log(cut / (1 - cut)))))
+    if timestep_type == "sigmoid" and t_min:
+        return int(steps * NormalDist().cdf(math.log((steps - t_min) / t_min)))
     return steps - t_min
+
+
+def _last_step(plan: Plan, timestep_type: str = "linear") -> int:
+    """The max_denoising_steps, with a minimum of 0, that keeps all draws in the zone.
+
+    The draws for diffusion models leave out the first timestep, unless it is the zone's only one.
+    """
+    size = _zone_size(plan, timestep_type)
+    return size if plan.family.flow else size + 1 if size > 1 else 0
 
 
 def _configs(plan: Plan) -> dict[str, str]:
@@ -66,8 +82,9 @@ def _traps(plan: Plan) -> list[str]:
              "An image without a mask, in a batch with one that has a mask, is not trained on at all.",
              "Masks need `buckets: true`, the default. They are blurred a little, at random."]
     if plan.family.flow:
-        traps.append("The default `timestep_type: sigmoid` draws other timesteps at the same index; there it "
-                     f"would be `max_denoising_steps: {_last_step(plan, 'sigmoid')}`.")
+        last = _last_step(plan, "sigmoid")
+        traps.append("The default `timestep_type: sigmoid` draws other timesteps at the same index; " + (
+            f"there it would be `max_denoising_steps: {last}`." if last else "there none is in the zone."))
     return traps
 
 
@@ -80,8 +97,8 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
     for dataset in (entry for process in _processes(config) for entry in process.get("datasets", [])):
         sizes, masks = dataset.get("resolution", 512), dataset.get("mask_path")
         sources += [Source(Path(dataset.get("folder_path", "")), Path(masks) if masks else None,
-                           first_size(size), has_alpha=config.flag("alpha_mask", among=dataset),
-                           is_square=not config.flag("buckets", True, dataset))
+                           read_size(size), has_alpha=config.flag("alpha_mask", among=dataset),
+                           is_fixed=not config.flag("buckets", True, dataset))
                     for size in (sizes if isinstance(sizes, list) else [sizes]) if not dataset.get("is_reg")]
     return sources
 
@@ -93,14 +110,17 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
         if kind != needed:
             yield f"noise_scheduler is {kind}; set it to {needed} for {family.title}."
         form = train.get("timestep_type", "sigmoid") if family.flow else "linear"
+        size = _zone_size(plan, form)
+        form = form if size else "linear"
         last = _last_step(plan, form)
         low, high = (config.number(f"{end}_denoising_steps", default, train)
                      for end, default in (("min", 0), ("max", 999)))
-        if low >= last - (0 if family.flow else 2):
+        first, end = _drawn(plan, low, high)
+        if first >= size > 0:
             yield (f"min_denoising_steps {low:g} is the wrong way round: it counts from pure noise down, so "
                    f"training draws only timesteps below {plan.zone.t_min}, where poisons act; set it to 0 "
                    f"and max_denoising_steps to {last}.")
-        elif high > last:
+        elif end >= size:
             yield (f"max_denoising_steps is {high:g}, so training reaches timesteps below {plan.zone.t_min}, "
                    f"where poisons act; set it to {last}{f' with timestep_type {form}' * family.flow}.")
         if form not in ("linear", "weighted", "sigmoid"):
@@ -120,6 +140,7 @@ AI_TOOLKIT = Trainer(
     models={"sd15": "sd1", "sd2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
             "qwen-image": "qwen_image", "z-image": "zimage"},
     buckets=area_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
-    sources=_sources, check=_check, kept_step=32, min_snr="min_snr_gamma to 5",
+    sources=_sources, check=_check, kept_step=32, image_suffixes=_SUFFIXES, mask_suffixes=_SUFFIXES,
+    is_recursive=True, min_snr="min_snr_gamma to 5",
     has_min_snr=lambda config: all(config.number("min_snr_gamma", 0, process.get("train", {}))
                                    for process in _processes(config)))

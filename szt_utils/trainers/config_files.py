@@ -82,14 +82,20 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".toml":
             return tomllib.loads(text)
-        return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else dict(_flags(text))
+        return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else dict(_flags(text, path.suffix))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"The config '{path}' cannot be parsed ({first_line(error)}).") from None
 
 
-def _flags(text: str) -> Iterator[tuple[str, Any]]:
-    """The flags of a command with their first value, True for those without one."""
-    words = shlex.split(re.sub(r"[\\^`]\r?\n", " ", text), comments=True)
+def _flags(text: str, suffix: str) -> Iterator[tuple[str, Any]]:
+    """The flags of a command with their first value, True for those without one.
+
+    In the scripts of Windows a backslash is a part of a path.
+    """
+    escape = "" if suffix.lower() in (".bat", ".cmd", ".ps1") else "\\"
+    lexer = shlex.shlex(re.sub(rf"[{escape}\^`]\n", " ", text), posix=True)
+    lexer.whitespace_split, lexer.escape = True, escape
+    words = list(lexer)
     if not any(_FLAG.match(word) for word in words):
         raise ValueError("it holds no flag such as --resolution")
     for word, following in zip(words, [*words[1:], "--"], strict=True):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..image_formats import SUFFIXES
 from .buckets import square
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, read_size
 
 __all__ = ["DIFFUSERS"]
 
@@ -59,7 +60,7 @@ def _traps(plan: Plan) -> list[str]:
 
 def _sources(plan: Plan, config: Config) -> list[Source]:
     settings = config.settings
-    masks, size = settings.get("loss_mask_dir"), first_size(settings.get("resolution"))
+    masks, size = settings.get("loss_mask_dir"), read_size(settings.get("resolution"))
     return [Source(Path(str(settings[name])), Path(str(masks)) if masks else None, size)
             for name in ("train_data_dir", "dataset_name", "instance_data_dir") if name in settings]
 
@@ -83,7 +84,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
         yield "--cache_latents gives an image the caption of another one in this script; leave it out."
     if "instance_data_dir" in settings:
         folder = plan.folder / str(settings["instance_data_dir"])
-        others = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".txt", ".jsonl")]
+        others = [path.name for path in sorted(folder.glob("*")) if path.suffix.lower() not in SUFFIXES]
         if others:
             yield (f"--instance_data_dir '{folder}' holds '{others[0]}', which the script would open as an "
                    "image; use --dataset_name.")
@@ -100,4 +101,5 @@ DIFFUSERS = Trainer(
             "z-image": ("dreambooth", "train_dreambooth_lora_z_image")},
     buckets=square, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
     sources=_sources, check=_check, caption_files=False,
-    has_min_snr=lambda config: bool(config.number("snr_gamma", 0)), min_snr="--snr_gamma to 5")
+    has_min_snr=lambda config: bool(config.number("snr_gamma", 0)), min_snr="--snr_gamma to 5",
+    is_recursive=True, reads_any_mask=True)

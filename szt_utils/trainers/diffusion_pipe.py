@@ -10,19 +10,22 @@ from .trainer import (
     LEARNING_RATE,
     MAX_TRAIN_STEPS,
     RANK,
-    SHIFT,
     SIGMOID_SCALE,
     Plan,
     Source,
     Trainer,
     check_share,
     flux_shift,
+    share_in_zone,
 )
 
 __all__ = ["DIFFUSION_PIPE"]
 
 _FILES = "/path/to/"
-_SAMPLING = f"timestep_sample_method logit_normal, shift {SHIFT:g} and sigmoid_scale {SIGMOID_SCALE:g}"
+
+
+def _sampling(plan: Plan) -> str:
+    return f"timestep_sample_method logit_normal, shift {plan.shift:g} and sigmoid_scale {SIGMOID_SCALE:g}"
 
 
 def _configs(plan: Plan) -> dict[str, str]:
@@ -50,7 +53,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         files = {"diffusion_model": f"{_FILES}z_image_bf16.safetensors",
                  "vae": f"{_FILES}flux_vae.safetensors",
                  "text_encoders": [{"path": f"{_FILES}qwen_3_4b.safetensors", "type": "lumina2"}]}
-    return {"type": kind, "dtype": "bfloat16", "timestep_sample_method": "logit_normal", "shift": SHIFT,
+    return {"type": kind, "dtype": "bfloat16", "timestep_sample_method": "logit_normal", "shift": plan.shift,
             "sigmoid_scale": SIGMOID_SCALE, **files}
 
 
@@ -63,7 +66,9 @@ def _traps(plan: Plan) -> list[str]:
              "An image without a mask is trained on everywhere, with a warning; a mask of another size ends "
              "the training."]
     if plan.family.flow:
-        return [*traps, f"The nearest to a range is {_SAMPLING}, as in config.toml."]
+        share = share_in_zone(plan, plan.shift, SIGMOID_SCALE)
+        return [*traps, f"The nearest to a range is {_sampling(plan)}, as in config.toml, which draws "
+                        f"{share:.1%} at {plan.zone.t_min} or above."]
     return [*traps, f"For {plan.family.title} the timesteps cannot be chosen: only JPEG and masks protect "
                     "here. Other trainers can do more."]
 
@@ -87,12 +92,13 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     for model in models:
         for name in ("min_t", "max_t"):
             if name in model and model.get("type") != "wan":
-                yield f"{name} is ignored for {plan.family.title}; set {_SAMPLING} instead."
+                yield f"{name} is ignored for {plan.family.title}; set {_sampling(plan)} instead."
         if plan.family.flow:
             sampling = model.get("timestep_sample_method", "logit_normal")
             default = flux_shift(plan.resolution) if config.flag("flux_shift", among=model) else 1
             scale = config.number("sigmoid_scale", 1, model) if sampling == "logit_normal" else None
-            yield from check_share(plan, config.number("shift", default, model), scale, _SAMPLING)
+            yield from check_share(plan, config.number("shift", default, model), scale,
+                                   _sampling(plan))
 
 
 DIFFUSION_PIPE = Trainer(

@@ -10,22 +10,27 @@ from .trainer import (
     LEARNING_RATE,
     MAX_TRAIN_STEPS,
     RANK,
-    SHIFT,
     SIGMOID_SCALE,
     Plan,
     Source,
     Trainer,
+    any_case,
     check_range,
     check_share,
-    first_size,
     flux_shift,
+    read_size,
+    share_in_zone,
 )
 
 __all__ = ["KOHYA"]
 
 _HAS_RANGE = ("sd15", "sd2", "sdxl", "sd3")  # whose scripts read --min_timestep
-_SAMPLING = f"timestep_sampling shift, discrete_flow_shift {SHIFT:g} and sigmoid_scale {SIGMOID_SCALE:g}"
 _FILES = "/path/to/"
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def _sampling(plan: Plan) -> str:
+    return f"timestep_sampling shift, discrete_flow_shift {plan.shift:g} and sigmoid_scale {SIGMOID_SCALE:g}"
 
 
 def _configs(plan: Plan) -> dict[str, str]:
@@ -62,7 +67,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         settings |= {"pretrained_model_name_or_path": f"{_FILES}flux1-dev.safetensors",
                      "clip_l": f"{_FILES}clip_l.safetensors", "t5xxl": f"{_FILES}t5xxl_fp16.safetensors",
                      "ae": f"{_FILES}ae.safetensors", "network_module": "networks.lora_flux",
-                     "timestep_sampling": "shift", "discrete_flow_shift": SHIFT,
+                     "timestep_sampling": "shift", "discrete_flow_shift": plan.shift,
                      "sigmoid_scale": SIGMOID_SCALE, "model_prediction_type": "raw", "guidance_scale": 1.0}
     return settings
 
@@ -78,7 +83,8 @@ def _traps(plan: Plan) -> list[str]:
              "Regularization images need a `[[datasets]]` block of their own, without masks."]
     if plan.family.name not in _HAS_RANGE:
         traps.append("`--min_timestep` and `--max_timestep` are accepted and ignored for this model. The "
-                     f"nearest is {_SAMPLING}, as in config.toml.")
+                     f"nearest is {_sampling(plan)}, as in config.toml, which draws "
+                     f"{share_in_zone(plan, plan.shift, SIGMOID_SCALE):.1%} at {plan.zone.t_min} or above.")
     return traps
 
 
@@ -95,9 +101,9 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
         masks = subset.get("conditioning_data_dir")
         if not subset.get("is_reg"):
             sources.append(Source(Path(subset.get("image_dir", "")), Path(masks) if masks else None,
-                                  first_size(subset.get("resolution")),
+                                  read_size(subset.get("resolution")),
                                   has_alpha=config.flag("alpha_mask", among=subset),
-                                  is_square=not config.flag("enable_bucket", among=subset)))
+                                  is_fixed=not config.flag("enable_bucket", among=subset)))
     return sources
 
 
@@ -109,12 +115,12 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
                                ("min_timestep", "max_timestep"))
         return
     for name in sorted({"min_timestep", "max_timestep"} & set(config.settings)):
-        yield f"{name} is ignored for {plan.family.title}; set {_SAMPLING} instead."
+        yield f"{name} is ignored for {plan.family.title}; set {_sampling(plan)} instead."
     sampling = config.settings.get("timestep_sampling", "sigma")
     given = config.number("discrete_flow_shift", 3)
     shifts = {"sigma": given, "shift": given, "flux_shift": flux_shift(plan.resolution)}
     scale = None if sampling in ("sigma", "uniform") else config.number("sigmoid_scale", 1)
-    yield from check_share(plan, shifts.get(sampling, 1), scale, _SAMPLING)
+    yield from check_share(plan, shifts.get(sampling, 1), scale, _sampling(plan))
 
 
 def _check_data(config: Config) -> Iterator[str]:
@@ -139,4 +145,4 @@ KOHYA = Trainer(
             "sd3": "sd3_train_network.py", "flux": "flux_train_network.py"},
     buckets=area_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
     sources=_sources, check=_check, has_min_snr=lambda config: bool(config.number("min_snr_gamma", 0)),
-    min_snr="min_snr_gamma to 5")
+    min_snr="min_snr_gamma to 5", image_suffixes=_SUFFIXES, mask_suffixes=any_case(_SUFFIXES))

@@ -14,7 +14,7 @@ from .trainer import (
     Source,
     Trainer,
     check_range,
-    first_size,
+    read_size,
     shifted,
 )
 
@@ -60,8 +60,8 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
     for dataset in config.tables("datasets"):
         given = config.settings | dataset
         sources.append(Source(Path(dataset.get("image_directory", "")), None,
-                              first_size(given.get("resolution")),
-                              is_square=not config.flag("enable_bucket", among=given)))
+                              read_size(given.get("resolution")),
+                              is_fixed=not config.flag("enable_bucket", among=given)))
     return sources
 
 
@@ -91,4 +91,4 @@ MUSUBI = Trainer(
     models={"qwen-image": ("qwen_image", "networks.lora_qwen_image"),
             "z-image": ("zimage", "networks.lora_zimage")},
     buckets=area_buckets, mask_name=None, configs=_configs, command=_command, traps=_traps, sources=_sources,
-    check=_check, kept_step=16)
+    check=_check, kept_step=16, image_suffixes=(".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp"))

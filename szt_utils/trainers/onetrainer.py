@@ -15,7 +15,7 @@ from .trainer import (
     Source,
     Trainer,
     check_range,
-    first_size,
+    read_size,
     shifted,
 )
 
@@ -69,10 +69,16 @@ def _concepts(config: Config) -> list[dict[str, Any]]:
 
 
 def _sources(plan: Plan, config: Config) -> list[Source]:
-    size = first_size(config.settings.get("resolution"))
-    return [Source(Path(entry.get("path", "")), Path(entry.get("path", "")),
-                   size,
-                   is_square=not config.flag("aspect_ratio_bucketing", True)) for entry in _concepts(config)]
+    sources = []
+    for entry in _concepts(config):
+        image, sizes = entry.get("image") or {}, config.settings.get("resolution")
+        if config.flag("enable_resolution_override", among=image):
+            sizes = image.get("resolution_override")
+        folder, has_buckets = Path(entry.get("path", "")), config.flag("aspect_ratio_bucketing", True)
+        sources += [Source(folder, folder, read_size(size), is_fixed="x" in size or not has_buckets,
+                           is_recursive=config.flag("include_subdirectories", among=entry))
+                    for size in str(sizes or 0).split(",")]  # one of which is drawn for each image
+    return sources
 
 
 def _check(plan: Plan, config: Config) -> Iterator[str]:
@@ -109,4 +115,6 @@ ONETRAINER = Trainer(
     buckets=aspect_buckets, mask_name="images/{}-masklabel.png", configs=_configs, command=_command,
     traps=_traps, sources=_sources, check=_check,
     has_min_snr=lambda config: config.settings.get("loss_weight_fn") == "MIN_SNR_GAMMA",
-    min_snr="loss_weight_fn to MIN_SNR_GAMMA and loss_weight_strength to 5")
+    min_snr="loss_weight_fn to MIN_SNR_GAMMA and loss_weight_strength to 5",
+    image_suffixes=(".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+    mask_suffixes=(".png",))

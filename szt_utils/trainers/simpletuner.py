@@ -7,11 +7,12 @@ from typing import Any
 
 from .buckets import rounded_buckets
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, first_size
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, read_size
 
 __all__ = ["SIMPLETUNER"]
 
 _WEIGHT = 1e6  # of the range, relative to the timesteps outside of it
+_MASKS = "Every image needs a mask of its very name, suffix included, with the same crop settings."
 _LAYOUT = ("resolution", "resolution_type", "crop", "crop_style", "crop_aspect")
 
 
@@ -63,11 +64,11 @@ def _traps(plan: Plan) -> list[str]:
     if plan.family.flow:
         return ["`timestep_bias_*` is ignored for flow models; `flow_custom_timesteps` lists the timesteps, "
                 "and no shift moves them.",
-                "Every image needs a mask, with the same crop settings as the images."]
+                _MASKS]
     return ["Batches of more than one image are spread over all timesteps, whatever the bias says, unless "
             "`disable_segmented_timestep_sampling` is true.",
             "Timesteps outside of the range keep the weight 1, so the multiplier must be large.",
-            "Every image needs a mask, with the same crop settings as the images."]
+            _MASKS]
 
 
 def _datasets(config: Config) -> dict[str, dict[str, Any]]:
@@ -90,7 +91,7 @@ def _images(config: Config) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]
 def _sources(plan: Plan, config: Config) -> list[Source]:
     return [Source(Path(entry.get("instance_data_dir", "")),
                    Path(masks[0].get("instance_data_dir", "")) if masks else None,
-                   first_size(entry.get("resolution")))
+                   read_size(entry.get("resolution")))
             for entry, masks in _images(config)]
 
 
@@ -152,4 +153,4 @@ SIMPLETUNER = Trainer(
             "qwen-image": "qwen_image", "z-image": "z_image"},
     buckets=rounded_buckets, mask_name="masks/{}.png", configs=_configs, command=_command, traps=_traps,
     sources=_sources, check=_check, has_min_snr=lambda config: bool(config.number("snr_gamma", 0)),
-    min_snr="snr_gamma to 5")
+    min_snr="snr_gamma to 5", mask_suffixes=None, is_recursive=True)

@@ -5,29 +5,38 @@ what its settings mean. A check yields one sentence per finding.
 """
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from ..errors import InputError
+from ..image_formats import SUFFIXES
+from ..images import MASK_ENDING
 from ..safe_zone import SafeZone
 from .buckets import Size
 from .config_files import Config
 from .family import Family
 
-__all__ = ["LEARNING_RATE", "MAX_TRAIN_STEPS", "RANK", "SHIFT", "SIGMOID_SCALE", "Plan", "Source", "Trainer",
-           "check_range", "check_share", "first_size", "flux_shift", "share_in_zone", "shifted"]
+__all__ = ["LEARNING_RATE", "MAX_TRAIN_STEPS", "RANK", "SIGMOID_SCALE", "Plan", "Source", "Trainer",
+           "any_case", "check_range", "check_share", "flux_shift", "read_size", "share_in_zone", "shifted"]
 
 # Of the LoRA in the config files: a start, not a recommendation.
 RANK = 16
 LEARNING_RATE = 1e-4
 MAX_TRAIN_STEPS = 1000
 MIN_SNR_GAMMA = 5.0  # with velocities and masks: without it, SZT recovered nothing on a small model
-# For trainers without a range of timesteps: 98.8 % of sigmoid(0.5 * normal), shifted by 5, is above 0.618.
-SHIFT, SIGMOID_SCALE = 5.0, 0.5
+# For trainers without a range of timesteps: sigmoid(0.5 * normal), shifted until 98.8 % is in the zone.
+SIGMOID_SCALE, _AIM = 0.5, 0.988
 _SHARE = 0.95  # of the draws in the zone that is enough where no range can be set
+
+
+def any_case(suffixes: Sequence[str]) -> tuple[str, ...]:
+    """Suffixes in upper and in lower case."""
+    return (*(suffix.upper() for suffix in suffixes), *suffixes)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,15 @@ class Plan:
     def min_snr_gamma(self) -> float | None:
         """Gamma of Min-SNR weighting; None where the loss is the plain one."""
         return MIN_SNR_GAMMA if self.family.velocity and self.has_masks else None
+
+    @property
+    def shift(self) -> float:
+        """The shift that puts 98.8 % of the draws in the zone, to two digits; 1 where more are in it anyway.
+
+        With x = t_min / T and the normal's quantile z(0.988): x / (1 - x) * exp(SIGMOID_SCALE z).
+        """
+        odds = self.zone.t_min / (self.family.num_timesteps - self.zone.t_min)
+        return max(1.0, float(f"{odds * math.exp(SIGMOID_SCALE * NormalDist().inv_cdf(_AIM)):.2g}"))
 
     @property
     def images(self) -> str:
@@ -77,15 +95,17 @@ class Plan:
 class Source:
     """A folder of images that a config trains on, and its folder of masks, None without masks.
 
-    `has_alpha` says that the trainer takes masks from the images' alpha channel, `is_square` that it trains
-    at one square size.
+    `size` is the (width, height) that the config sets, None where it sets none. `has_alpha` says that the
+    trainer takes masks from the images' alpha channel, `is_fixed` that it trains at `size` alone,
+    `is_recursive` that it reads sub-folders.
     """
 
     images: Path
     masks: Path | None
-    resolution: float | None = None
+    size: tuple[float, float] | None = None
     has_alpha: bool = False
-    is_square: bool = False
+    is_fixed: bool = False
+    is_recursive: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,10 @@ class Trainer:
     its config files. Captions are `<stem>.txt` beside the images, unless `caption_files` is false. Sizes
     within the area whose sides are multiples of `kept_step` are kept, too. `has_min_snr` says whether
     config files weight the loss by Min-SNR, `min_snr` what to set for it.
+
+    It reads images of `image_suffixes` in either case, all without any, and an image's first mask of
+    `mask_suffixes` in this case, for None the one of the image's very name. `is_recursive` says that it reads
+    sub-folders of images, `reads_any_mask` that it reads masks as this project does, not as weights.
     """
 
     name: str
@@ -115,6 +139,10 @@ class Trainer:
     kept_step: int | None = None
     has_min_snr: Callable[[Config], bool] = lambda config: False
     min_snr: str = ""
+    image_suffixes: Sequence[str] = ()
+    mask_suffixes: Sequence[str] | None = any_case(sorted(SUFFIXES))
+    is_recursive: bool = False
+    reads_any_mask: bool = False
 
     def keeps(self, size: Size, resolution: int, family: str) -> bool:
         """Whether the trainer trains at a size as it is."""
@@ -126,6 +154,13 @@ class Trainer:
     def masks_beside_images(self) -> bool:
         return self.mask_name is not None and self.mask_name.startswith("images/")
 
+    def mask_names(self, image: Path) -> list[str]:
+        """Where it looks for an image's mask: paths in the folder of masks, of a path in that of images."""
+        if self.mask_suffixes is None:
+            return [image.as_posix()]
+        stem = image.with_suffix("").as_posix() + MASK_ENDING if self.masks_beside_images else image.stem
+        return [stem + suffix for suffix in self.mask_suffixes]
+
     def model(self, plan: Plan) -> Any:
         """Its own name of the plan's family; InputError lists the families that it trains."""
         if plan.family.name not in self.models:
@@ -134,10 +169,14 @@ class Trainer:
         return self.models[plan.family.name]
 
 
-def first_size(value: Any) -> float | None:
-    """The first side of a resolution in a config: 512, "512,768" or [512, 768]; None for megapixels."""
-    first = value[0] if isinstance(value, list) else str(value or 0).partition(",")[0]
-    return float(first) if 64 <= float(first) <= 2**16 else None
+def read_size(value: Any) -> tuple[float, float] | None:
+    """The (width, height) of a resolution in a config: 512, "512,768", "512x768" or [512, 768].
+
+    None for megapixels.
+    """
+    sides = value if isinstance(value, list) else re.split("[,x]", str(value or 0))
+    sides = [float(side) for side in sides]
+    return (sides[0], sides[-1]) if all(64 <= side <= 2**16 for side in sides) else None
 
 
 def check_range(plan: Plan, low: float, high: float, names: tuple[str, str],
@@ -182,4 +221,4 @@ def check_share(plan: Plan, shift: float, sigmoid_scale: float | None, advice: s
     share = share_in_zone(plan, shift, sigmoid_scale)
     if share < _SHARE:
         yield (f"Only {share:.0%} of the timesteps that training draws are at {plan.zone.t_min} or above; "
-               f"set {advice}, which draws {share_in_zone(plan, SHIFT, SIGMOID_SCALE):.1%} there.")
+               f"set {advice}, which draws {share_in_zone(plan, plan.shift, SIGMOID_SCALE):.1%} there.")
