@@ -8,14 +8,15 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .errors import InputError, printable
 
 __all__ = ["EntryParser", "add_data_flags", "add_diffusers_flags", "add_family_flags", "add_memory_flags",
            "add_model_flags", "add_safe_zone_flags", "check_training_flags", "command_line",
-           "given_flags", "number", "refuse_unused", "refuse_without", "script_parser", "seed", "user_path"]
+           "given_flags", "number", "refuse_unused", "refuse_without", "script_parser", "seed", "unmet_needs",
+           "user_path"]
 
 LARGEST = {int: 2**31 - 1, float: 1e36}  # what torch takes; float32 ends a little above 1e36
 
@@ -140,6 +141,15 @@ def refuse_without(parser: argparse.ArgumentParser, args: argparse.Namespace, ne
             parser.error(f"argument --{name}: needs {needed}")
 
 
+def unmet_needs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The flags of `add_safe_zone_flags` that are given without another one that they need, and that one."""
+    for needed, is_given, names in (
+            ("--loss_mask_dir", args.loss_mask_dir, ("mask_dilation", "mask_mode", "mask_normalization")),
+            ("--t_distribution power", args.t_distribution == "power", ("t_power",)),
+            ("--t_distribution tanh", args.t_distribution == "tanh", ("t_center", "t_width"))):
+        yield from ((name, needed) for name in names if getattr(args, name) is not None and not is_given)
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of captions and of data sets of the datasets library."""
     add = parser.add_argument_group("Data sets and captions").add_argument
@@ -179,11 +189,8 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
     if args.t_max is not None and (args.t_min or 0) >= args.t_max:
         parser.error(f"argument --t_min: must be below --t_max, but is {args.t_min or 0}, "
                      f"and --t_max is {args.t_max}")
-    refuse_without(parser, args, "--loss_mask_dir", args.loss_mask_dir,
-                   "mask_dilation", "mask_mode", "mask_normalization")
-    refuse_without(parser, args, "--t_distribution power", args.t_distribution == "power", "t_power")
-    refuse_without(parser, args, "--t_distribution tanh", args.t_distribution == "tanh",
-                   "t_center", "t_width")
+    for name, needed in unmet_needs(args):
+        parser.error(f"argument --{name}: needs {needed}")
     refuse_without(parser, args, "--dataset_name", args.dataset_name,
                    "dataset_config_name", "image_column", "caption_column")
     refuse_without(parser, args, "--caption_mode file or both", args.caption_mode in ("file", "both"),

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 from .errors import InputError, first_line
 
 __all__ = ["append_stats", "atomic_path", "nfc", "parse_json", "read_calibration_json", "read_json",
-           "read_stats", "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json", "write_text",
-           "write_torch"]
+           "read_stats", "read_text", "read_torch", "truncate_stats", "write_bytes", "write_json",
+           "write_text", "write_torch"]
 
 MEGABYTES = 64  # the largest text or JSON file that is read
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .arguments import add_safe_zone_flags as add_flags
+from .arguments import unmet_needs
 from .errors import InputError, exit_on_input_error
 from .images import hash_pixels, list_images, read_upright
 from .joint_transform import random_states, replay
@@ -67,6 +68,8 @@ class SafeZoneTraining:
         if not self.active:
             return
         with exit_on_input_error():
+            for name, needed in unmet_needs(args):
+                raise InputError(f"--{name} needs {needed}.")
             schedule = Schedule(scheduler)
             zone = SafeZone.paper(args.resolution, schedule, **given) if args.szt else SafeZone(**given)
             self.zone = zone.fit(schedule.num_timesteps)
@@ -74,11 +77,6 @@ class SafeZoneTraining:
                 raise InputError(f"--mask_mode {zone.mask_mode} is not offered in a patched script.")
             if args.loss_mask_dir:
                 self.masks = _find_all_masks(args)
-            elif any(name.startswith("mask_") for name in given):
-                raise InputError("--mask_dilation, --mask_mode, --mask_normalization need --loss_mask_dir.")
-            for distribution, names in (("power", ("t_power",)), ("tanh", ("t_center", "t_width"))):
-                if zone.t_distribution != distribution and (unused := [n for n in names if n in given]):
-                    raise InputError(f"--{unused[0]} needs --t_distribution {distribution}.")
         if os.environ.get("RANK", "0") == "0":
             count = len(set(self.masks.values()))
             lines = zone.describe(schedule, None)[:2] + [
