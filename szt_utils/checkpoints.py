@@ -13,8 +13,8 @@ from typing import Any
 from .errors import InputError, first_line
 from .files import read_json, read_torch, write_torch
 
-__all__ = ["find_checkpoint", "list_checkpoints", "load_common", "load_own", "prune_checkpoints", "readable",
-           "save_checkpoint", "set_aside"]
+__all__ = ["find_checkpoint", "list_checkpoints", "load_rank_state", "load_shared_state", "prune_checkpoints",
+           "readable", "save_checkpoint", "set_aside"]
 
 
 def _step(folder: Path) -> int:
@@ -35,7 +35,7 @@ def find_checkpoint(output_dir: str | Path, name: str) -> Path | None:
     if name == "latest":
         run = _run_of(output_dir)
         return next((checkpoint for checkpoint in reversed(checkpoints)
-                     if run is None or load_common(checkpoint).get("run", run) == run), None)
+                     if run is None or load_shared_state(checkpoint).get("run", run) == run), None)
     path = Path(name)
     is_elsewhere = len(path.parts) > 1 and path.is_dir() and (
         path.resolve().parent != Path(output_dir).resolve())
@@ -103,14 +103,14 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
     barrier()
 
 
-def load_common(folder: Path) -> dict[str, Any]:
-    """Read what the ranks have in common; InputError when it is damaged."""
+def load_shared_state(folder: Path) -> dict[str, Any]:
+    """Read the state that all ranks share; InputError when it is damaged."""
     with readable(folder):
-        return _today(read_torch(folder / "training_state.pt", "checkpoint"))
+        return read_torch(folder / "training_state.pt", "checkpoint")
 
 
-def load_own(folder: Path, rank: int = 0) -> dict[str, Any]:
-    """Read what is a rank's own; InputError when it is damaged or missing."""
+def load_rank_state(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """Read the state of one rank; InputError when it is damaged or missing."""
     with readable(folder):
         return read_torch(folder / f"rank_{rank}.pt", "checkpoint")
 
@@ -126,17 +126,3 @@ def readable(folder: Path) -> Iterator[None]:
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         raise InputError(f"The checkpoint '{folder}' cannot be read ({first_line(error)}); "
                          "remove it to use an older one.") from None
-
-
-def _today(common: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an earlier version in today's form, with less in its fingerprint.
-
-    Version 0.1 knew one text encoder only. Before 0.3 the fingerprint had the images' names without a hash.
-    """
-    before = dict(common["fingerprint"])
-    if "pictures" in before:
-        common = {**common, "rows": [common["rows"]]}
-        before |= {"embedding width": [before["embedding width"]], "images": before.pop("pictures")}
-    if isinstance(before.get("images"), list):
-        before["images"] = dict.fromkeys(before["images"])
-    return {**common, "fingerprint": before}

@@ -12,8 +12,8 @@ import torch
 
 from .checkpoints import (
     find_checkpoint,
-    load_common,
-    load_own,
+    load_rank_state,
+    load_shared_state,
     prune_checkpoints,
     readable,
     save_checkpoint,
@@ -142,14 +142,14 @@ class Concept:
         return messages
 
     def _resume(self, folder: Path) -> list[str]:
-        state = load_common(folder)
+        state = load_shared_state(folder)
         with readable(folder):
             before = state["fingerprint"]
         try:
             notes = compare(before, self.fingerprint)
         except InputError as error:
             raise InputError(f"The checkpoint '{folder}' is of another run: {error}") from None
-        own = load_own(folder, self.stream.rank)
+        own = load_rank_state(folder, self.stream.rank)
         with readable(folder):
             if [part.shape for part in state["rows"]] != [part.shape for part in self.start]:
                 raise ValueError("its embedding has another shape")

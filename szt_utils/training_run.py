@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .checkpoints import find_checkpoint, load_common
+from .checkpoints import find_checkpoint, load_shared_state
 from .devices import dtype_of
 from .errors import InputError, file_error
 from .fingerprint import hash_t5, hash_weights
@@ -113,7 +113,7 @@ class Run:
             return concept.seed
         name = self.settings.resume_from_checkpoint
         found = find_checkpoint(concept.output_dir, name) if name else None
-        recorded = load_common(found)["fingerprint"].get("seed") if found else None
+        recorded = load_shared_state(found)["fingerprint"].get("seed") if found else None
         return self.agree(int.from_bytes(os.urandom(4), "little")) if recorded is None else recorded
 
     @contextmanager

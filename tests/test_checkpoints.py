@@ -6,8 +6,8 @@ import torch
 from szt_utils.checkpoints import (
     find_checkpoint,
     list_checkpoints,
-    load_common,
-    load_own,
+    load_rank_state,
+    load_shared_state,
     prune_checkpoints,
     save_checkpoint,
     set_aside,
@@ -35,10 +35,10 @@ def test_common_and_every_ranks_own_come_back(tmp_path):
     save_checkpoint(tmp_path, 3, common, {"who": 0}, barrier=other_ranks)
     assert "checkpoint-3" not in barriers[0] + barriers[1], "the name stands for what every rank has written"
     for rank in (0, 1):
-        assert load_own(tmp_path / "checkpoint-3", rank) == {"who": rank}
-    assert torch.equal(load_common(tmp_path / "checkpoint-3")["rows"], common["rows"])
+        assert load_rank_state(tmp_path / "checkpoint-3", rank) == {"who": rank}
+    assert torch.equal(load_shared_state(tmp_path / "checkpoint-3")["rows"], common["rows"])
     with pytest.raises(InputError, match="cannot be read"):
-        load_own(tmp_path / "checkpoint-3", 2)
+        load_rank_state(tmp_path / "checkpoint-3", 2)
 
 
 def test_listing_passes_over_what_is_no_checkpoint_and_sorts_by_number(tmp_path):
@@ -84,9 +84,9 @@ def test_a_save_cut_short_leaves_the_old_checkpoint_and_the_next_save_cleans_up(
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 1, 2.0, barrier=killed)
         assert list_checkpoints(tmp_path) == [folder]
-        assert load_common(folder)["rows"].unique().item() == 1.0
+        assert load_shared_state(folder)["rows"].unique().item() == 1.0
     save(tmp_path, 1, 3.0)
-    assert load_common(folder)["rows"].unique().item() == 3.0
+    assert load_shared_state(folder)["rows"].unique().item() == 3.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -133,11 +133,11 @@ def test_damaged_files_are_refused(tmp_path, file):
     for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-1]):
         (folder / file).write_bytes(content)
         with pytest.raises(InputError, match="cannot be read") as caught:
-            load_common(folder), load_own(folder)
+            load_shared_state(folder), load_rank_state(folder)
         assert str(folder) in str(caught.value)
     (folder / file).unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        load_common(folder), load_own(folder)
+        load_shared_state(folder), load_rank_state(folder)
 
 
 def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
@@ -151,8 +151,8 @@ def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
     for content in (pickle.dumps(Evil()), pickle.dumps([1])):
         (folder / "training_state.pt").write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):
-            load_common(folder)
+            load_shared_state(folder)
     torch.save([1, 2], folder / "training_state.pt")
     with pytest.raises(InputError, match="cannot be read"):
-        load_common(folder)
+        load_shared_state(folder)
     assert not (tmp_path / "evil").exists()
