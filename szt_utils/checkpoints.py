@@ -106,7 +106,8 @@ def save_checkpoint(output_dir: str | Path, step: int, common: dict[str, Any], o
 def load_shared_state(folder: Path) -> dict[str, Any]:
     """Read the state that all ranks share; InputError when it is damaged."""
     with readable(folder):
-        return read_torch(folder / "training_state.pt", "checkpoint")
+        state = read_torch(folder / "training_state.pt", "checkpoint")
+        return state | {"fingerprint": dict(state["fingerprint"])}  # which fails for what is none
 
 
 def load_rank_state(folder: Path, rank: int = 0) -> dict[str, Any]:
