@@ -169,7 +169,7 @@ def take_from_last_run(args: argparse.Namespace) -> None:
     if taken:
         flags = ", ".join("other prompts" if name == "prompts" else f"--{name} {value}"
                           for name, value in taken.items())
-        notice(f"'{args.output_dir}' was made with {flags}: this run takes what it is not given from there")
+        notice(f"'{args.output_dir}' was made with {flags}; flags that you leave out keep these values.")
 
 
 def main(argv: list[str] | None = None) -> None:

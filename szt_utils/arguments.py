@@ -1,6 +1,6 @@
 """Command lines: number types, the flags that several scripts share, and command lines made of flags.
 
-The only argparse of the library. It imports nothing heavy, so that `--help` and usage errors come at once.
+It imports nothing heavy, so that `--help` and usage errors come at once.
 """
 
 import argparse
@@ -176,7 +176,8 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
                                     ("hub_model_id", args.hub_model_id, ""),
                                     ("validation_epochs", args.validation_epochs, "")):
             if clash:
-                parser.error(f"argument --{name}: means another thing for each of --concepts{remedy}")
+                parser.error(f"argument --{name}: differs between concepts, so --concepts cannot use it"
+                             f"{remedy}")
         return
     if args.dataset_name and args.train_data_dir:
         parser.error("argument --dataset_name: cannot be combined with --train_data_dir")

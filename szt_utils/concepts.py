@@ -191,8 +191,11 @@ def start_concepts(run: Run, model: Model,
 
 def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: TrainingImages,
                    states: dict[int, Any], sizes: list[int], vocabulary: list[str]) -> Concept:
-    """One of `start_concepts`; `states` keeps the random numbers of the seeds, `sizes` are those of the text
-    encoders' embedding matrices in their files."""
+    """One of `start_concepts`.
+
+    `states` keeps the states of the random generators by seed; `sizes` are those of the text encoders'
+    vocabularies in their files.
+    """
     settings = run.settings
     zone = wanted.make_zone(settings.resolution, model).fit(model.num_timesteps)
     tokenizers = copy.deepcopy(model.tokenizers)

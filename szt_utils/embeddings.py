@@ -119,6 +119,7 @@ def with_all_vectors(tokenizer: Any, text: str, within: str | None = None) -> st
     `placeholder_prompt`.
 
     A token stays as it is if `within`, by default the text itself, names its further vectors already.
+    Pipelines with `TextualInversionLoaderMixin` do this by themselves; that of SD3 does not.
     """
     added = tokenizer.get_added_vocab()
     for token in added:
@@ -131,7 +132,8 @@ def with_all_vectors(tokenizer: Any, text: str, within: str | None = None) -> st
 class NewRows(torch.nn.Module):
     """A token embedding that ends in `rows` (n, D), its only parameter; the rest, `frozen` (V, D), stays.
 
-    Gives the same values and row gradients as the whole matrix, at the cost of the rows alone.
+    Ids, long (B, L), become vectors (B, L, D), with the same values and row gradients as those of the whole
+    matrix, at the cost of the rows alone.
     """
 
     def __init__(self, frozen: torch.Tensor, rows: torch.Tensor):

@@ -120,7 +120,7 @@ class SafeZone:
         return image if self.jpeg_quality is None else jpeg(image, self.jpeg_quality)
 
     def weights(self, num_timesteps: int) -> torch.Tensor | None:
-        """Probability of every timestep of [t_min, t_max), float64; None is uniform."""
+        """Probability of every timestep of [t_min, t_max), float64, of sum 1; None is uniform."""
         return None if self.t_distribution == "uniform" else _weights(self, num_timesteps)
 
     def timestep_range(self, num_timesteps: int) -> tuple[int, int, torch.Tensor | None]:
@@ -230,7 +230,7 @@ class SafeZone:
         return prepare_mask(mask, resolution, center_crop, self.mask_dilation)
 
     def mask_image(self, image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """An image (..., H, W) in [0, 1], mid-grey outside the mask if the mode masks images (IM, LIM)."""
+        """An image (..., H, W) in [0, 1], mid-grey outside the mask (..., 1, H, W) with IM and LIM."""
         masks_images = mask is not None and self.mask_mode.startswith("image")
         return 0.5 + (image - 0.5) * mask if masks_images else image
 

@@ -29,6 +29,7 @@ def timestep_weights(distribution: str, t_min: int, t_max: int, num_train_timest
     """Probability of every timestep of [t_min, t_max), float64 (t_max - t_min,), sum 1.
 
     uniform: constant. power: p(t) ~ (t / T)^power. tanh: p(t) ~ 1 + tanh((t - center) / width). Appendix H.
+    InputError for an unknown distribution, a range outside the model's, a width of 0, and weights of sum 0.
     """
     check_range(t_min, t_max, num_train_timesteps)
     t = torch.arange(t_min, t_max, dtype=torch.float64)
@@ -67,7 +68,7 @@ def sample_timesteps(batch_size: int, t_min: int = 0, t_max: int = 1000,
 
 def redraw_outside(values: torch.Tensor, draw: Callable[[int], torch.Tensor],
                    is_inside: Callable[[torch.Tensor], torch.Tensor], own: int) -> torch.Tensor:
-    """Rejection sampling: the first `own` of `values` (B,) are drawn again until all of them are inside.
+    """Rejection sampling in place: the first `own` of `values` (B,) are drawn again until all are inside.
 
     `draw` draws as many as it is asked for. InputError after 1000 vain draws.
     """

@@ -118,7 +118,7 @@ class Run:
 
     @contextmanager
     def surviving(self, concept: ConceptSettings) -> Iterator[None]:
-        """Note in `failures` what goes wrong with one of several concepts; a single one raises it."""
+        """Record an InputError or OSError of one of several concepts in `failures`; raise a single one's."""
         try:
             yield
         except (InputError, OSError) as error:

@@ -242,4 +242,4 @@ def test_flags_that_would_mean_another_thing_for_each(tiny_model, entries, tmp_p
     with pytest.raises(SystemExit) as caught:
         run_here(together(tiny_model, tmp_path, entries, **changes))
     assert caught.value.code == 2
-    assert "means another thing for each of --concepts" in capsys.readouterr().err
+    assert "differs between concepts, so --concepts cannot use it" in capsys.readouterr().err

@@ -167,10 +167,11 @@ def load_schedule(path: str, revision: str | None = None) -> Schedule:
 
 
 def min_snr_weights(model: Model, gamma: float) -> torch.Tensor:
-    """What multiplies the squared error at every timestep, float32 (T,), so that the denoised latents' errors
-    count by the signal-to-noise ratio, but not more than `gamma` (Min-SNR, Hang et al. 2023).
+    """The Min-SNR weight of the squared error at every timestep, float32 (T,) (Hang et al. 2023).
 
-    Where the ratio is below `gamma`, that is the loss of noise prediction, whatever the model predicts.
+    The errors of denoised latents then count by the signal-to-noise ratio, but not more than `gamma`. Where
+    the ratio is below it, that is the loss of noise prediction, whatever the model predicts. (Diffusers'
+    `compute_snr` knows DDPM only.)
     """
     snr = model.log_snr(torch.arange(model.num_timesteps)).exp()
     snr = snr.clamp(min=torch.finfo(snr.dtype).tiny)  # pure noise: the limit, not 0 / 0
