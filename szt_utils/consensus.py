@@ -125,38 +125,39 @@ def choose_masks(images: list[Candidates]) -> list[Choice]:
     """One candidate per image, so that the sum of merits and of agreements between the images is highest.
 
     Coordinate ascent from every candidate as a seed: the images in turn take the candidate that goes best
-    with the choices of the others, until nothing changes; the best end counts.
+    with the choices of the others, until nothing changes; the best end counts. All seeds climb at once.
     """
     features = [F.normalize(image.features, dim=1) for image in images]
     weight = _AGREEMENT_WEIGHT / max(1, len(images) - 1)
 
-    def values(i: int, chosen: list[int], total: torch.Tensor) -> torch.Tensor:
-        """The value of each candidate of image i, given the choices in all images and their features' sum."""
-        return images[i].merit + weight * (features[i] @ (total - features[i][chosen[i]]))
+    def values(i: int, chosen: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """The value (S, M) of each candidate of image i, given S choices in all images, (S, N), and the sums
+        of their features, (S, C)."""
+        return images[i].merit + weight * ((total - features[i][chosen[:, i]]) @ features[i].T)
 
-    def sum_of(chosen: list[int]) -> torch.Tensor:
-        return torch.stack([f[c] for f, c in zip(features, chosen, strict=True)]).sum(0)
+    def sums_of(chosen: torch.Tensor) -> torch.Tensor:
+        return sum(f[own] for f, own in zip(features, chosen.T, strict=True))
 
-    best, best_value = [0] * len(images), float("-inf")
+    starts = []
     for i, seeds in enumerate(features):
-        for seed, seed_features in enumerate(seeds):
-            chosen = [int((image.merit + _AGREEMENT_WEIGHT * (f @ seed_features)).argmax())
-                      for image, f in zip(images, features, strict=True)]
-            chosen[i] = seed
-            for _ in range(10):
-                before, total = list(chosen), sum_of(chosen)
-                for j, f in enumerate(features):
-                    old, chosen[j] = chosen[j], int(values(j, chosen, total).argmax())
-                    if chosen[j] != old:
-                        total = total + f[chosen[j]] - f[old]
-                if chosen == before:
-                    break
-            value = sum(values(j, chosen, total)[c].item() for j, c in enumerate(chosen))
-            if value > best_value + 1e-6:
-                best, best_value = chosen, value
-    total = sum_of(best)
-    return [Choice(best[i], _confidence(image.masks, values(i, best, total), best[i]))
-            for i, image in enumerate(images)]
+        starts.append(torch.stack([(image.merit + _AGREEMENT_WEIGHT * (seeds @ f.T)).argmax(1)
+                                   for image, f in zip(images, features, strict=True)], 1))
+        starts[i][:, i] = torch.arange(len(seeds))
+    chosen = torch.cat(starts)
+    for _ in range(10):
+        before, total = chosen.clone(), sums_of(chosen)
+        for i, f in enumerate(features):
+            best = values(i, chosen, total).argmax(1)
+            total += f[best] - f[chosen[:, i]]
+            chosen[:, i] = best
+        if torch.equal(chosen, before):
+            break
+    total = sums_of(chosen)
+    value = sum(values(i, chosen, total).gather(1, own[:, None]).double() for i, own in enumerate(chosen.T))
+    best = chosen[(value[:, 0] >= value.max() - 1e-6).nonzero()[0]]
+    total = sums_of(best)
+    return [Choice(int(own), _confidence(image.masks, values(i, best, total)[0], int(own)))
+            for i, (image, own) in enumerate(zip(images, best[0], strict=True))]
 
 
 def _confidence(masks: torch.Tensor, values: torch.Tensor, index: int) -> float:

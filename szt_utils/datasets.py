@@ -125,7 +125,7 @@ def write_images(concept: DatasetConcept, image_dir: Path, mask_dir: Path | None
         pocket.write_concept(concept.name, image_dir, mask_dir)
         return
     named = name_results(concept.image_dir, recursive=False)
-    record, path = {"images": list(named), "prompts": list(prompts)}, image_dir.with_suffix(".json")
+    record, path = {"images": list(named), "prompts": list(prompts)}, Path(f"{image_dir}.json")
     if path.exists() and read_json(path) != record:
         raise InputError(f"The images or prompts of '{concept.image_dir}' have changed since '{path}'; give "
                          "another --output_dir.")

@@ -4,13 +4,14 @@ Colors inside and outside a box, or under strokes, become two mixtures of Gaussi
 image between them along its edges, and both are repeated.
 """
 
-import importlib.util
+import functools
+import importlib
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .sam_prompts import SamPrompt
 
 __all__ = ["BACKGROUND", "CONCEPT", "check_available", "grabcut", "is_available", "seeds_of"]
@@ -22,15 +23,25 @@ _POINT_RADIUS = 0.05  # share of the shorter side
 _SMALLEST_PART = 0.02  # of the mask: smaller parts and holes are noise
 
 
+@functools.cache
+def _why_not() -> str:
+    """Why OpenCV cannot be imported, "" if it can: opencv-python needs libraries of a display."""
+    try:
+        importlib.import_module("cv2")
+    except Exception as error:  # a damaged package raises almost anything
+        return first_line(error)
+    return ""
+
+
 def is_available() -> bool:
-    """Whether OpenCV is installed."""
-    return importlib.util.find_spec("cv2") is not None
+    """Whether OpenCV is installed and works."""
+    return not _why_not()
 
 
 def check_available() -> None:
     """InputError without OpenCV."""
     if not is_available():
-        raise InputError('--grabcut needs OpenCV: pip install "szt-utils[grabcut]".')
+        raise InputError(f"--grabcut needs OpenCV ({_why_not()}): pip install opencv-python-headless.")
 
 
 def seeds_of(prompt: SamPrompt, size: tuple[int, int]) -> np.ndarray:

@@ -3,8 +3,10 @@
 GET                  the page
 GET state            the images, their masks' versions, clicks and notes, the tools, the training's settings
 GET image/<n>        image n as JPEG
+GET thumbnail/<n>    a small one
 POST mask            {"image": n, ...}: layers of the mask that "..." makes, or of the saved mask if it is
-                     empty, and of what training makes of it
+                     empty; and of what training makes of it, squares to be drawn over the whole image, or
+                     over its central square with center_crop
 POST save            {"images": {"<n>": {..., "version": ...}}}: save the masks that "..." makes; refused when
                      a mask is no longer the version that the browser has seen
 
@@ -14,6 +16,8 @@ may be missing. A PNG is a data URL, opaque where it is painted, of any size up 
 """
 
 import base64
+import dataclasses
+import functools
 import io
 import json
 import threading
@@ -28,8 +32,9 @@ from PIL import Image
 
 from .errors import InputError, first_line
 from .grabcut import BACKGROUND, CONCEPT, grabcut, is_available, seeds_of
+from .images import png_bytes
 from .local_server import Conflict
-from .mask_preview import mask_area, trained_masks
+from .mask_preview import mask_area, shrink, trained_masks
 from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json
 from .segment import EmbeddedImage, SamCheckpoint, SamModel, segment
@@ -37,15 +42,17 @@ from .segment import EmbeddedImage, SamCheckpoint, SamModel, segment
 __all__ = ["LARGEST_SIDE", "MaskPage", "PageImage", "SavedMask"]
 
 LARGEST_SIDE = 1024  # pixels of a painted mask
+_THUMBNAIL = 256  # pixels of a small image
 _LAYERS = {"mask": (0, 205, 120, 255), "dilated": (255, 190, 0, 110), "grid": (70, 130, 255, 120)}  # RGBA
 
 
 @dataclass
 class PageImage:
-    """An RGB image on the page."""
+    """An RGB image on the page, of `size`, (width, height); `read` reads it."""
 
     name: str
-    image: Image.Image
+    size: tuple[int, int]
+    read: Callable[[], Image.Image]
     embedded: EmbeddedImage | None = None  # from the first click on
 
 
@@ -76,25 +83,22 @@ class MaskPage:
         self.notice = notice
         self.zone, self.resolution, self.center_crop = zone, resolution, center_crop
         self.lock = threading.Lock()  # one click at a time, however many connections a browser opens
+        self.open = functools.lru_cache(maxsize=4)(lambda index: images[index].read())  # all may be too much
+        self.thumbnail = functools.cache(lambda index: _jpeg(shrink(self.open(index), _THUMBNAIL)))
 
     def state(self) -> dict[str, Any]:
         """The answer to GET state."""
         images = []
         for index, page_image in enumerate(self.images):
             saved = self.read(index)
-            images.append({"name": page_image.name, "width": page_image.image.width,
-                           "height": page_image.image.height, "masked": saved.mask is not None,
+            clicks = saved.clicks if saved.mask and self.segmenter else {}
+            images.append({"name": page_image.name, "width": page_image.size[0],
+                           "height": page_image.size[1], "masked": saved.mask is not None,
                            "note": saved.note, "version": saved.version,
-                           **{name: saved.clicks.get(name, []) for name in ("include", "exclude")}})
+                           **{name: clicks.get(name, []) for name in ("include", "exclude")}})
         return {"resolution": self.resolution, "dilation": self.zone.mask_dilation,
                 "center_crop": self.center_crop, "notice": self.notice, "largest_side": LARGEST_SIDE,
                 "clicks": self.segmenter is not None, "grabcut": is_available(), "images": images}
-
-    def image(self, index: int) -> bytes:
-        """An image as JPEG."""
-        buffer = io.BytesIO()
-        self.images[index].image.save(buffer, format="JPEG", quality=92)
-        return buffer.getvalue()
 
     def mask(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
         """The layers of an image's mask; none if the entry is empty and there is no saved mask."""
@@ -128,30 +132,30 @@ class MaskPage:
 
     def _make(self, index: int, entry: dict[str, Any]) -> tuple[torch.Tensor, SamPrompt, float | None]:
         """The mask of an entry, its clicks and its score."""
-        image = self.images[index].image
+        page_image = self.images[index]
         if "painted" in entry:
             _check_names(entry, {"painted"})
-            return torch.from_numpy(_painted(entry["painted"], image.size)), SamPrompt(), None
+            return torch.from_numpy(_painted(entry["painted"], page_image.size)), SamPrompt(), None
         if "concept" in entry or "background" in entry or "box" in entry:
-            return self._grabcut(image, entry), SamPrompt(), None
+            return self._grabcut(index, entry), SamPrompt(), None
         if self.segmenter is None:
             raise InputError("clicks need a Segment Anything model; paint, or start the script with one")
-        page_image, prompt = self.images[index], prompt_from_json(entry, image.size)
+        prompt = prompt_from_json(entry, page_image.size)
         if page_image.embedded is None:
-            page_image.embedded = self.segmenter.embed(image)
+            page_image.embedded = dataclasses.replace(self.segmenter.embed(self.open(index)), image=None)
         mask, score = segment(self.segmenter, page_image.embedded, prompt)
         return mask, prompt, score
 
-    def _grabcut(self, image: Image.Image, entry: dict[str, Any]) -> torch.Tensor:
+    def _grabcut(self, index: int, entry: dict[str, Any]) -> torch.Tensor:
         _check_names(entry, {"concept", "background", "box"})
         if not is_available():
             raise InputError("GrabCut needs opencv-python-headless; install it, and start the script again")
-        box = {"box": entry["box"]} if entry.get("box") else None
-        seeds = seeds_of(prompt_from_json(box, image.size) if box else SamPrompt(), image.size)
+        box, size = {"box": entry["box"]} if entry.get("box") else None, self.images[index].size
+        seeds = seeds_of(prompt_from_json(box, size) if box else SamPrompt(), size)
         for name, value in (("concept", CONCEPT), ("background", BACKGROUND)):
             if entry.get(name):
-                seeds[_painted(entry[name], image.size)] = value
-        return grabcut(image, seeds)
+                seeds[_painted(entry[name], size)] = value
+        return grabcut(self.open(index), seeds)
 
     def _index(self, value: Any) -> int:
         text = str(value)[:9]
@@ -166,8 +170,11 @@ class MaskPage:
             return "text/html; charset=utf-8", page.encode()
         if path == "state":
             return "application/json", json.dumps(self.state()).encode()
-        if path.startswith("image/"):
-            return "image/jpeg", self.image(self._index(path.removeprefix("image/")))
+        kind, _, index = path.partition("/")
+        if kind == "thumbnail":
+            return "image/jpeg", self.thumbnail(self._index(index))
+        if kind == "image":
+            return "image/jpeg", _jpeg(self.open(self._index(index)))
         raise KeyError(path)
 
     def post(self, path: str, body: Any) -> dict[str, Any]:
@@ -208,10 +215,15 @@ def _painted(url: Any, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(alpha.resize(size, Image.Resampling.BILINEAR)) >= 128
 
 
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=92)
+    return buffer.getvalue()
+
+
 def _data_url(mask: Image.Image, color: tuple[int, int, int, int]) -> str:
     """A mask as a transparent PNG of one RGBA color, in a data URL."""
-    layer = Image.new("RGBA", mask.size, (0, 0, 0, 0))
-    layer.paste(color, mask=mask.point(lambda level: 255 * (level >= 128)))
-    buffer = io.BytesIO()
-    layer.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    layer = mask.point(lambda level: level >= 128)
+    layer.putpalette((0, 0, 0, *color[:3]))  # two colors: a bit per pixel
+    layer.info["transparency"] = bytes((0, color[3]))
+    return "data:image/png;base64," + base64.b64encode(png_bytes(layer)).decode()

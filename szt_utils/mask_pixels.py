@@ -9,6 +9,7 @@ __all__ = ["white_pixels"]
 
 _WHITE = 128  # the darkest gray that counts as white
 _DARK = 32  # levels below are black in the noise of a JPEG, and channels that differ by less are gray
+_DRAWN = 0.9  # share of a drawing that has one of its two commonest levels; the rest are soft edges
 
 
 def white_pixels(image: Image.Image) -> tuple[np.ndarray, str]:
@@ -23,6 +24,7 @@ def white_pixels(image: Image.Image) -> tuple[np.ndarray, str]:
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         alpha = np.asarray(layers.getchannel("A")) >= _WHITE
+        opaque = np.bincount(np.asarray(layers)[alpha, :3].max(-1), minlength=256)  # before edges are soft
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), layers)
     image = image.convert("RGB")
     levels = np.asarray(image)
@@ -30,7 +32,8 @@ def white_pixels(image: Image.Image) -> tuple[np.ndarray, str]:
     cut_out = alpha is not None and alpha.any() and not alpha.all()
     colored = range_.max() >= _DARK
     hard = image.getcolors(16) is not None
-    if cut_out and (not brightest.any() or (colored and not hard)):
+    if cut_out and (not opaque[1:].any() or not hard and (
+            colored or np.sort(opaque)[-2:].sum() < _DRAWN * opaque.sum())):
         return alpha, "transparent surroundings; what is opaque is the concept"
     if not colored:
         return _one_value(brightest, 255) or (brightest >= _WHITE, "")

@@ -1,15 +1,17 @@
 """What training makes of a mask: its dilation and its cells on the latent grid, on top of the image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-import torch
+import numpy as np
 from PIL import Image
 
-from .images import contact_sheet, to_pil
+from .images import contact_sheet
 from .masks import to_latent_grid
 from .safe_zone import SafeZone
 
-__all__ = ["mask_area", "mask_sheet", "trained_masks"]
+__all__ = ["mask_area", "mask_sheet", "shrink", "trained_masks"]
+
+_TILE = 160  # pixels of an image on the sheet
 
 
 def mask_area(mask: Image.Image) -> float:
@@ -17,27 +19,34 @@ def mask_area(mask: Image.Image) -> float:
     return mask.histogram()[255] / (mask.width * mask.height)
 
 
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """An image, or a smaller one of its aspect with `side` pixels along the longer side."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
 def trained_masks(mask: Image.Image, zone: SafeZone, resolution: int, center_crop: bool = False,
                   vae_scale_factor: int = 8) -> tuple[Image.Image, Image.Image, float]:
-    """A mask after dilation, and after reduction to the latent grid, as "L" images of the mask's size; and
-    the share of the latent grid that is trained on.
+    """A mask after dilation, and after reduction to the latent grid, as square "L" images; and the share of
+    the latent grid that is trained on.
 
-    `zone` dilates at the training `resolution`; a latent cell is `vae_scale_factor` pixels wide. With
-    `center_crop`, both are black outside the central square.
+    `zone` dilates at the training `resolution`; a latent cell is `vae_scale_factor` pixels wide. The squares,
+    of a value per pixel and per cell, cover the whole image, or its central square with `center_crop`.
     """
     dilated = zone.prepare_mask(mask, resolution, center_crop)
     grid = to_latent_grid(dilated, (resolution // vae_scale_factor,) * 2)
-    side = min(mask.size)
-    size = (side, side) if center_crop else mask.size
-    corner = tuple((full - part) // 2 for full, part in zip(mask.size, size, strict=True))
+    squares = [Image.fromarray(np.uint8(255 * values[0, 0].numpy())) for values in (dilated, grid)]
+    return *squares, grid.mean().item()
 
-    def to_mask_size(values: torch.Tensor) -> Image.Image:
-        canvas = Image.new("L", mask.size)
-        small = to_pil(values.expand(1, 3, -1, -1))[0].convert("L")
-        canvas.paste(small.resize(size, Image.Resampling.NEAREST), corner)
-        return canvas
 
-    return to_mask_size(dilated), to_mask_size(grid), grid.mean().item()
+def _onto(size: tuple[int, int], square: Image.Image, center_crop: bool) -> Image.Image:
+    """A square of `trained_masks` where it covers an image of (width, height), on black."""
+    part = (min(size),) * 2 if center_crop else size
+    canvas = Image.new("L", size)
+    canvas.paste(square.resize(part, Image.Resampling.NEAREST),
+                 tuple((full - covered) // 2 for full, covered in zip(size, part, strict=True)))
+    return canvas
 
 
 def _highlight(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -46,16 +55,19 @@ def _highlight(image: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(image, dark, mask)
 
 
-def mask_sheet(names: Sequence[str], images: Sequence[Image.Image], masks: Sequence[Image.Image],
-               zone: SafeZone, resolution: int, center_crop: bool = False, columns: int = 6) -> Image.Image:
-    """A contact sheet: the images, their masks, and what of them is trained on."""
+def mask_sheet(masked: Iterable[tuple[str, Image.Image, Image.Image]], zone: SafeZone, resolution: int,
+               center_crop: bool = False, columns: int = 6) -> Image.Image | None:
+    """A contact sheet of names, images and masks, taken one by one: the images, their masks, and what of them
+    is trained on; None without any."""
+    tiles = []
+    for name, image, mask in masked:
+        grid, tile = trained_masks(mask, zone, resolution, center_crop)[1], shrink(image, _TILE)
+        tiles.append((name, tile, _highlight(tile, mask.resize(tile.size)),
+                      _highlight(tile, _onto(tile.size, grid, center_crop))))
     rows = []
-    for i in range(0, len(names), columns):
-        part = slice(i, i + columns)
-        pairs = list(zip(images[part], masks[part], strict=True))
-        rows += [(", ".join(names[part]), list(images[part])),
-                 ("masks", [_highlight(image, mask) for image, mask in pairs]),
+    for i in range(0, len(tiles), columns):
+        names, images, masks, trained = map(list, zip(*tiles[i:i + columns], strict=True))
+        rows += [(", ".join(names), images), ("masks", masks),
                  (f"trained on: dilated by {zone.mask_dilation} pixels at {resolution}, on the latent grid",
-                  [_highlight(image, trained_masks(mask, zone, resolution, center_crop)[1])
-                   for image, mask in pairs])]
-    return contact_sheet(rows, tile=160)
+                  trained)]
+    return contact_sheet(rows, _TILE) if rows else None

@@ -6,9 +6,10 @@ grid and the set of images of "auto", and whether it was GrabCut; "area", the ma
 per image the "seconds".
 """
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .mask_preview import mask_area, mask_sheet
 from .masks import read_mask
 from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json, prompt_to_json, read_points_file, relative_prompt
-from .segment import SamCheckpoint, SamModel, load_segmenter, resize_to_image, segment
+from .segment import EmbeddedImage, SamCheckpoint, SamModel, load_segmenter, resize_to_image, segment
 
 __all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
 
@@ -91,12 +92,20 @@ class MaskingSettings:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """An upright RGB image, its path, the name of its mask, and the SHA-256 of its size and pixels."""
+    """An image's path, the name of its mask, its upright (width, height), and the SHA-256 of its size and
+    pixels."""
 
     path: Path
     name: str
-    image: Image.Image
+    size: tuple[int, int]
     sha256: str
+
+    def read(self) -> Image.Image:
+        """The upright RGB image; InputError when it is not the one that the run began with."""
+        image = read_image(self.path)
+        if hash_pixels(image) != self.sha256:
+            raise InputError(f"The image '{self.path}' has changed since the start; give the command again.")
+        return image
 
 
 class Masks(FolderRun):
@@ -127,18 +136,21 @@ class Masks(FolderRun):
         record, by_hand = self.find(job.name)
         if record is None and not by_hand:
             return SavedMask()
-        path, note = self.folder / job.name, ""
+        path = self.folder / job.name
         version = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         try:
-            mask = read_mask(path, job.image.size) if by_hand else read_upright(path).convert("L")
+            mask = read_mask(path, job.size) if by_hand else read_upright(path).convert("L")
         except InputError as error:
             return SavedMask(note=str(error), version=version)
-        if by_hand:
-            note = "The mask was made or changed by hand; saving replaces it."
-        elif record.get("sha256") != job.sha256:
-            note = "The mask was made for another version of the image."
-        clicks = _clicks(record or {}, job.image.size)
-        return SavedMask(mask if mask.size == job.image.size else None, clicks, note, version)
+        notes = {"The mask was made or changed by hand; saving replaces it.": by_hand,
+                 "The mask was made for another version of the image.": self.is_of_another(job)}
+        return SavedMask(mask if mask.size == job.size else None, _clicks(record or {}, job.size),
+                         " ".join(note for note, holds in notes.items() if holds), version)
+
+    def is_of_another(self, job: ImageJob) -> bool:
+        """Whether the image has changed since its mask was made, before any change of the mask by hand."""
+        record = self.find(job.name)[0] or self.latest.get(job.name)
+        return record is not None and record.get("sha256") != job.sha256
 
 
 def masked(job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
@@ -181,19 +193,19 @@ def read_jobs(image_dir: str | Path) -> list[ImageJob]:
     """The images of a folder; InputError when two would have the same mask."""
     jobs = []
     for name, path in name_results(image_dir, recursive=False).items():
-        image = read_image(path)
-        jobs.append(ImageJob(path, name, image, hash_pixels(image)))
+        image = read_image(path)  # read again when it is needed: a folder of photographs fills a memory
+        jobs.append(ImageJob(path, name, image.size, hash_pixels(image)))
     return jobs
 
 
 def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[SamPrompt]:
     """The prompt of every image, for the ways point, box, points_file and text."""
     if settings.points_file is not None:
-        prompts = read_points_file(settings.points_file, {job.path.name: job.image.size for job in jobs})
+        prompts = read_points_file(settings.points_file, {job.path.name: job.size for job in jobs})
         return [prompts[job.path.name] for job in jobs]
     if settings.text is not None:
         return [SamPrompt(text=settings.text)] * len(jobs)
-    return [relative_prompt(job.image.size, settings.point, settings.box) for job in jobs]
+    return [relative_prompt(job.size, settings.point, settings.box) for job in jobs]
 
 
 def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
@@ -223,22 +235,40 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
         masks.work([[job] for job in work], mask)
 
 
+@contextlib.contextmanager
+def _reading(job: ImageJob) -> Iterator[Image.Image]:
+    """The image of a job, whose file an InputError of what is done with it names."""
+    image = job.read()
+    try:
+        yield image
+    except InputError as error:
+        raise InputError(f"'{job.path}': {error}") from None
+
+
+def _embed(segmenter: SamCheckpoint | SamModel, job: ImageJob) -> EmbeddedImage:
+    with _reading(job) as image:
+        return segmenter.embed(image)
+
+
 def _mask_of(segmenter: SamCheckpoint | SamModel | None, job: ImageJob,
              prompt: SamPrompt) -> tuple[torch.Tensor, float | None]:
     """The mask of a prompt and the model's score of it; by GrabCut without a model."""
-    try:
+    with _reading(job) as image:
         if segmenter is None:
-            return grabcut(job.image, seeds_of(prompt, job.image.size)), None
-        return segment(segmenter, segmenter.embed(job.image), prompt)
-    except InputError as error:
-        raise InputError(f"'{job.path}': {error}") from None
+            return grabcut(image, seeds_of(prompt, job.size)), None
+        return segment(segmenter, segmenter.embed(image), prompt)
 
 
 def is_foreign(settings: MaskingSettings, segmenter: SamCheckpoint | SamModel | None,
                jobs: Sequence[ImageJob]) -> bool:
     """Whether the images are unlike all that the bundled model, if it is used, was trained on."""
+    def features() -> Iterator[torch.Tensor]:
+        for job in jobs:
+            with contextlib.suppress(InputError):  # which comes again when its mask is made
+                yield _embed(segmenter, job).features
+
     return (segmenter is not None and settings.sam_checkpoint is None and settings.sam_model is None
-            and is_unfamiliar(segmenter.embed(job.image).features for job in jobs))
+            and is_unfamiliar(features()))
 
 
 def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
@@ -252,12 +282,12 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
     segmenter = _load_segmenter(settings)
     if is_foreign(settings, segmenter, jobs):
         raise InputError(f"{_UNFAMILIAR}{_OTHER_MODELS}, or use --grabcut with --box, or --ui.")
-    masks.begin()
     embedded, candidates = [], []
     for job in tqdm(jobs, unit="image"):
-        full = segmenter.embed(job.image)
+        full = _embed(segmenter, job)
         candidates.append(candidate_masks(segmenter, full, settings.grid))
-        embedded.append(dataclasses.replace(full, embedding=None, features=None))  # to save memory
+        embedded.append(dataclasses.replace(full, image=None, embedding=None, features=None))
+    masks.begin()
     for i, (job, choice) in enumerate(zip(jobs, choose_masks(candidates), strict=True)):
         if job.name in missing:
             logits = resize_to_image(candidates[i].logits[choice.index][None, None], embedded[i])
@@ -278,7 +308,7 @@ def mask_by_hand(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) 
         notice = f"{_UNFAMILIAR}paint the masks, or {_OTHER_MODELS}."
         print(f"warning: {notice}")
     masks.begin()
-    images = [PageImage(job.path.name, job.image) for job in jobs]
+    images = [PageImage(job.path.name, job.size, job.read) for job in jobs]
     page = MaskPage(segmenter, images, lambda index: masks.read(jobs[index]), save, settings.zone,
                     settings.resolution, settings.center_crop, notice)
     serve_locally(page.get, page.post, settings.port,
@@ -314,7 +344,8 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
             else:
                 numbers["area"] = mask_area(saved.mask)
         if numbers:
-            records.append({**numbers, "source": printable(job.path.name)})
+            records.append({**numbers, "source": printable(job.path.name),
+                            "is_of_another": masks.is_of_another(job)})
     if not records:
         return
     areas = [record["area"] for record in records]
@@ -324,6 +355,8 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
                        for record in records if "confidence" in record]:
         print(f"confidence: {', '.join(confidences)}")
     for record in records:
+        if record["is_of_another"]:
+            print(f"warning: {record['source']}: the image has changed since its mask was made; check it.")
         if warning := area_warning(record):
             print(f"warning: {warning}; check it.")
         if record.get("confidence", 1) < _LOW_CONFIDENCE:
@@ -333,11 +366,8 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
 
 def write_preview(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
     """Write the contact sheet of all masks, preview/sheet.png in the output folder."""
-    pairs = [(job, mask) for job in jobs if (mask := masks.read(job).mask) is not None]
-    if not pairs:
-        return
-    path = masks.folder / "preview" / "sheet.png"
-    save_png(mask_sheet([job.path.name for job, _ in pairs], [job.image for job, _ in pairs],
-                        [mask for _, mask in pairs], settings.zone, settings.resolution,
-                        settings.center_crop), path)
-    print(f"The contact sheet is '{printable(path)}'.")
+    found = ((job.path.name, job.read(), mask) for job in jobs if (mask := masks.read(job).mask) is not None)
+    if sheet := mask_sheet(found, settings.zone, settings.resolution, settings.center_crop):
+        path = masks.folder / "preview" / "sheet.png"
+        save_png(sheet, path)
+        print(f"The contact sheet is '{printable(path)}'.")

@@ -27,13 +27,15 @@ __all__ = ["EmbeddedImage", "SamCheckpoint", "SamModel", "load_segmenter", "resi
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image and its embedding by a model, whose input is a square of `input_side` pixels.
+    """An image of `size`, (width, height), and its embedding by a model, whose input is a square of
+    `input_side` pixels.
 
     `input_size` is the height and width of the image within that square; `embedding` is in the model's own
-    format; `features` (C, h, w) are the part of it that covers the image.
+    format; `features` (C, h, w) are the part of it that covers the image. Only words need the `image` itself.
     """
 
-    image: Image.Image
+    image: Image.Image | None
+    size: tuple[int, int]
     input_size: tuple[int, int]
     input_side: int
     embedding: Any
@@ -41,7 +43,7 @@ class EmbeddedImage:
 
     def to_input(self, coordinates: Sequence[Any]) -> torch.Tensor:
         """Pixels (..., 2) of the image as pixels of the model's input."""
-        scale = [self.input_size[1] / self.image.width, self.input_size[0] / self.image.height]
+        scale = [self.input_size[1] / self.size[0], self.input_size[0] / self.size[1]]
         return torch.tensor(coordinates, dtype=torch.float32) * torch.tensor(scale)
 
 
@@ -49,14 +51,22 @@ def _embedded(image: Image.Image, input_size: Sequence[int], side: int, embeddin
               grid: torch.Tensor) -> EmbeddedImage:
     """`grid` (1, C, h, w) covers the square; the padding at its right and bottom is cut off."""
     h, w = (-(-n * cells // side) for n, cells in zip(input_size, grid.shape[-2:], strict=True))
-    return EmbeddedImage(image, tuple(input_size), side, embedding, grid[0, :, :h, :w].float().cpu())
+    return EmbeddedImage(image, image.size, tuple(input_size), side, embedding,
+                         grid[0, :, :h, :w].float().cpu())
+
+
+def _check_aspect(image: Image.Image, side: int) -> None:
+    """InputError for an image whose shorter side vanishes when its longer side becomes `side` pixels."""
+    if 2 * side * min(image.size) < max(image.size):
+        raise InputError(f"{image.width} x {image.height} pixels are too long and narrow for the model; "
+                         "crop the image")
 
 
 def resize_to_image(logits: torch.Tensor, embedded: EmbeddedImage) -> torch.Tensor:
     """Mask logits (N, M, h, w) of the model's square as (N, M, H, W) of the image; above 0 is inside."""
     height, width = embedded.input_size
     square = F.interpolate(logits, (embedded.input_side, embedded.input_side), mode="bilinear")
-    return F.interpolate(square[..., :height, :width], embedded.image.size[::-1], mode="bilinear")
+    return F.interpolate(square[..., :height, :width], embedded.size[::-1], mode="bilinear")
 
 
 class SamCheckpoint:
@@ -73,10 +83,11 @@ class SamCheckpoint:
 
     @torch.no_grad()
     def embed(self, image: Image.Image) -> EmbeddedImage:
-        """Embed an RGB image."""
+        """Embed an RGB image; InputError when it is too long and narrow."""
         from segment_anything.utils.transforms import ResizeLongestSide
 
         side = self.sam.image_encoder.img_size
+        _check_aspect(image, side)
         resized = ResizeLongestSide(side).apply_image(np.asarray(image))
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(self.device)
         embedding = self.sam.image_encoder(self.sam.preprocess(pixels))
@@ -134,7 +145,9 @@ class SamModel:
 
     @torch.no_grad()
     def embed(self, image: Image.Image) -> EmbeddedImage:
-        """Embed an RGB image."""
+        """As SamCheckpoint.embed."""
+        if longest := getattr(self.processor.size, "longest_edge", None):
+            _check_aspect(image, longest)
         inputs = self.processor(images=image, return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device)
         side = pixels.shape[-1]

@@ -46,6 +46,37 @@ def test_what_the_images_have_in_common_is_chosen_over_the_best_alone():
     assert [choice.index for choice in choose_masks(images)] == [0, 1, 0]
 
 
+def climb(images: list[Candidates]) -> list[int]:
+    """The best choice by coordinate ascent, from one seed after another."""
+    features, weight = [F.normalize(image.features, dim=1) for image in images], 1 / max(1, len(images) - 1)
+
+    def values(i, chosen):
+        others = [f[c] for j, (f, c) in enumerate(zip(features, chosen, strict=True)) if j != i]
+        return images[i].merit + weight * sum((features[i] @ other for other in others), torch.zeros(()))
+
+    ends = []
+    for i, seeds in enumerate(features):
+        for seed, direction in enumerate(seeds):
+            chosen = [int((image.merit + f @ direction).argmax())
+                      for image, f in zip(images, features, strict=True)]
+            chosen[i] = seed
+            for _ in range(10):
+                for j in range(len(images)):
+                    chosen[j] = int(values(j, chosen).argmax())
+            ends.append((sum(values(j, chosen)[c].item() for j, c in enumerate(chosen)), chosen))
+    return max(ends, key=lambda end: end[0])[1]
+
+
+def test_the_choice_is_that_of_climbing_from_every_seed_alone():
+    random = torch.Generator().manual_seed(0)
+    for counts in ((5,), (3, 4), (6, 1, 7), (4, 9, 5, 8, 2, 6, 7, 3)):
+        for _ in range(5):
+            images = [Candidates(torch.zeros(n, 1, 1), torch.rand(n, 9, 9, generator=random) > 0.5,
+                                 torch.randn(n, 4, generator=random), 0.3 * torch.rand(n, generator=random))
+                      for n in counts]
+            assert [choice.index for choice in choose_masks(images)] == climb(images)
+
+
 def test_one_image_and_one_candidate():
     choice, = choose_masks([image([[1.0, 0.0], [0.0, 1.0]], [0.2, 0.5])])
     assert choice.index == 1 and choice.confidence == pytest.approx(0.3)

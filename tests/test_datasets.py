@@ -100,6 +100,16 @@ def test_images_and_masks_are_written_as_squares_of_the_same_names(tmp_path):
         write_images(concept, tmp_path / "other", tmp_path / "other-masks", 40)
 
 
+def test_concepts_whose_names_differ_behind_a_dot_have_records_of_their_own(tmp_path):
+    for name in ("dog.v1", "dog.v2"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30, 20), "teal").save(tmp_path / name / f"{name}.png")
+    for _ in range(2):
+        for name, concept in read_concepts("dreambooth", tmp_path, names=["dog.v1", "dog.v2"]).items():
+            write_images(concept, tmp_path / "out" / name, None, 40)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["dog.v1.json", "dog.v2.json"]
+
+
 @pytest.mark.parametrize("change", ["add", "remove", "prompts"])
 def test_a_data_set_that_has_changed_is_refused(tmp_path, change):
     (tmp_path / "images").mkdir()

@@ -1,6 +1,6 @@
 """GrabCut: what points, boxes and strokes say, the mask of a disc, and a sentence without OpenCV."""
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -74,8 +74,21 @@ def test_seeds_that_leave_nothing_to_learn_are_refused(disc):
     assert grabcut(tiny, seeds).shape == (2, 1)
 
 
-def test_without_opencv_a_sentence_says_what_to_install(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
-    with pytest.raises(InputError, match=r'pip install "szt-utils\[grabcut\]"'):
-        check_available()
+@pytest.mark.parametrize("code, reason", [
+    (None, "cv2"), ("raise ImportError('libGL.so.1: cannot open shared object file')", "libGL.so.1"),
+    ("import numpy\nnumpy.no_such_name", "no_such_name")])
+def test_without_opencv_that_works_a_sentence_says_what_to_install(monkeypatch, tmp_path, code, reason):
+    """opencv-python is installed, but needs a library of a display."""
+    module._why_not.cache_clear()
+    if code is None:
+        monkeypatch.setitem(sys.modules, "cv2", None)
+    else:
+        monkeypatch.delitem(sys.modules, "cv2", raising=False)
+        (tmp_path / "cv2.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert not is_available()
+        with pytest.raises(InputError, match=rf"\(.*{reason}.*\): pip install opencv-python-headless\.$"):
+            check_available()
+    finally:
+        module._why_not.cache_clear()

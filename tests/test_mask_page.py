@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from szt_utils import pocket
 from szt_utils.errors import InputError
+from szt_utils.images import crop_and_resize
 from szt_utils.local_server import Conflict
 from szt_utils.mask_page import MaskPage, PageImage, SavedMask
 from szt_utils.safe_zone import SafeZone
@@ -33,46 +35,208 @@ def page():
                                  f"{masks[index].version}+")
         return f"{index}.png: odd" if index else None
 
-    images = [PageImage(f"{i}.png", Image.fromarray(scene.image)) for i, scene in enumerate(scenes)]
+    images = [PageImage(f"{i}.png", (128, 128), partial(Image.fromarray, scene.image))
+              for i, scene in enumerate(scenes)]
     return MaskPage(load_segmenter(), images, masks.get, save, SafeZone(mask_dilation=4), 128), masks
 
 
 def decoded(url: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGBA"))
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+# What the page's own functions need: layers that are texts, one image, and a server. A request waits in
+# `requests`; calling it does what the server does, and gives the function that lets the answer arrive.
+PAGE = """
+const surface = () => ({text: "", canvas: {width: 1, height: 1, toDataURL() { return this.of.text; }},
+                        clearRect() { this.text = ""; }, drawImage(layer) { this.text += layer; }});
+const wrapped = () => { const made = surface(); made.canvas.of = made; return made; };
+const stroke = (context, step) => { context.text += " - stroke"; };
+const show = () => {}, load = async url => url, saveButton = {}, messages = [], requests = [];
+const showMessage = text => messages.push(text), pause = time => new Promise(end => setTimeout(end, time));
+const disk = {include: [], exclude: [], masked: true, note: "", version: 1, mask: "disk"}, saves = [];
+let images = [], current = null, drag = null, centerCrop, saving = Promise.resolve();
+const late = value => pause(30).then(() => value), getState = () => late({images: [{...disk}]});
+const post = (path, body) => new Promise((resolve, reject) => requests.push(() => {
+  const {version, ...entry} = path === "save" ? body.images[0] : body;
+  const mask = entry.painted ?? (entry.include ? `clicks ${JSON.stringify(entry.include)}`
+                                 : entry.box ? "cut" : disk.mask);
+  if (entry.include?.flat().includes(-1)) return () => reject(new Error("refused"));
+  if (path === "mask") return () => resolve({layers: {mask}});
+  if (version !== disk.version) return () => reject(Object.assign(new Error("behind"), {status: 409}));
+  Object.assign(disk, {mask, version: version + 1});
+  saves.push(entry.painted ?? entry);
+  return () => resolve({versions: [version + 1], warnings: []});
+}));
+async function answerAll() {
+  for (let quiet = 0; quiet < 3; quiet++)
+    for (await pause(100); requests.length; await pause(0), quiet = 0) requests.shift()()();
+}
+const shown = () => { const s = wrapped(); replay(image, s); return s.text; };
+const paint = () => add(image, {kind: "brush", points: [[0, 0]]});
+const click = x => add(image, {kind: "clicks", include: [[x, x]], exclude: []});
+let image;
+function start(more) {
+  image = current = begin({index: 0, name: "a.png"}, Object.assign(disk, more));
+  images = [image];
+}
+"""
+
+
+def in_page(folder, script: str):
+    """What a script that uses the page's own functions returns."""
+    if not shutil.which("node"):
+        pytest.skip("needs node")
+    page = (ROOT / "szt_utils" / "mask_page.html").read_text()
+    functions = "".join(page[page.index(first):page.index(last)] for first, last in (
+        ("// What the steps amount to.", "// ---- What is shown."), ("function placeOn(", "function place()"),
+        ("async function cut(", "const resize =")))
+    (folder / "run.mjs").write_text(PAGE + functions.replace("surface(", "wrapped(") + (
+        f"console.log(JSON.stringify(await (async () => {{ {script} }})()));"))
+    done = subprocess.run(["node", folder / "run.mjs"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("include, first", [([], "disk"), ([[1, 1]], "clicks [[1,1]]")])
 def test_undo_after_save_goes_back_to_the_first_mask(include, first, tmp_path):
-    """The page's own functions: what is shown, and what would be saved, is the mask before the stroke."""
-    page = (ROOT / "szt_utils" / "mask_page.html").read_text()
-    functions = page[page.index("// What the steps amount to."):page.index("// ---- What is shown.")]
-    (tmp_path / "run.mjs").write_text("""
-const surface = () => ({text: "", canvas: {width: 1, height: 1}, clearRect() { this.text = ""; },
-                        drawImage(layer) { this.text += layer; }});
-const wrapped = () => { const s = surface(); s.canvas.toDataURL = () => s.text; return s; };
-const stroke = (context, step) => { context.text += " - stroke"; };
-let current = null, disk = "disk";
-const show = () => {}, showMessage = text => { throw new Error(text); }, load = async url => url;
-const post = async (path, body) => ({layers: {mask: body.painted ?? (
-    body.include ? `clicks ${JSON.stringify(body.include)}` : disk)}});
-""" + functions.replace("surface(", "wrapped(") + f"""
-const image = {{index: 0, include: {json.dumps(include)}, exclude: [], masked: true, steps: [], undone: [],
-                layer: null}};
-const shown = () => {{ const s = wrapped(); replay(image, s); return s.text; }};
-await refresh(image);
-const before = shown();
-await add(image, {{kind: "eraser", points: [[0, 0]]}});
-disk = entryOf(image).painted;
-image.saved = image.steps.at(-1);
-image.undone.push(image.steps.pop());
-await changed(image);
-console.log(JSON.stringify([before, disk, shown(), isChanged(image), isSavable(image), entryOf(image)]));
-""")
-    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
-    before, disk, after, changed, savable, entry = json.loads(done.stdout)
-    assert (before, disk, after) == ("disk", "disk - stroke", first) and changed and savable
+    """What is shown, and what would be saved, is the mask before the stroke."""
+    before, saved, after, changed, savable, entry = in_page(tmp_path, f"""
+        start({{include: {json.dumps(include)}}});
+        refresh(image);
+        await answerAll();
+        const before = shown();
+        paint();
+        save();
+        await answerAll();
+        undo();
+        await answerAll();
+        return [before, saves[0], shown(), isChanged(image), isSavable(image), entryOf(image)];""")
+    assert (before, saved, after) == ("disk", "disk - stroke", first) and changed and savable
     assert entry == ({"include": include, "exclude": []} if include else {"painted": "disk"})
+
+
+@pytest.mark.parametrize("script", [
+    "paint(); save();", "paint(); await pause(300); save();", "paint(); refreshAll(); save();",
+    "paint(); refresh(image); await answerAll(); save();",
+    # The answer with an old mask arrives after the page knows that there is another one.
+    *(f"disk.mask = 'old'; refresh(image); const arrive = requests.shift()(); "
+      f"Object.assign(disk, {{mask: 'disk', version: 2}}); update(); await pause(60); {end}"
+      for end in ("arrive(); paint(); save();", "paint(); save(); await pause(9); arrive();"))])
+def test_a_stroke_never_replaces_the_mask_that_is_not_loaded_yet(script, tmp_path):
+    """Whoever asks first, and whenever it comes: at the start, and after another program has changed it."""
+    saved, shown, message = in_page(tmp_path, f"""
+        start();
+        {script}
+        await answerAll();
+        return [saves, shown(), messages.at(-1)];""")
+    assert saved == ["disk - stroke"] and shown == "disk - stroke" and message == "Saved 1 mask."
+
+
+def test_a_stroke_waits_for_the_clicks_below_it_and_stays_when_they_are_refused(tmp_path):
+    assert in_page(tmp_path, """
+        start({masked: false});
+        click(1); paint(); save();
+        await answerAll();
+        click(-1); paint();
+        await answerAll();
+        const {length} = image.steps;
+        save();
+        await answerAll();
+        return [saves, length, shown(), isChanged(image)];""") == [
+        ["clicks [[1,1]] - stroke", "clicks [[1,1]] - stroke - stroke"], 3,
+        "clicks [[1,1]] - stroke - stroke", False]
+
+
+def test_a_save_is_not_taken_for_that_of_another_tab(tmp_path):
+    """Neither by a second save, nor when the window gets the focus before a save or its answer."""
+    assert in_page(tmp_path, """
+        start();
+        paint();
+        save(); save();
+        await answerAll();
+        paint();
+        save();
+        await pause(10);
+        const arrive = requests.shift()();
+        update();
+        await pause(60);
+        arrive();
+        await answerAll();
+        update();
+        paint();
+        await pause(10);
+        save();
+        await pause(10);
+        requests.shift()()();
+        await answerAll();
+        const refused = messages.filter(text => /another|Not/.test(text));
+        return [saves, image.steps.length, isChanged(image), refused];
+        """) == [[f"disk{n * ' - stroke'}" for n in (1, 2, 3)], 3, False, []]
+
+
+def test_what_another_tab_has_saved_is_shown_in_place_of_what_was_done_here(tmp_path):
+    saved, steps, shown, message = in_page(tmp_path, """
+        start();
+        paint();
+        Object.assign(disk, {mask: "theirs", version: 2});
+        save();
+        await answerAll();
+        return [saves, image.steps.length, shown(), messages.at(-1)];""")
+    assert (saved, steps, shown) == ([], 0, "theirs") and "a.png changed in another tab" in message
+
+
+def test_the_outline_of_older_strokes_is_not_put_over_a_newer_one(tmp_path):
+    assert in_page(tmp_path, """
+        start({masked: false});
+        cut([0, 0, 9, 9]);
+        paint();
+        await answerAll();
+        const late = shown();
+        cut([0, 0, 9, 9]);
+        await answerAll();
+        return [late, messages.filter(text => /meanwhile/.test(text)).length, shown()];""") == [
+        " - stroke", 1, "cut"]
+
+
+@pytest.mark.parametrize("crop, shares", [(False, (0, 0, 100, 100)), (True, (24.5, 0, 50.5, 100))])
+def test_what_training_makes_of_a_mask_is_drawn_where_its_crop_is(crop, shares, tmp_path):
+    image = Image.new("L", (200, 101))
+    image.paste(255, (49, 0, 150, 101))
+    assert crop_and_resize(image, 101, center_crop=True).getextrema() == (255, 255)  # (49, 0) to (150, 101)
+    assert in_page(tmp_path, f"""
+        const layer = {{style: {{}}}};
+        centerCrop = {json.dumps(crop)};
+        current = {{width: 200, height: 101}};
+        placeLayer(layer);
+        const {{left, top, width, height}} = layer.style;
+        return [left, top, width, height];""") == [f"{share:g}%" for share in shares]
+
+
+def test_an_image_is_read_when_it_is_needed_and_few_are_kept(page):
+    reads = []
+    images = [PageImage(f"{i}.png", (400, 300), lambda i=i: reads.append(i) or Image.new("RGB", (400, 300)))
+              for i in range(9)]
+    page = MaskPage(None, images, lambda index: SavedMask(), page[0].write, page[0].zone, 128)
+    page.state()
+    page.post("mask", {"image": 3, "painted": painted(np.ones((3, 4), bool))})
+    assert reads == []
+    thumbnails = [Image.open(io.BytesIO(page.get(f"thumbnail/{i}")[1])) for i in (0, 8)]
+    assert [image.size for image in thumbnails] == [(256, 192)] * 2
+    for _ in range(2):
+        assert Image.open(io.BytesIO(page.get("image/8")[1])).size == (400, 300)
+        page.get("thumbnail/0")
+    assert reads == [0, 8]
+    for i in range(9):
+        page.get(f"image/{i}")
+    assert len(reads) > 9 - 2 and page.open.cache_info().currsize == page.open.cache_info().maxsize < 9
+
+
+def test_without_a_model_old_clicks_are_not_offered(page):
+    """They would be all that is left when the user undoes, and could not be saved."""
+    page, masks = page
+    page.segmenter = None
+    state = page.state()["images"][1]
+    assert state["masked"] and masks[1].clicks and state["include"] == state["exclude"] == []
 
 
 def test_state_image_and_saved_mask(page):
@@ -89,6 +253,9 @@ def test_state_image_and_saved_mask(page):
     assert page.post("mask", {"image": 0}) == page.post("mask", {"image": 2}) == {"layers": {}}
     answer = page.post("mask", {"image": 1})
     assert np.array_equal(decoded(answer["layers"]["mask"])[..., 3] > 0, np.asarray(masks[1].mask) > 0)
+    for name, side in (("dilated", 128), ("grid", 16)):
+        layer = decoded(answer["layers"][name])
+        assert layer.shape == (side, side, 4) and len(np.unique(layer.reshape(-1, 4), axis=0)) == 2
     for path in ("picture/1", "nothing", "/"):
         with pytest.raises(KeyError):
             page.get(path)

@@ -13,6 +13,7 @@ YX = np.mgrid[:64, :64] - 32
 DISTANCE = np.sqrt((YX**2).sum(0))
 DISC = DISTANCE < 20
 BITS = DISC.astype(np.uint8)
+GRAY = np.random.default_rng(1).integers(0, 256, (64, 64), dtype=np.uint8)
 PHOTO = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 SOFT = ((20 - DISTANCE) / 3 + 0.5).clip(0, 1)
 
@@ -55,7 +56,9 @@ COLORS = "colors on black"
     ("a.png", np.dstack([painted((255, 255, 255)), 255 * BITS]), ""),
     ("a.png", np.dstack([painted((200, 0, 0)), 255 * BITS]), COLORS),
     ("a.png", np.dstack([painted((0, 0, 0)), 255 * BITS]), "transparent surroundings"),
-    ("a.png", np.dstack([PHOTO, 255 * BITS]), "transparent surroundings")])
+    *(("a.png", np.dstack([photo, 255 * BITS]), "transparent surroundings") for photo in (
+        PHOTO, GRAY, np.dstack([GRAY] * 3), GRAY // 4, 200 + GRAY // 8)),
+    ("a.png", np.dstack([255 * BITS, np.uint8(255 * (YX[0] < 28))]), "")])
 def test_what_marks_the_concept(tmp_path, capsys, name, image, note):
     assert np.array_equal(read(tmp_path / name, image), DISC)
     printed = capsys.readouterr().err
@@ -68,6 +71,14 @@ def test_soft_edges_and_jpegs_lose_their_edge_alone(tmp_path):
                         ("a.png", (255 * SOFT).astype(np.uint8)), ("a.tif", SOFT.astype(np.float32)),
                         ("a.png", (65535 * SOFT).astype(np.uint16))):
         wrong = read(tmp_path / name, image) != DISC
+        assert not wrong[np.abs(DISTANCE - 20) > 3].any()
+
+
+def test_soft_edges_of_a_cut_out_are_judged_as_what_they_are_the_edges_of(tmp_path):
+    """By its opacity a photograph, and a white or black shape; by its brightness a drawing in both."""
+    soft, white, full = np.uint8(255 * SOFT), 0 * BITS + 255, np.uint8(255 * (YX[0] < 28))
+    for levels, opacity in ((GRAY, soft), (white, soft), (0 * BITS, soft), (soft, full)):
+        wrong = read(tmp_path / "a.png", np.dstack([levels, opacity])) != DISC
         assert not wrong[np.abs(DISTANCE - 20) > 3].any()
 
 

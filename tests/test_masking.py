@@ -1,6 +1,7 @@
 """Masks of a folder: one prompt, the paper's dilation, folders of version 0.1, and what is reported."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 import precompute_masks
 from szt_utils.errors import InputError
+from szt_utils.images import read_image
 from szt_utils.mask_page import SavedMask
 from szt_utils.masking import (
     WAYS,
@@ -76,6 +78,58 @@ def test_an_image_without_a_mask_stops_no_other(folder, monkeypatch, capsys):
     assert "masks" in capsys.readouterr().out  # the report comes nevertheless
 
 
+def test_an_image_that_the_model_cannot_take_stops_no_other(folder, tmp_path):
+    """The choice of --auto needs all of them."""
+    thin = tmp_path / "images" / "thin.png"
+    Image.new("RGB", (8000, 20)).save(thin)
+    message = f"^'{thin}': 8000 x 20 pixels are too long and narrow for the model; crop the image$"
+    with pytest.raises(InputError, match=message):
+        mask_folder(settings(**folder, auto=True, grid=4))
+    assert not (tmp_path / "masks").exists()
+    with pytest.raises(InputError, match=message):
+        mask_folder(settings(**folder | {"point": [(0.5, 0.5)], "preview": True}))
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 2
+    Image.new("L", (8000, 20), 255).save(tmp_path / "masks" / "thin.png")
+    mask_folder(settings(**folder | {"point": [(0.5, 0.5)], "preview": True}))
+    assert (tmp_path / "masks" / "preview" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("way", [{"auto": True, "grid": 2}, {"point": [(0.5, 0.5)]}, {"ui": True}])
+def test_few_images_of_a_folder_are_in_memory(folder, monkeypatch, way):
+    write_concept("teal-striped-star", folder["image_dir"], count=9)
+    alive, most = 0, 0
+
+    def read(path):
+        nonlocal alive, most
+        image = read_image(path)
+        alive += 1
+        most = max(most, alive)
+        weakref.finalize(image, end)
+        return image
+
+    def end():
+        nonlocal alive
+        alive -= 1
+
+    def visit(get, post, *_):
+        for i in range(9):
+            assert get(f"image/{i}") and get(f"thumbnail/{i}")
+            post("save", {"images": {i: {"include": [[64, 64]]}}})
+
+    monkeypatch.setattr("szt_utils.masking.read_image", read)
+    monkeypatch.setattr("szt_utils.masking.serve_locally", visit)
+    mask_folder(settings(**folder, **way, preview=True))
+    assert 0 < most <= (6 if "ui" in way else 2)
+
+
+def test_an_image_that_changes_during_a_run_is_not_masked(folder):
+    job, _ = read_jobs(folder["image_dir"])
+    assert job.read().size == job.size == (128, 128)
+    Image.new("RGB", (128, 128)).save(job.path)
+    with pytest.raises(InputError, match=f"'{job.path}' has changed since the start"):
+        job.read()
+
+
 def test_the_prompt_of_a_point_and_a_box_follows_the_images_size(folder):
     jobs = read_jobs(folder["image_dir"])
     prompts = sam_prompts_for(settings(**folder | {"point": [(0.5, 0.25)]}), jobs)
@@ -139,11 +193,17 @@ def test_a_mask_that_was_changed_by_hand_is_kept_by_every_way(folder, tmp_path, 
         assert "3 images" in printed and "1 of them to do" in printed
         assert f"Results made or changed by hand are kept (2): {one.name}, {third.name};" in printed
         assert "3 masks in" in printed
+        assert printed.count("the image has changed since its mask was made") == 1
+        assert f"warning: {one.path.name}: the image has changed" in printed
         for job in (one, third):
             assert (tmp_path / "masks" / job.name).read_bytes() == edited
     with Masks(settings(**folder, ui=True)) as masks:
         saved = masks.read(one)
-        assert saved.mask.tobytes() == drawn.tobytes() and "changed by hand" in saved.note
+        assert saved.mask.tobytes() == drawn.tobytes()
+        one = read_jobs(folder["image_dir"])[0]
+        for job, of_another in ((one, True), (third, False)):
+            assert "changed by hand" in masks.read(job).note
+            assert ("another version of the image" in masks.read(job).note) == of_another
         assert len({masks.read(job).version for job in (one, two)} | {""}) == 3
         (tmp_path / "masks" / one.name).write_bytes(b"no image")
         assert masks.read(one).mask is None and "cannot be read" in masks.read(one).note

@@ -148,6 +148,15 @@ def test_grabcut_masks_by_a_box_and_does_not_mix_with_masks_of_a_model(photograp
     assert record["prompt"]["grabcut"] is True and "score" not in record
 
 
+@pytest.mark.parametrize("flags, needed", [
+    (["--grid", 2], "--auto"), (["--port", 0], "--ui"), (["--resolution", 64], "--preview or --ui"),
+    (["--mask_dilation", 0], "--preview or --ui"), (["--center_crop"], "--preview or --ui")])
+def test_no_flag_is_without_effect(run, capsys, flags, needed):
+    with pytest.raises(SystemExit) as stop:
+        run("--point", 0.5, 0.5, *flags)
+    assert stop.value.code == 2 and f"argument {flags[0]}: needs {needed}" in capsys.readouterr().err
+
+
 def test_text_foreign_folders_and_wrong_usage_are_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="takes no --text"):
         run("--text", "star")
@@ -341,6 +350,27 @@ def test_a_person_paints_five_masks_with_brush_eraser_undo_and_keys(page, tab, c
     tab.keyboard.press("p")
     tab.click("#clear")
     assert tab.locator("#save").is_disabled()  # an empty mask is not saved
+
+
+def test_a_stroke_before_the_saved_mask_has_come_is_added_to_it(page, tab, concept_folder):
+    url, folder, _ = page
+    points = clicks(concept_folder[1])
+    name = sorted(points)[3]
+    send(f"{url}/save", {"images": {str(i): points[each] for i, each in enumerate(sorted(points))}})
+    before, slow, held = is_inside(folder / name), [True], []
+    tab.route("**/mask", lambda route: held.append(route) if slow else route.continue_())
+    tab.goto(url)
+    tab.locator("nav button").nth(3).click()
+    tab.keyboard.press("b")
+    drag(tab, (4, 4), (20, 4))
+    tab.keyboard.press("s")
+    tab.wait_for_timeout(500)
+    slow.clear()
+    for route in held:
+        route.continue_()
+    tab.locator("#message", has_text="Saved 1 mask").wait_for()
+    after = is_inside(folder / name)
+    assert before.any() and after[before].all() and after[4, 4:20].all() and not after[120:].any()
 
 
 def test_a_box_in_a_browser_becomes_a_mask_by_grabcut(page, tab, concept_folder):

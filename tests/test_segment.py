@@ -179,6 +179,16 @@ def test_transformers_sam_equals_its_own_forward(transformers_sam, scene):
         assert mask.shape == (60, 120)
 
 
+def test_an_image_whose_shorter_side_vanishes_is_refused(pocket_sam, transformers_sam):
+    """The bundled model's input has 128 pixels, the other one's 64."""
+    for segmenter, ratio in ((pocket_sam, 256), (load_segmenter(model=str(transformers_sam)), 128)):
+        for size in ((ratio + 1, 1), (3, 3 * ratio + 3)):
+            with pytest.raises(InputError, match=f"^{size[0]} x {size[1]} pixels are too long and narrow"):
+                segmenter.embed(Image.new("RGB", size))
+        embedded = segmenter.embed(Image.new("RGB", (ratio, 1)))
+        assert embedded.input_size == (1, ratio // 2)
+
+
 def test_a_model_saved_in_half_precision_computes_in_float32(transformers_sam, scene, tmp_path):
     from transformers import SamModel as Model
 
