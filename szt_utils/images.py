@@ -196,6 +196,12 @@ def save_png(image: Image.Image, path: str | Path) -> None:
         image.save(temporary, format="PNG")
 
 
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """An image resized to fit into a square; of the longest, a line is left."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+
+
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) -> Image.Image:
     """Rows of images on white, each row below its caption; every image is fitted into `tile` pixels.
 
@@ -212,6 +218,7 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) ->
     for r, (caption, images) in enumerate(shown):
         draw.text((gap, r * row_height + 3), printable(caption[:500]), fill="black", font=font)
         for c, image in enumerate(images[:columns]):
-            sheet.paste(ImageOps.pad(image.convert("RGB"), (tile, tile), color="white"),
-                        (gap + c * (tile + gap), r * row_height + caption_height))
+            small = _fit(image.convert("RGB"), tile)
+            sheet.paste(small, (gap + c * (tile + gap) + (tile - small.width) // 2,
+                                r * row_height + caption_height + (tile - small.height) // 2))
     return sheet

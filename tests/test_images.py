@@ -306,6 +306,16 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path, capsys):
     assert "b.png" in capsys.readouterr().err
 
 
+def test_a_contact_sheet_centers_images_of_any_aspect():
+    images = [Image.new("RGB", size) for size in ((64, 32), (2000, 1), (1, 2000))]
+    sheet = contact_sheet([("", images)], tile=32)
+    dark = np.asarray(sheet).max(2) == 0
+    for left, (width, height) in zip((4, 40, 76), ((32, 16), (32, 1), (1, 32)), strict=True):
+        rows, columns = dark[24:56, left:left + 32].nonzero()
+        assert (len(set(columns)), len(set(rows))) == (width, height)
+        assert abs(rows.mean() - 15.5) <= 0.5 and abs(columns.mean() - 15.5) <= 0.5
+
+
 def test_a_contact_sheet_of_many_rows_is_cut(capsys):
     image = Image.new("RGB", (1, 1))
     sheet = contact_sheet([("row", [image] * 300)] * 2000, tile=128)
