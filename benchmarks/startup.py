@@ -16,8 +16,6 @@ from szt_utils import pocket
 from szt_utils.arguments import command_line, script_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a loop that masks, compresses and chooses timesteps imports.
-METHOD = "szt_utils.jpeg, szt_utils.masks, szt_utils.timesteps"
 
 
 def wall(*command: object) -> float:
@@ -44,7 +42,7 @@ def main() -> None:
     modules = ", ".join(f"szt_utils.{path.stem}" for path in sorted((ROOT / "szt_utils").glob("[a-z]*.py")))
     sides = {f"{script.name} --help": lambda script=script: wall(script, "--help") for script in scripts}
     sides |= {"import torch": lambda: wall("-c", "import torch"),
-              "import torch and jpeg, masks, timesteps": lambda: wall("-c", f"import torch; import {METHOD}"),
+              "import torch and SafeZone": lambda: wall("-c", "import torch, szt_utils.safe_zone"),
               "import torch and all of szt_utils": lambda: wall("-c", f"import torch; import {modules}"),
               "first training step": first_step}
     report("startup", {"seconds": medians(alternate(sides, 5))})

@@ -31,7 +31,6 @@ from .masks import (
     read_mask,
     to_grid_of,
 )
-from .models import Model
 from .notices import notice
 from .schedules import Schedule
 from .timesteps import (
@@ -262,10 +261,13 @@ class SafeZone:
         """The mean of Eq. 7 of any error (B, C, ..., h, w) and a mask (B, 1, h, w) on its grid, a scalar."""
         return masked_mean(error, mask if self.mask_mode.endswith("loss") else None, self.mask_normalization)
 
-    def describe(self, model: Model, masks: torch.Tensor | None) -> list[str]:
-        """The lines printed when a training starts; `masks` (N, 2, 1, h, w) are those on the latent grid."""
-        _, t_max, _ = self.timestep_range(model.num_timesteps)
-        log_snr = model.log_snr(torch.tensor([self.t_min, t_max - 1]))
+    def describe(self, schedule: Any, masks: torch.Tensor | None) -> list[str]:
+        """The lines printed when a training starts, with a `Model` or a `Schedule`.
+
+        `masks` (N, 2, 1, h, w) are those on the latent grid.
+        """
+        _, t_max, _ = self.timestep_range(schedule.num_timesteps)
+        log_snr = schedule.log_snr(torch.tensor([self.t_min, t_max - 1]))
         (low, high), (first, last) = noise_level(log_snr).tolist(), log_snr.tolist()
         return [
             f"JPEG quality {self.jpeg_quality}" if self.jpeg_quality else "no JPEG",
