@@ -67,8 +67,9 @@ def read_folders(folders: Sequence[Path], metric: str = "dino") -> dict[str, Row
 
 
 def rank_correlation(row: Row, other: Row) -> float | None:
-    """Spearman's rank correlation of the defences that both rows have, None where one row does not vary."""
-    both = [defence for defence in row if defence in other]
+    """Spearman's rank correlation of the defences that both rows have, without nominal training; None where
+    one row does not vary."""
+    both = [defence for defence in row if defence in other and defence != "nominal"]
     first, second = ([values[defence] for defence in both] for values in (row, other))
     return float(spearmanr(first, second).statistic) if len({*first}) > 1 < len({*second}) else None
 

@@ -7,6 +7,7 @@
 import contextlib
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -234,7 +236,8 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
             made = replace(old, metrics={**old.metrics, **metrics})
         else:
             seconds = round(shared + time.perf_counter() - start, 2)
-            made = replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run)
+            made = replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run,
+                           images=hash_images(home / cell.data.replace(" ", "-")))
         append_cell(table.output_dir, made, instead_of=old)
         print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
@@ -268,21 +271,41 @@ def write_sheet(table: Table, concept: str, seed: int) -> None:
     """One generated image of each cell of a concept: a row per data set, a column per defence."""
     scores = {(cell.data, cell.defence): cell.metrics for cell in table.cells()
               if cell.concept == concept and cell.seed == seed}
-    rows = [(f"{concept}: the clean images",
-             [read_image(path) for path in list_images(table.home(concept) / "clean")])]
+    rows: list = [(f"{concept}: the clean images. Below, the first generated image of each cell, with the "
+                   "mean similarity of all its images",
+                   [read_image(path) for path in list_images(table.home(concept) / "clean")])]
     for data in table.rows:
-        images, caption = [], f"{data}:"
+        images, captions = [], []
         for defence in table.columns:
             path = table.generated(Cell(data, defence, concept, seed)) / "000.png"
             if (data, defence) in scores and path.exists():
                 images.append(read_image(path))
-                caption += f"   {defence} {scores[data, defence].get('dino', float('nan')):.2f}"
+                captions.append(f"{data}, {defence} {scores[data, defence].get('dino', float('nan')):.2f}")
         if images:
-            rows.append((caption, images))
+            rows.append((captions, images))
     path = table.output_dir / "sheets" / f"{table.name}-{concept}.jpg"
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         contact_sheet(rows).save(temporary, format="JPEG", quality=85)
+
+
+def hash_images(folder: Path) -> str | None:
+    """A hash of the files of a folder's images; None where they have been removed since the training."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in list_images(folder):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def mixed_images(cells: Iterable[Cell]) -> list[str]:
+    """The data sets of which a concept's cells were made with different images."""
+    hashes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        if cell.images is not None:
+            hashes[cell.data, cell.concept].add(cell.images)
+    return list(dict.fromkeys(data for (data, _), of_one in hashes.items() if len(of_one) > 1))
 
 
 def wait_for_others(processes: int) -> None:
@@ -332,6 +355,9 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     wait_for_others(processes)
     table.output_dir.mkdir(parents=True, exist_ok=True)
     cells = table.cells()
+    if mixed := mixed_images(cells):
+        notice(f"cells of {', '.join(mixed)} were made with different images of one concept: the last "
+               "bits of poisons differ from machine to machine, and so do the scores")
     scores = dict.fromkeys(SCORES) | dict.fromkeys(name for cell in cells for name in cell.metrics
                                                    if name != "real_real")
     print(write_table(table.output_dir / table.name, cells, list(scores), list(table.rows),

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -202,12 +202,14 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str | list[str], list[Image.Image]]],
+                  tile: int = 128) -> Image.Image:
     """Rows of images on white, each row below its caption; every image is fitted into `tile` pixels.
 
+    A list in the place of a caption has one for each image.
     A notice says how many rows there are when not all of them fit into a sheet of the largest size.
     """
-    font, caption_height, gap = ImageFont.load_default(15), 24, 4
+    font, small_font, caption_height, gap = ImageFont.load_default(15), ImageFont.load_default(12), 24, 4
     columns = min(max(len(images) for _, images in rows), 100)
     width, row_height = columns * (tile + gap) + gap, caption_height + tile + gap
     shown = rows[:max(1, _MAX_PIXELS // (width * row_height))]
@@ -216,7 +218,9 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int = 128) ->
     sheet = Image.new("RGB", (width, len(shown) * row_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (caption, images) in enumerate(shown):
-        draw.text((gap, r * row_height + 3), printable(caption[:500]), fill="black", font=font)
+        for c, text in enumerate([caption] if isinstance(caption, str) else caption):
+            draw.text((gap + c * (tile + gap), r * row_height + 3), printable(text[:500]), fill="black",
+                      font=font if isinstance(caption, str) else small_font)
         for c, image in enumerate(images[:columns]):
             small = _fit(image.convert("RGB"), tile)
             sheet.paste(small, (gap + c * (tile + gap) + (tile - small.width) // 2,

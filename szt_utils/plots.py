@@ -65,6 +65,7 @@ def map_grid(path: str | Path, image: Image.Image | list[Image.Image], maps: np.
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.supxlabel("below a map: its mean; each row has a color scale of its own", fontsize=8)
     save_figure(figure, path, dpi=80)
 
 
@@ -85,17 +86,18 @@ def score_table(path: str | Path, rows: list[str], columns: list[str], means: li
                 errors: list[list[float | None]], title: str) -> None:
     """Write a PNG of a table of scores, colored by value.
 
-    A cell shows `means[row][column]` and its standard error; None leaves it blank.
+    A cell shows `means[row][column]` and its standard error; None leaves it blank. Colors begin at 0, so that
+    close scores look alike.
     """
     figure, ((axes,),) = subplots(width=1.0 + 0.85 * len(columns), height=1.3 + 0.42 * len(rows))
     values = np.array(means, dtype=float)
-    axes.imshow(values, cmap="RdYlGn", aspect="auto")
-    low, high = np.nanmin(values), np.nanmax(values)
+    low, high = min(0.0, np.nanmin(values)), np.nanmax(values)
+    axes.imshow(values, cmap="YlGn", aspect="auto", vmin=low, vmax=high)
     for r, c in np.argwhere(~np.isnan(values)):
         error = "" if errors[r][c] is None else f"\n± {errors[r][c]:.2f}"
-        middle = 0.2 < (values[r, c] - low) / ((high - low) or 1) < 0.8
+        is_light = (values[r, c] - low) / ((high - low) or 1) < 0.7
         axes.text(c, r, f"{values[r, c]:.2f}{error}", ha="center", va="center", fontsize=8,
-                  color="black" if middle else "white")
+                  color="black" if is_light else "white")
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.xaxis.tick_top()
@@ -105,19 +107,23 @@ def score_table(path: str | Path, rows: list[str], columns: list[str], means: li
 
 
 def score_sweep(path: str | Path, settings: list[str], lines: dict[str, list[float | None]],
-                errors: dict[str, list[float | None]], title: str, ylabel: str) -> None:
-    """Write a PNG of scores over the settings of an ablation, one line per data set with standard errors.
+                errors: dict[str, list[float | None]], title: str) -> None:
+    """Write a PNG of scores over the settings of an ablation: points with standard errors, a color per data
+    set, side by side.
 
-    None is a gap in a line.
+    None leaves a point out.
     """
     figure, ((axes,),) = subplots(width=2.5 + 0.55 * len(settings), height=3.6)
-    for name, values in lines.items():
-        axes.errorbar(range(len(settings)), [float("nan") if v is None else v for v in values],
-                      [0 if e is None else e for e in errors[name]], marker="o", markersize=4, capsize=2,
-                      linewidth=1.5, label=name)
+    for i, (name, values) in enumerate(lines.items()):
+        places = np.arange(len(settings)) + 0.6 * (i - (len(lines) - 1) / 2) / len(lines)
+        axes.errorbar(places, [float("nan") if v is None else v for v in values],
+                      [0 if e is None else e for e in errors[name]], fmt="o", markersize=4, capsize=2,
+                      color=COLORS.get(name), label=name)
     axes.set_xticks(range(len(settings)), settings, fontsize=9, rotation=45 if len(settings) > 6 else 0)
-    axes.set_ylabel(ylabel)
+    axes.set_xticks(np.arange(len(settings) + 1) - 0.5, minor=True)
+    axes.grid(alpha=0.3, axis="y")
+    axes.grid(alpha=0.3, axis="x", which="minor")
+    axes.tick_params(axis="x", which="both", length=0)
     axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     save_figure(figure, path)

@@ -17,13 +17,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .errors import InputError
 from .files import parse_json, read_json, write_bytes, write_json
 from .plots import score_sweep, score_table
+from .statistics import bootstrap
 
 __all__ = ["OF_PURIFIER", "Average", "Cell", "append_cell", "averages", "csv_table", "markdown_table",
-           "poison_average", "read_cells", "read_runs", "read_table", "recovered", "recovered_similarity",
-           "run_index", "settings_key", "shared_cells", "write_table"]
+           "poison_average", "read_cells", "read_runs", "read_table", "recovered", "recovered_share",
+           "run_index", "settings_key", "share_text", "shared_cells", "write_table"]
 
 OF_PURIFIER = ("pdmpure_model", "upscaler")  # what only the cells with PDMPure are made with
 SIMILARITY = "dino"  # the metric of which shares are recovered and plots are made
@@ -41,6 +44,7 @@ class Cell:
     seconds: float | None = field(default=None, compare=False)
     passes: int | None = field(default=None, compare=False)  # of one image through the U-Net
     run: int | None = field(default=None, compare=False)  # position in run.json
+    images: str | None = field(default=None, compare=False)  # hash of the concept's images with this data
 
     @property
     def name(self) -> str:
@@ -203,22 +207,48 @@ def recovered(defended: float, nominal: float, clean: float) -> float | None:
     return (defended - nominal) / (clean - nominal) if clean - nominal > 0.05 else None
 
 
-def recovered_similarity(cells: Sequence[Cell], poisons: Sequence[str], defence: str) -> float | None:
-    """What a defence recovers of the similarity that poisons took, over the concepts and seeds that have all
-    cells that this compares; None where there are none."""
+def recovered_share(cells: Sequence[Cell], poisons: Sequence[str], defence: str,
+                    metric: str) -> dict[str, Any] | None:
+    """What a defence recovers of a score that poisons took, with its 95 % interval over concepts: a result of
+    `bootstrap`.
+
+    It compares means over the concepts and seeds that have all cells for it. Fewer than four concepts have no
+    interval, "low" and "high" are None. None where nothing can be compared, and where the damage is not above
+    0 in its interval, or is at most 0.05 for want of one.
+    """
     places = [("clean", "nominal"), *((data, name) for data in poisons for name in ("nominal", defence))]
-    cells = [cell if cell.data == "clean" else replace(cell, data="poisoned")
-             for cell in shared_cells(cells, SIMILARITY, places)]
-    means = {place: average.mean for place, average in averages(cells, SIMILARITY).items()}
-    return recovered(means["poisoned", defence], means["poisoned", "nominal"],
-                     means["clean", "nominal"]) if means else None
+    shared = [replace(cell, data="poisoned" if cell.data != "clean" else "clean")
+              for cell in shared_cells(cells, metric, places)]
+    rows = []
+    for concept in dict.fromkeys(cell.concept for cell in shared):
+        means = averages([cell for cell in shared if cell.concept == concept], metric)
+        rows.append([means[place].mean for place in (
+            ("poisoned", defence), ("poisoned", "nominal"), ("clean", "nominal"))])
+    if not rows:
+        return None
+    values = np.array(rows)
+    defended, nominal, clean = values.mean(0)
+    if len(rows) < 4:
+        share = recovered(defended, nominal, clean)
+        return None if share is None else {"value": share, "low": None, "high": None, "n": len(rows)}
+    if bootstrap(values[:, 2] - values[:, 1])["low"] <= 0:
+        return None
+    return bootstrap(values, lambda rows: (rows[:, 0] - rows[:, 1]).mean() / (rows[:, 2] - rows[:, 1]).mean())
+
+
+def share_text(share: dict[str, Any] | None) -> str:
+    """A `recovered_share` in percent: "95% [73, 107]"; nothing for None."""
+    if share is None:
+        return ""
+    interval = "" if share["low"] is None else f" [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+    return f"{share['value']:.0%}{interval}"
 
 
 def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defences: Sequence[str],
                    poisons: Sequence[str]) -> str:
     """Mean ± error by data (rows) and defence (columns), in the given order and without empty ones.
 
-    Below follow the average over the poisons and, for similarity, the recovered shares.
+    Below follow the average over the poisons and, for similarity and attributes, the recovered shares.
     """
     places = averages(cells, metric)
     data, defences = _present(places, data, defences)
@@ -238,12 +268,12 @@ def markdown_table(cells: Sequence[Cell], metric: str, data: Sequence[str], defe
 
     lines = [line("data", defences), "| --- |" + " --- |" * len(defences)]
     lines += [line(name, [shown(row.get(d)) for d in defences]) for name, row in rows.items()]
-    if metric == SIMILARITY and "nominal" in rows.get("clean", {}):
+    if metric in (SIMILARITY, "attributes") and "nominal" in rows.get("clean", {}):
         for name, of_poisons in of_row.items():
             if "nominal" in rows[name] and len(rows[name]) > 1:
-                shares = [recovered_similarity(cells, of_poisons, d)
+                shares = [recovered_share(cells, of_poisons, d, metric)
                           if d in rows[name] and d != "nominal" else None for d in defences]
-                lines.append(line(f"{name}: recovered", ["" if s is None else f"{s:.0%}" for s in shares]))
+                lines.append(line(f"{name}: recovered", map(share_text, shares)))
     return "\n".join(lines) + "\n"
 
 
@@ -269,20 +299,24 @@ def write_table(stem: Path, cells: Sequence[Cell], metrics: Sequence[str], data:
     metrics = [metric for metric in metrics if any(metric in cell.metrics for cell in cells)]
     tables = {metric: markdown_table(cells, metric, data, defences, poisons) for metric in metrics}
     text = "".join(f"## {metric}\n\n{table}\n" for metric, table in tables.items())
-    most = len({(cell.concept, cell.seed) for cell in cells})
-    foot = (f"{len(cells)} cells, at most {most} a place; ± is the standard error over concepts. FID, KID "
-            "and FD-DINOv2 of so few images serve for comparison within this table only.\n")
+    most, concepts = len({(cell.concept, cell.seed) for cell in cells}), len({c.concept for c in cells})
+    of_what = "concepts" if concepts > 1 else "seeds"
+    foot = (f"{len(cells)} cells, at most {most} a place, of {concepts} concept{'s' * (concepts > 1)}; ± is "
+            f"the standard error over {of_what}, of each place by itself: differences between columns vary "
+            "less. [ ] is a 95 % interval over concepts, given for four or more. FID, KID and FD-DINOv2 of "
+            "so few images serve for comparison within this table only.\n")
     write_bytes(stem.with_suffix(".csv"), csv_table(cells, metrics, data, defences).encode())
     write_bytes(stem.with_suffix(".md"), (text + foot).encode())
     if SIMILARITY not in tables:
         return text
-    places, label = averages(cells, SIMILARITY), "similarity to the clean concept"
+    places = averages(cells, SIMILARITY)
+    label = f"similarity to the clean concept ({concepts} concept{'s' * (concepts > 1)})"
     data, defences = _present(places, data, defences)
     means, errors = ([[places[d, v][i] if (d, v) in places else None for v in defences] for d in data]
                      for i in (0, 1))
     if sweep:
         means, errors = (dict(zip(data, rows, strict=True)) for rows in (means, errors))
-        score_sweep(stem.with_suffix(".png"), defences, means, errors, stem.name, label)
+        score_sweep(stem.with_suffix(".png"), defences, means, errors, label)
     else:
         score_table(stem.with_suffix(".png"), data, defences, means, errors, label)
     return tables[SIMILARITY]

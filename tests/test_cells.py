@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import poison_images
 import purify_images
@@ -162,6 +163,18 @@ def test_the_training_does_not_see_the_launcher(monkeypatch):
         with contextlib.suppress(SystemExit):
             cells.train_apart(seed=0)
     assert [options["env"]["CUDA_VISIBLE_DEVICES"] for _, options in found] == ["0", "1", "0", "1"]
+
+
+def test_cells_of_different_images_are_told(tmp_path):
+    hashes = []
+    for value in (0, 1):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "a.png")
+        hashes.append(cells.hash_images(tmp_path))
+    made = [Cell("ea", "szt", "star", 0, images=hashes[0]), Cell("ea", "lm", "star", 0, images=hashes[0]),
+            Cell("ea", "lm", "heart", 0, images=hashes[1]), Cell("adm+", "lm", "star", 0, images="x"),
+            Cell("ea", "nominal", "star", 0)]
+    assert hashes[0] != hashes[1] and cells.mixed_images(made) == []
+    assert cells.mixed_images([*made, Cell("ea", "jpeg", "star", 0, images=hashes[1])]) == ["ea"]
 
 
 def test_a_training_that_reports_an_error_fails_with_its_sentence():

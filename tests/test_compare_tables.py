@@ -33,8 +33,8 @@ def test_the_papers_own_table_agrees_with_itself_and_its_reverse_does_not(compar
 
 
 def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare, tmp_path, capsys):
-    write(tmp_path / "a", {"nominal": 0.2, "jpeg": 0.3, "szt": 0.6})
-    write(tmp_path / "b", {"nominal": 0.2, "jpeg": 0.5, "szt": 0.4}, ["one"])
+    write(tmp_path / "a", {"nominal": 0.2, "advclean": 0.25, "jpeg": 0.3, "szt": 0.6})
+    write(tmp_path / "b", {"nominal": 0.2, "advclean": 0.25, "jpeg": 0.5, "szt": 0.4}, ["one"])
     write(tmp_path / "b", {"nominal": 0.0, "jpeg": 0.0, "szt": 0.0}, ["three"])
     compare["main"]([str(tmp_path / "a"), str(tmp_path / "b")])
     printed = capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_only_shared_concepts_count_and_the_share_is_that_of_the_damage(compare,
     assert (first[columns["jpeg"]], first[columns["szt"]]) == ("25%", "100%")
     assert (second[columns["jpeg"]], second[columns["szt"]]) == ("75%", "50%")
     assert rows["the paper, poisons"][columns["szt"]] == "0.45"
-    # The paper orders nominal, JPEG and SZT as the first folder does.
+    # The paper orders AdvClean, JPEG and SZT as the first folder does; nominal training is no defence.
     assert (rows[str(tmp_path / "a")][0], rows[str(tmp_path / "b")][0]) == ("1.00", "0.50")
 
 

@@ -316,6 +316,13 @@ def test_a_contact_sheet_centers_images_of_any_aspect():
         assert abs(rows.mean() - 15.5) <= 0.5 and abs(columns.mean() - 15.5) <= 0.5
 
 
+def test_a_contact_sheet_has_a_caption_for_a_row_or_for_each_image():
+    images = [Image.new("RGB", (64, 64), "white")] * 3
+    for caption, columns in (("mmm", {0}), (["m", "", "m"], {0, 2})):
+        dark = np.asarray(contact_sheet([(caption, images)], tile=64)).max(2) < 128
+        assert {x // 68 for x in dark.nonzero()[1]} == columns
+
+
 def test_a_contact_sheet_of_many_rows_is_cut(capsys):
     image = Image.new("RGB", (1, 1))
     sheet = contact_sheet([("row", [image] * 300)] * 2000, tile=128)

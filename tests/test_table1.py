@@ -118,7 +118,7 @@ def test_a_table_goes_on_as_it_was_begun(tmp_path, capsys):
     notice.cache_clear()
     assert table(*flags).record == begun.record
     taken = "--steps 7, --mixed_precision bf16, --initializer_token star, other prompts"
-    assert f"made with {taken}: this run" in capsys.readouterr().err
+    assert f"made with {taken}; flags that you leave" in capsys.readouterr().err
     assert table(*flags, "--mixed_precision", "no").record == {**begun.record, "mixed_precision": "no"}
 
 

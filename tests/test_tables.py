@@ -17,7 +17,9 @@ from szt_utils.tables import (
     poison_average,
     read_cells,
     recovered,
+    recovered_share,
     run_index,
+    share_text,
     write_table,
 )
 
@@ -38,7 +40,7 @@ def test_a_cell_is_read_as_it_was_written_and_others_are_appended(tmp_path):
     lines = (tmp_path / "cells" / "star.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [dataclasses.asdict(one) for one in cells]
     assert list(json.loads(lines[0])) == ["data", "defence", "concept", "seed", "metrics", "seconds",
-                                          "passes", "run"]
+                                          "passes", "run", "images"]
     read = read_cells(tmp_path)
     assert [dataclasses.astuple(one) for one in read[1:]] == [dataclasses.astuple(one) for one in cells]
     assert read[0].concept == "arrow" and read[1].name == "adm+-szt_jpeg+lm_star_3"
@@ -161,7 +163,31 @@ def test_cells_of_concepts_and_seeds_become_means_errors_and_recovered_shares():
     assert share == "| poisons' mean: recovered |  | 133% |"  # (.55 - .35) / (.5 - .35)
 
 
-def test_only_similarity_has_recovered_shares():
+def test_a_recovered_share_has_an_interval_over_concepts():
+    def cells(*rows):
+        """Clean and poisoned nominal training, and the defence, of a concept each."""
+        return [cell(*place, value, concept) for concept, values in zip("abcdefgh", rows, strict=False)
+                for place, value in zip((("clean", "nominal"), ("ea", "nominal"), ("ea", "szt")), values,
+                                        strict=True)]
+
+    same = recovered_share(cells(*[(0.8, 0.4, 0.6)] * 5), ["ea"], "szt", "dino")
+    assert (same["value"], same["low"], same["high"], same["n"]) == pytest.approx((0.5, 0.5, 0.5, 5))
+    assert share_text(same) == "50% [50, 50]"
+    # Half of the concepts recover all, half nothing: the share is that of the first in a resampled set.
+    halves = recovered_share(cells(*[(0.8, 0.4, 0.8)] * 4, *[(0.8, 0.4, 0.4)] * 4), ["ea"], "szt", "dino")
+    assert halves["value"] == pytest.approx(0.5)
+    assert (halves["low"], halves["high"]) == pytest.approx((1 / 8, 7 / 8))  # binomial: 2.5 % at 1 of 8
+    # Where the poison took nothing for sure, nothing can be recovered.
+    vain = cells(*[(0.8, 0.4, 0.6)] * 2, *[(0.6, 0.8, 0.8)] * 2)
+    assert recovered_share(vain, ["ea"], "szt", "dino") is None
+    assert share_text(recovered_share(cells((0.8, 0.4, 0.6)), ["ea"], "szt", "dino")) == "50%"
+    assert recovered_share(cells((0.8, 0.4, 0.6)), ["ea"], "jpeg", "dino") is None and share_text(None) == ""
+
+
+def test_only_similarity_and_attributes_have_recovered_shares():
+    cells = [Cell(data, defence, "a", 0, {"attributes": value}) for data, defence, value in
+             [("clean", "nominal", 0.9), ("ea", "nominal", 0.3), ("ea", "szt", 0.6)]]
+    assert "| ea: recovered |  | 50% |" in markdown_table(cells, "attributes", DATA, DEFENCES, POISONS)
     cells = [Cell(data, defence, "a", 0, {"fid": value}) for data, defence, value in
              [("clean", "nominal", 3.0), ("ea", "nominal", 9.0), ("ea", "szt", 4.0)]]
     assert "recovered" not in markdown_table(cells, "fid", DATA, DEFENCES, POISONS)
@@ -183,7 +209,7 @@ def test_a_table_is_written_with_all_metrics_and_a_plot_of_similarity(tmp_path, 
     assert shown == markdown_table(cells, "dino", DATA, DEFENCES, POISONS)
     text = (tmp_path / "t.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## dino", "## clip"]
-    assert "2 cells, at most 1 a place" in text and (tmp_path / "t.png").stat().st_size > 1000
+    assert "2 cells, at most 1 a place, of 1 concept; ± is the standard error over seeds" in text and (tmp_path / "t.png").stat().st_size > 1000
     assert (tmp_path / "t.csv").read_text() == csv_table(cells, ["dino", "clip"], DATA, DEFENCES)
 
 
