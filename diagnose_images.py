@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image_dir", type=user_path, required=True,
         help="Folder of images to diagnose, with its sub-folders.")
     add("--output_dir", type=user_path, required=True,
-        help="Folder for the results, options.json and stats.jsonl.")
+        help="Folder for the results, options.json and, with a model, stats.jsonl.")
     group = parser.add_argument_group("With a model")
     add_model_flags(group, "Model in Diffusers format: folder, or id on the Hub.", required=False)
     add = group.add_argument

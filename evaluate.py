@@ -31,8 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser, "Model in Diffusers format: folder, or id on the Hub. "
                             "(the bundled pocket model)", required=False)
     add("--embeddings", type=user_path, required=True,
-        help="The learned embedding: its file or the training's output folder; for SDXL and Stable Diffusion "
-             "3 the file with clip_l and clip_g.")
+        help="The learned embedding: the training's output folder, or a file.")
     add("--clean_dir", "--real_dir", type=user_path, required=True,
         help="Folder of the clean images of the concept.")
     add("--output_dir", type=user_path, required=True,

@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss_mask_dir", type=user_path,
         help="Folder of masks, <image's stem>.png, white = the concept. (no masks)")
     add("--resolution", type=resolution,
-        help="The trainer's resolution, in pixels. (512 for sd15, 768 for sd2, else 1024)")
+        help="The trainer's resolution in pixels, a multiple of 64. (512 for sd15, 768 for sd2, else 1024)")
     add("--jpeg_quality", type=number(int, 1, 100), help="JPEG quality. (25)")
     add("--t_min", type=number(int, 0, 999),
         help="Lowest timestep to train at. (at the signal-to-noise ratio 0.382: 500, 618 for flow models)")

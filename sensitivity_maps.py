@@ -43,8 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Random words in place of a token, in one batch of the network. (16)")
     add("--noise_draws", type=number(int, 1), default=1, help="Draws of noise to average over. (1)")
     add("--embeddings", type=user_path, nargs="+",
-        help="Learned embeddings, whose tokens the prompt may use: .safetensors or .bin; for SDXL "
-             ".safetensors with clip_l and clip_g, whose token is <file name>.")
+        help="Learned embeddings, whose tokens the prompt may use: training folders, or files.")
     add("--cross_attention", action="store_true", help="Cross-attention maps as well.")
     add("--batch_size", type=number(int, 1),
         help="Most samples in a batch of the network. (replacements + 1)")

@@ -113,8 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--defences", nargs="+", choices=VARIANTS, metavar="NAME",
         help=f"some of {', '.join(DEFENCES)}, or of a preset (the ten; with --preset, its own)")
     add("--concepts", nargs="+", help="(all of the data set)")
-    add("--seeds", nargs="+", type=seed, default=[0])
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    add("--seeds", nargs="+", type=seed, default=[0], help="seeds of the training (0)")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="(all)")
     add("--max_train_steps", "--steps", dest="steps", metavar="N", type=number(int, 1),
         help="(400, dreambooth 5000, customconcept101 2500)")
     for name, value in asdict(SETTINGS["pocket"]).items():

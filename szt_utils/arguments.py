@@ -302,7 +302,7 @@ def add_diffusers_flags(parser: argparse.ArgumentParser) -> None:
     add("--center_crop", action="store_true", help="cut out the central square before resizing")
     add("--train_batch_size", type=count, default=16, help="images per step and process (default: 16)")
     add("--num_train_epochs", type=count,
-        help="number of epochs; takes effect only without --max_train_steps (default: 100)")
+        help="number of epochs; takes effect only without --max_train_steps")
     add("--max_train_steps", type=count, help="number of optimizer steps (default: 5000)")
     add("--gradient_accumulation_steps", type=count, default=1,
         help="batches per optimizer step (default: 1)")

@@ -127,7 +127,8 @@ def _metadata(run: Run, model: Model, group: Group, concept: Concept) -> dict[st
                 "szt": settings.szt, "loss_mask_dir": public_name(settings.loss_mask_dir),
                 **asdict(concept.zone), "seed": settings.seed,
                 "learning_rate": shared.learning_rate, "train_batch_size": shared.train_batch_size,
-                "resolution": shared.resolution, "clip_skip": shared.clip_skip}
+                "resolution": shared.resolution, "clip_skip": shared.clip_skip,
+                "num_vectors": shared.num_vectors, "snr_gamma": settings.snr_gamma}
     if model.pooled_token is not None:
         metadata["pooled_token"] = shared.pooled_token
     return {option: str(value) for option, value in metadata.items()}

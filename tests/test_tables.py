@@ -209,7 +209,8 @@ def test_a_table_is_written_with_all_metrics_and_a_plot_of_similarity(tmp_path, 
     assert shown == markdown_table(cells, "dino", DATA, DEFENCES, POISONS)
     text = (tmp_path / "t.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## dino", "## clip"]
-    assert "2 cells, at most 1 a place, of 1 concept; ± is the standard error over seeds" in text and (tmp_path / "t.png").stat().st_size > 1000
+    assert "2 cells, at most 1 a place, of 1 concept; ± is the standard error over seeds" in text
+    assert (tmp_path / "t.png").stat().st_size > 1000
     assert (tmp_path / "t.csv").read_text() == csv_table(cells, ["dino", "clip"], DATA, DEFENCES)
 
 
