@@ -107,7 +107,7 @@ def load_shared_state(folder: Path) -> dict[str, Any]:
     """Read the state that all ranks share; InputError when it is damaged."""
     with readable(folder):
         state = read_torch(folder / "training_state.pt", "checkpoint")
-        return state | {"fingerprint": dict(state["fingerprint"])}  # which fails for what is none
+        return _in_current_form(state)
 
 
 def load_rank_state(folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -127,3 +127,17 @@ def readable(folder: Path) -> Iterator[None]:
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         raise InputError(f"The checkpoint '{folder}' cannot be read ({first_line(error)}); "
                          "remove it to use an older one.") from None
+
+
+def _in_current_form(state: dict[str, Any]) -> dict[str, Any]:
+    """A shared state that an earlier version may have written, with less in its fingerprint.
+
+    Version 0.1 knew one text encoder only, and earlier fingerprints had the images' names without a hash.
+    """
+    before = dict(state["fingerprint"])
+    if "pictures" in before:
+        state = {**state, "rows": [state["rows"]]}
+        before |= {"embedding width": [before["embedding width"]], "images": before.pop("pictures")}
+    if isinstance(before.get("images"), list):
+        before["images"] = dict.fromkeys(before["images"])
+    return {**state, "fingerprint": before}

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -233,7 +234,12 @@ def recovered_share(cells: Sequence[Cell], poisons: Sequence[str], defence: str,
         return None if share is None else {"value": share, "low": None, "high": None, "n": len(rows)}
     if bootstrap(values[:, 2] - values[:, 1])["low"] <= 0:
         return None
-    return bootstrap(values, lambda rows: (rows[:, 0] - rows[:, 1]).mean() / (rows[:, 2] - rows[:, 1]).mean())
+
+    def share_of(rows: np.ndarray) -> float:
+        damage = (rows[:, 2] - rows[:, 1]).mean()
+        return (rows[:, 0] - rows[:, 1]).mean() / damage if damage else math.nan
+
+    return bootstrap(values, share_of)
 
 
 def share_text(share: dict[str, Any] | None) -> str:

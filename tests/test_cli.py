@@ -119,8 +119,8 @@ def test_every_kind_of_image_is_handled(tiny_model, tmp_path, capsys):
     arguments = flags(tiny_model, folder, tmp_path / "out", max_train_steps=1)
     settings, (concept,) = textual_inversion_szt.read_settings(
         textual_inversion_szt.parse_args(arguments), arguments)
-    found = TrainingImages(concept, SafeZone(),
-                           functools.partial(textual_inversion_szt.prepare, settings, concept))
+    prepare = functools.partial(textual_inversion_szt.prepare, SafeZone(), settings.resolution, False)
+    found = TrainingImages(concept, SafeZone(), prepare)
     assert len(found) == len(expected) == 8 and found.latent_masks([8, 8]) is None
     for (image, _, _), pixels in zip(found.kept.values(), expected, strict=True):
         assert image.mode == "RGB" and image.size == (side, side)

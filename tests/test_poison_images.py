@@ -207,7 +207,7 @@ def test_bad_data_is_one_sentence_before_any_work(run, image_dir, tmp_path):
     mask.paste(255, (0, 0, 50, 100))
     mask.save(folder("edge-masks") / "a.png")
     refused("black within the central square", "--image_dir", edge, "--mask_dir", tmp_path / "edge-masks")
-    refused("0 <= t_min < t_max <= 1000", "--t_min", 500, "--t_max", 500)
+    refused("0 <= t_min < t_max, but t_min is 500", "--t_min", 500, "--t_max", 500)
     refused("0 <= t_min < t_max <= 1000", "--t_max", 1001)
     refused("multiple of 8", "--resolution", 60)
     refused("no usable", "--pretrained_model_name_or_path", tmp_path / "no-model")

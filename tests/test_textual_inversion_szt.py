@@ -267,7 +267,7 @@ def test_clip_skip_trains_and_validates_with_the_last_layer_skipped(tiny_model, 
 
 def test_masks_with_velocities_are_warned_about(tiny_velocity_model, tiny_model, tiny_sd3, concept_folder,
                                                 tmp_path, capsys):
-    advice = "masks did harm without --snr_gamma 5"
+    advice = "predicts velocities: add --snr_gamma 5"
     for i, (model, more, is_given) in enumerate([
             (tiny_velocity_model, {}, True), (tiny_sd3, {}, True),
             (tiny_velocity_model, {"snr_gamma": 5}, False),
