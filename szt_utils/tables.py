@@ -237,7 +237,7 @@ def recovered_share(cells: Sequence[Cell], poisons: Sequence[str], defence: str,
 
     def share_of(rows: np.ndarray) -> float:
         damage = (rows[:, 2] - rows[:, 1]).mean()
-        return (rows[:, 0] - rows[:, 1]).mean() / damage if damage else math.nan
+        return (rows[:, 0] - rows[:, 1]).mean() / damage if abs(damage) > 1e-9 else math.nan
 
     return bootstrap(values, share_of)
 
