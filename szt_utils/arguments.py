@@ -135,10 +135,8 @@ def refuse_without(parser: argparse.ArgumentParser, args: argparse.Namespace, ne
                    *names: str) -> None:
     """End with a usage error for each of the flags `names` that is given although what it needs, a flag in
     words, is not `there`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value is not False and not there:  # 0 is a value
-            parser.error(f"argument --{name}: needs {needed}")
+    for name in _without(args, there, names):
+        parser.error(f"argument --{name}: needs {needed}")
 
 
 def unmet_needs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -147,7 +145,13 @@ def unmet_needs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             ("--loss_mask_dir", args.loss_mask_dir, ("mask_dilation", "mask_mode", "mask_normalization")),
             ("--t_distribution power", args.t_distribution == "power", ("t_power",)),
             ("--t_distribution tanh", args.t_distribution == "tanh", ("t_center", "t_width"))):
-        yield from ((name, needed) for name in names if getattr(args, name) is not None and not is_given)
+        yield from ((name, needed) for name in _without(args, is_given, names))
+
+
+def _without(args: argparse.Namespace, there: object, names: Sequence[str]) -> list[str]:
+    """Those of the flags `names` that are given although what they need is not `there`."""
+    values = {} if there else {name: getattr(args, name) for name in names}
+    return [name for name, value in values.items() if value is not None and value is not False]  # but 0 counts
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -69,9 +69,14 @@ def quiet() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def image_folder(home: Path, data: str) -> Path:
+    """The folder of a concept's images with this data, before any purifier."""
+    return home / data.replace(" ", "-")
+
+
 def poison(table: Table, home: Path, data: str) -> Path:
     """The folder of a concept's images with a poison; poisons the images that are missing."""
-    images = home / data.replace(" ", "-")
+    images = image_folder(home, data)
     if table.rows[data]:
         with quiet():
             poison_folder(images, PoisonSettings(
@@ -219,6 +224,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
             raise
         failures.append(str(error))
     is_told = bool(failures)  # why an embedding is missing
+    hashes = {data: hash_images(image_folder(home, data)) for data in {cell.data for cell in cells}}
     shared = (time.perf_counter() - start) / len(cells)
     share = sum(passes(table, cells, {concept.name: concept}).values()) / len(cells)
     for i, cell in enumerate(cells, 1):
@@ -237,7 +243,7 @@ def make_cells(table: Table, concept: DatasetConcept, cells: Sequence[Cell], tra
         else:
             seconds = round(shared + time.perf_counter() - start, 2)
             made = replace(cell, metrics=metrics, seconds=seconds, passes=round(share), run=run,
-                           images=hash_images(home / cell.data.replace(" ", "-")))
+                           images=hashes[cell.data])
         append_cell(table.output_dir, made, instead_of=old)
         print(f"{i}/{len(cells)} {cell.data}, {cell.defence}, {cell.concept}, {cell.seed}: "
               + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)

@@ -171,13 +171,16 @@ def start_concepts(run: Run, model: Model,
 
     Draws as upstream does: a seed's numbers begin with those of `resize_token_embeddings`.
     """
-    for module in (*model.text_encoders, model.vae):
-        module.to(run.device)  # with --offload they are on the CPU
+    model.vae.to(run.device)  # with --offload it is on the CPU
+    for encoder in model.text_encoders:
+        encoder.cpu()  # where upstream resizes them: the new rows draw from the CPU's generator
     sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
     vocabulary, states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
     for settings, images in wanted:
         with run.surviving(settings):
             concepts.append(_start_concept(run, model, settings, images, states, sizes, vocabulary))
+    for encoder in model.text_encoders:
+        encoder.to(run.device)
     if not run.settings.no_cache_latents:
         model.vae = None  # the caches are all that the training needs of it
     if model.t5 is not None and concepts:
@@ -217,7 +220,6 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
     stream = SampleStream(images.templates, wanted.repeats, settings.train_batch_size, generators,
                           rank=run.rank, num_ranks=run.num_ranks, agree=run.agree)
     masks = images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
-    sizes_of_images = images.sizes(settings.resolution, settings.micro_conditioning)
     if settings.no_cache_latents:
         moments = LiveMoments(model.moments, images.pixels)
     else:
@@ -228,7 +230,8 @@ def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: Trai
     return Concept(settings=wanted, zone=zone, images=images, tokenizers=tokenizers, generators=generators,
                    stream=stream, start=start, moments=moments,
                    masks=None if masks is None else masks.to(run.device),
-                   sizes=sizes_of_images.to(run.device) if model.uses_sizes else None,
+                   sizes=images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
+                   if model.uses_sizes else None,
                    weights=min_snr_weights(model, wanted.snr_gamma).to(run.device)
                    if wanted.snr_gamma else None)
 
@@ -238,11 +241,10 @@ def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: in
     from accelerate.utils import set_seed
 
     for encoder, size in zip(model.text_encoders, sizes, strict=True):
-        encoder.cpu().resize_token_embeddings(size)
+        encoder.resize_token_embeddings(size)
     set_seed((seed + run.rank) % 2**32)  # every rank draws its own noise
     for encoder, tokenizer in zip(model.text_encoders, tokenizers, strict=True):
-        encoder.resize_token_embeddings(len(tokenizer))  # draws from the CPU's generator, in upstream too
-        encoder.to(run.device)
+        encoder.resize_token_embeddings(len(tokenizer))  # draws, in upstream too
     return Generators(run.device).state_dict()
 
 

@@ -143,13 +143,16 @@ class Masks(FolderRun):
         except InputError as error:
             return SavedMask(note=str(error), version=version)
         notes = {"The mask was made or changed by hand; saving replaces it.": by_hand,
-                 "The mask was made for another version of the image.": self.is_of_another(job)}
+                 "The mask was made for another version of the image.": self.is_of_another(job, record)}
         return SavedMask(mask if mask.size == job.size else None, _clicks(record or {}, job.size),
                          " ".join(note for note, holds in notes.items() if holds), version)
 
-    def is_of_another(self, job: ImageJob) -> bool:
-        """Whether the image has changed since its mask was made, before any change of the mask by hand."""
-        record = self.find(job.name)[0] or self.latest.get(job.name)
+    def is_of_another(self, job: ImageJob, record: Record | None) -> bool:
+        """Whether the image has changed since its mask was made, before any change of the mask by hand.
+
+        `record` is that of `find`.
+        """
+        record = record or self.latest.get(job.name)
         return record is not None and record.get("sha256") != job.sha256
 
 
@@ -345,7 +348,7 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
                 numbers["area"] = mask_area(saved.mask)
         if numbers:
             records.append({**numbers, "source": printable(job.path.name),
-                            "is_of_another": masks.is_of_another(job)})
+                            "is_of_another": masks.is_of_another(job, record)})
     if not records:
         return
     areas = [record["area"] for record in records]

@@ -23,7 +23,7 @@ from .images import hash_pixels, list_images, read_upright
 from .joint_transform import random_states, replay
 from .masks import dilate, find_masks, read_mask, to_latent_grid
 from .notices import notice
-from .safe_zone import SafeZone
+from .safe_zone import SafeZone, count_instances
 from .schedules import Schedule
 
 __all__ = ["SafeZoneTraining", "add_flags", "image_or_mask"]
@@ -153,7 +153,7 @@ class SafeZoneTraining:
                    "the latent grid; --center_crop or a --mask_dilation may help.")
         if self.zone.mask_normalization == "area":
             mask = mask / mask.mean().clamp(min=1e-6).sqrt()  # what the script squares
-        own = self._own(len(prediction))
+        own = count_instances(len(prediction), self.prior)
         mask = mask.view(own, 1, *[1] * (prediction.dim() - 4), *mask.shape[-2:])
         return tuple(torch.cat([each[:own] * mask, each[own:]]) for each in (prediction, target))
 
@@ -164,13 +164,9 @@ class SafeZoneTraining:
 
     def instances(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps of the instance images, which min-SNR weights."""
-        return timesteps[:self._own(len(timesteps))] if self.active else timesteps
+        return timesteps[:count_instances(len(timesteps), self.prior)] if self.active else timesteps
 
     # What these are made of.
-
-    def _own(self, count: int) -> int:
-        """How many of a batch are instance images."""
-        return count // 2 if self.prior else count
 
     def mask_of(self, image: Image.Image) -> Image.Image:
         """The mask of an image that came from a file, RGB, of the image's upright size."""

@@ -43,7 +43,8 @@ from .timesteps import (
     timestep_weights,
 )
 
-__all__ = ["PAPER_JPEG_QUALITY", "PAPER_LOG_SNR", "PAPER_T_MIN", "Density", "SafeZone", "paper_dilation"]
+__all__ = ["PAPER_JPEG_QUALITY", "PAPER_LOG_SNR", "PAPER_T_MIN", "Density", "SafeZone", "count_instances",
+           "paper_dilation"]
 
 # Random numbers in [0, 1): a function of their count, or a tensor.
 Density = Callable[[int], torch.Tensor] | torch.Tensor
@@ -163,7 +164,7 @@ class SafeZone:
             nearest = schedule.t[indices].round().long() - self.t_min  # t_max itself is not one of them
             weights = weights[nearest.clamp(max=len(weights) - 1)]
         everywhere = len(indices) == len(schedule.timesteps) and weights is None
-        own = count if everywhere else _own(count, prior_preservation)
+        own = count if everywhere else count_instances(count, prior_preservation)
         drawn = indices.to(device)[sample_timesteps(own, 0, len(indices), weights, device=device,
                                                     generator=generator)]
         rest = sample_timesteps(count - own, 0, len(schedule.timesteps), device=device, generator=generator)
@@ -188,7 +189,7 @@ class SafeZone:
         else:
             first, draw = u(count), u
         return redraw_outside(first, draw, lambda u: inside.to(u.device)[(u * len(inside)).long()],
-                              _own(count, prior_preservation))
+                              count_instances(count, prior_preservation))
 
     def _inside(self, schedule: Schedule) -> torch.Tensor:
         """Which timesteps of a schedule's list are in the zone, bool (N,)."""
@@ -250,7 +251,7 @@ class SafeZone:
         error = (prediction.float() - target.float()).square()
         if weights is not None:
             error = error * weights.to(error).view(-1, *[1] * (error.dim() - 1))
-        count = _own(len(error), prior_preservation)
+        count = count_instances(len(error), prior_preservation)
         own, of_class = error[:count], error[count:]
         if masks is not None:
             own, masks = to_grid_of(own, masks[:len(own)].to(own))
@@ -279,8 +280,8 @@ class SafeZone:
             + ("observed" if self.mask_mode == "none" else "trained on")]
 
 
-def _own(count: int, prior_preservation: bool) -> int:
-    """How many of a batch are images of the concept, and not of its class."""
+def count_instances(count: int, prior_preservation: bool) -> int:
+    """How many images of a batch are of the concept, and not of its class."""
     return count // 2 if prior_preservation else count
 
 
