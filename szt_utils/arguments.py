@@ -151,7 +151,7 @@ def unmet_needs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def _without(args: argparse.Namespace, there: object, names: Sequence[str]) -> list[str]:
     """Those of the flags `names` that are given although what they need is not `there`."""
     values = {} if there else {name: getattr(args, name) for name in names}
-    return [name for name, value in values.items() if value is not None and value is not False]  # but 0 counts
+    return [name for name, value in values.items() if value is not None and value is not False]  # 0 counts
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
