@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Folder for images/, scores.json, contact_sheet.png, options.json.")
     add("--prompts_file", type=user_path,
         help="Prompts, one a line, with {} for the concept. "
-             "(24 of our own; for the pocket model its 8 backgrounds)")
+             "(24 built-in ones; for the pocket model its 8 backgrounds)")
     add("--images_per_prompt", type=number(int, 1), default=5, help="Images of each prompt. (5)")
     add("--class_word", default="object",
         help="Word that replaces the placeholder when the CLIP score is computed. (object)")

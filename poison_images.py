@@ -72,8 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--target_image", type=user_path,
         help="ea, da: 'pattern', 'grey', 'zero' (ea: the latent of zeros) or an image file. (pattern)")
     add("--chain_steps", type=number(int, 1), help="da: denoising steps of the attacked image-to-image. (4)")
-    add("--strength", type=number(float, 0, 1, above=True), help="da: its noise level, up to 1. (0.8)")
-    add("--guidance_scale", type=number(float, 0, above=True), help="da: its classifier-free guidance. (7.5)")
+    add("--strength", type=number(float, 0, 1, above=True),
+        help="da: noise level at which image-to-image starts, up to 1. (0.8)")
+    add("--guidance_scale", type=number(float, 0, above=True),
+        help="da: classifier-free guidance of image-to-image. (7.5)")
     add("--mask_dir", type=user_path,
         help="Folder of masks, <stem>.png, white where an image may be changed. (everywhere)")
     add("--jpeg_quality", type=number(int, 1, 100), nargs="+", metavar="Q",

@@ -45,14 +45,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser, "regen: an image-to-image pipeline; pdmpure: a DDPMPipeline or DeepFloyd IF's "
                             "second stage. Folder, or id on the Hub.", required=False)
     add("--upscaler", type=user_path,
-        help="pdmpure by IF: a StableDiffusionUpscalePipeline, folder or id on the Hub.")
+        help="pdmpure with DeepFloyd IF: a StableDiffusionUpscalePipeline, folder or id on the Hub.")
     add("--strength", type=number(float, 0, 1, above=True),
-        help="regen, pdmpure: noise level, up to 1. (regen 0.06, pdmpure 0.12, by IF 0.45)")
+        help="regen, pdmpure: noise level, up to 1. (regen 0.06, pdmpure 0.12, with IF 0.45)")
     add("--steps", type=number(int, 1),
-        help="regen, pdmpure: steps of the whole schedule, of which --strength is taken. (50, by IF 110)")
+        help="regen, pdmpure: steps of the whole schedule, of which --strength is taken. (50, with IF 110)")
     add("--guidance_scale", type=number(float, 0, above=True),
-        help="regen, pdmpure by IF: classifier-free guidance. (regen 7.5, IF 7)")
-    add("--prompt", help="regen, pdmpure by IF: the prompt. (regen '', IF 'a picture')")
+        help="regen, pdmpure with IF: classifier-free guidance. (regen 7.5, IF 7)")
+    add("--prompt", help="regen, pdmpure with IF: the prompt. (regen '', IF 'a picture')")
     add("--resolution", type=number(int, 16),
         help="Cut images to their central square and resize it to this side, in pixels. "
              "(images stay whole)")

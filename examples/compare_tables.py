@@ -4,8 +4,8 @@
 
 Prints the similarity by defence, on clean images and on average over the poisons, and the recovered share of
 what the poisons took, for each folder and for the paper; then Spearman's rank correlation with the paper over
-the defences. Only data, concepts and seeds that all folders have count, also of the paper's poisons, and only
-defences that have all of these cells. Needs scipy: pip install scipy.
+the defences. It compares only data, concepts and seeds that all folders have, and defences that have all of
+these cells; of the paper, the same poisons and defences. Needs scipy: pip install scipy.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,10 +7,10 @@ r"""Poisons against defences (paper Table 1), and the ablations of Sec. 5.2.
 
 Poisons each concept's images, purifies them, trains the embeddings of all its cells in one run, generates and
 scores, as the scripts do. A cell is a line of cells/<concept>.jsonl; the same command again computes only
-missing ones. Cells, embeddings and images of other settings are others; what is not given is as in the
-folder's last run. Started by `accelerate launch` or torchrun, every process takes its share of the concepts.
-`--dry_run` lists what is missing and what it costs. The table of all cells goes to table1.csv, .md and .png
-(or the preset's name), a sheet of images per concept to sheets/.
+missing ones. Cells, embeddings and images made with other settings stay in the folder but are not used. Flags
+that you leave out keep the values of the folder's last run. Started by `accelerate launch` or torchrun, every
+process takes its share of the concepts. `--dry_run` lists what is missing and what it costs. The table of all
+cells goes to table1.csv, .md and .png (or the preset's name), a sheet of images per concept to sheets/.
 
 Data sets: `pocket` draws its concepts; `dreambooth` has one sub-folder of images per concept;
 `customconcept101` has dataset.json beside them. Masks are in MASK_DIR/<concept>/<stem>.png.
@@ -104,24 +104,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "dino": "image encoder for the scores (pocket: the bundled one)",
             "clip": "CLIPModel for the scores (pocket: the bundled one)",
             "inception": "InceptionV3 weights for FID and KID (default: features of --clip)",
-            "prompts_file": "prompts with {} (pocket: its backgrounds; else the concept's own or 24 of ours)",
-            "initializer_token": "(object, or the class word of customconcept101)"}.items():
+            "prompts_file": "prompts with {} (its backgrounds; else the concept's or 24 built-in ones)",
+            "initializer_token": "first word (object; customconcept101: the class word)"}.items():
         add(f"--{name}", help=text, type=str if name == "initializer_token" else user_path)
     add("--preset", choices=PRESETS, help="an ablation instead of the table")
     add("--data", nargs="+", choices=DATA,
-        help="(clean and the six poisons; 'adm+ szt' and 'ea szt' are adaptive)")
+        help="the rows: 'adm+ szt' and 'ea szt' are adaptive (clean and the six poisons)")
     add("--defences", nargs="+", choices=VARIANTS, metavar="NAME",
-        help=f"some of {', '.join(DEFENCES)}, or of a preset (the ten; with --preset, its own)")
-    add("--concepts", nargs="+", help="(all of the data set)")
+        help=f"the columns: some of {', '.join(DEFENCES)}, or of a preset (the ten; with --preset, its own)")
+    add("--concepts", nargs="+", help="the concepts (all of the data set)")
     add("--seeds", nargs="+", type=seed, default=[0], help="seeds of the training (0)")
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="(all)")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="the scores (all)")
     add("--max_train_steps", "--steps", dest="steps", metavar="N", type=number(int, 1),
-        help="(400, dreambooth 5000, customconcept101 2500)")
+        help="training steps of each embedding (400, dreambooth 5000, customconcept101 2500)")
     for name, value in asdict(SETTINGS["pocket"]).items():
         if name != "steps":
             lowest = {"resolution": 8, "learning_rate": 0, "guidance_scale": 0}.get(name, 1)
             add(f"--{name}", type=number(type(value), lowest))
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="(no)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the training (no)")
     add("--dry_run", action="store_true", help="list the missing cells and their cost")
     args = parser.parse_args(argv)
     if args.dataset == "pocket":

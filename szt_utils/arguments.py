@@ -95,6 +95,7 @@ def script_parser(doc: str, parser: type[argparse.ArgumentParser] = _ScriptParse
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     made = parser(description=doc, usage="%(prog)s [flags]",
+                  epilog="A value in parentheses at the end of a flag's help is its default.",
                   formatter_class=argparse.RawDescriptionHelpFormatter, **options)
     made.add_argument("--traceback", action=_ShowTraceback, nargs=0, dest=argparse.SUPPRESS,
                       help="Show the traceback of an unexpected error.")

@@ -333,7 +333,7 @@ def make_table(table: Table, concepts: Mapping[str, DatasetConcept], seeds: Sequ
     check_purifier(table, finished)
     if not finished and read_cells(table.output_dir):
         notice(f"the cells in '{table.output_dir}' were made with other settings, models or an earlier "
-               "version: none of them counts")
+               "version: they are not used")
     cells = list(dict.fromkeys(Cell(data, defence, concept, seed) for seed, concept, data, defence
                                in itertools.product(seeds, concepts, table.data, table.defences)))
     wanted = {name: _scores_of(table, concept) for name, concept in concepts.items()}

@@ -46,7 +46,7 @@ def read_dreambooth(dataset_dir: Path, mask_dir: Path | None = None, initializer
                     prompts: Sequence[str] | None = None) -> list[DatasetConcept]:
     """A concept per sub-folder; `initializer` is its class word too."""
     if not dataset_dir.is_dir():
-        raise InputError(f"The data set '{dataset_dir}' is no folder.")
+        raise InputError(f"The data set '{dataset_dir}' is not a folder.")
     folders = sorted(path for path in dataset_dir.iterdir()
                      if path.is_dir() and not path.name.startswith("."))
     word = initializer or "object"

@@ -1,9 +1,9 @@
 """Is an image poisoned? Signals of the analysis (paper Sec. 4), and a score calibrated on clean images.
 
-A poison is what JPEG removes, moves the latent more than its size in pixels warrants, changes the loss at low
-timesteps, and fills its budget evenly. Every signal compares an image with its own JPEG-compressed copy, so
-that it depends little on what the image shows. The score is the Mahalanobis distance of the signals from
-those of clean images: a poison may move a signal either way.
+JPEG removes much of a poison. A poison moves the latent more than its size in pixels warrants, changes the
+loss at low timesteps, and fills its budget evenly. Every signal compares an image with its own
+JPEG-compressed copy, so that it depends little on what the image shows. The score is the Mahalanobis distance
+of the signals from those of clean images: a poison may move a signal either way.
 """
 
 import math

@@ -115,7 +115,8 @@ def _read_file(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
         held = len(content) if content else "none"
         raise InputError(f"The embedding '{path}' must hold exactly one token, but holds {held}.")
     if not str(token).strip() or not str(token).isprintable():
-        raise InputError(f"The embedding '{path}' has '{token}' for a token, which no prompt can name.")
+        raise InputError(f"The embedding '{path}' names its token '{token}', which cannot be written in a "
+                         "prompt.")
     if not all(_is_plain(rows) for rows in content.values()):
         raise InputError(f"The embedding '{path}' must hold one vector, or rows of them, of at most "
                          f"{MOST_NUMBERS:,} floating-point numbers; it is not an embedding.")

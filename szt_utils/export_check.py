@@ -46,8 +46,8 @@ def check_folder(folder: str | Path, trainer: str, model: str, config: Sequence[
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"The config files {', '.join(map(str, paths))} have another form than those of "
-                         f"{chosen.title} ({first_line(error)}).") from None
+        raise InputError(f"The config files {', '.join(map(str, paths))} do not have the structure of "
+                         f"{chosen.title}'s ({first_line(error)}).") from None
 
 
 def _default_source(plan: Plan, trainer: Trainer) -> Source:

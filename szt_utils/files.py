@@ -1,4 +1,4 @@
-"""Reading and writing: one reader of JSON and text, stats.jsonl, and files written whole.
+"""Reading and writing: one reader of JSON and text, stats.jsonl, and atomic writes.
 
 A crash or a full disk leaves no half-written file.
 """

@@ -1,4 +1,4 @@
-"""Which files of a folder are images that are read, and which only look like one to a user."""
+"""Find a folder's image files, and files of unsupported formats that a user may take for images."""
 
 import contextlib
 import functools

@@ -141,8 +141,8 @@ def to_grid_of(error: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     if error.dim() == 3:
         rows = round(math.sqrt(error.shape[1] * mask.shape[-2] / mask.shape[-1]))
         if rows < 1 or error.shape[1] % rows:
-            raise InputError(f"{error.shape[1]} tokens do not fill a grid of the aspect of a mask of "
-                             f"{mask.shape[-2]} x {mask.shape[-1]}; unpack the prediction.")
+            raise InputError(f"A prediction of {error.shape[1]} tokens does not match the aspect of a mask "
+                             f"of {mask.shape[-2]} x {mask.shape[-1]}; unpack it to (B, C, h, w).")
         error = error.transpose(1, 2).unflatten(2, (rows, error.shape[1] // rows))
     return error, to_latent_grid(mask, error.shape[-2:])
 

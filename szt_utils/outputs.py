@@ -84,7 +84,7 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
         lines.append("the model predicts velocities: add --snr_gamma 5; without it, masks lowered the "
                      "quality on small models")
     if model.t5 is not None:
-        lines.append("T5 has no embedding for the placeholder; it reads its letters")
+        lines.append("T5 has no embedding for the placeholder; it reads its spelling")
     if model.pooled_token is not None:
         lines.append(f"pooled token: {run.settings.pooled_token}, as "
                      + ("Diffusers does; ComfyUI, A1111 and kohya pool the end of the text (--pooled_token "

@@ -145,7 +145,8 @@ class SafeZoneTraining:
         if not self.active or not self.masks or not self.zone.mask_mode.endswith("loss"):
             return prediction, target
         if prediction.dim() < 4:
-            raise InputError("The script's prediction is packed at the loss, where no mask fits it.")
+            raise InputError("The script packs its prediction into tokens before the loss, where masks "
+                             "cannot be applied; leave out --loss_mask_dir.")
         masks = (self._cached[step] if self._cached else batch[_MASK]).to(prediction.device)
         mask = to_latent_grid(masks, prediction.shape[-2:]).to(prediction)
         if not mask.any():

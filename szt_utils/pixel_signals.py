@@ -1,4 +1,4 @@
-"""What a poison does to pixels beside their neighborhood: signals of an image at full size, without a model.
+"""Signals of poison in the pixels of an image at full size, from small blocks and without a model.
 
 Within a small block, the colors of a photograph lie along a line or in a plane, so one direction of color
 holds hardly more than noise. A poison moves the channels one by one and fills that direction too: evenly over

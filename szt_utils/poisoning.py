@@ -150,8 +150,8 @@ def notice_strength(settings: PoisonSettings) -> None:
     """Say so when the chain's whole steps make another strength than the one asked for."""
     strength = settings.chain_steps / round(settings.chain_steps / settings.strength)
     if abs(strength - settings.strength) > 0.005:
-        notice(f"The strength is {strength:.3g}: {settings.chain_steps} steps cannot start at "
-               f"{settings.strength}.")
+        notice(f"da starts at strength {strength:.3g}, not {settings.strength}: {settings.chain_steps} "
+               "--chain_steps allow no closer one.")
 
 
 def aim(victim: Victim, batch: list[AttackInput], settings: PoisonSettings) -> Victim:

@@ -101,18 +101,22 @@ LatentGradient = Callable[[Victim, torch.Tensor, list[torch.Generator]], tuple[t
 
 @dataclass(frozen=True)
 class Poison:
-    """An attack: it moves `objective` up if `ascend`, else down, along `gradient`.
+    """An attack: it moves `objective` up if `ascend`, else down, along `gradient`, by default the exact one.
 
     `random_start` begins within the budget, not at the image. `network_graph` says whether `gradient`
     differentiates the network. `uses` names the settings of poison_images.py that not every attack uses.
     """
 
     objective: Objective
-    gradient: LatentGradient
-    ascend: bool
-    random_start: bool
-    network_graph: bool
-    uses: tuple[str, ...]
+    gradient: LatentGradient | None = None
+    ascend: bool = False
+    random_start: bool = True
+    network_graph: bool = False
+    uses: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.gradient is None:
+            object.__setattr__(self, "gradient", differentiate(self.objective))
 
 
 def sample_noise_and_timesteps(latents: torch.Tensor, generators: list[torch.Generator], zone: SafeZone,
@@ -220,20 +224,18 @@ def differentiate(objective: Objective) -> LatentGradient:
     return gradient
 
 
-_ADM = dict(objective=denoising_objective, gradient=differentiate(denoising_objective), random_start=True,
-            network_graph=True, uses=("draws", "one_graph", "prompt", "t_max", "t_min"))
+_ADM = dict(objective=denoising_objective, network_graph=True,
+            uses=("draws", "one_graph", "prompt", "t_max", "t_min"))
 _SDS = dict(objective=denoising_objective, gradient=score_distillation, random_start=False,
-            network_graph=False, uses=("draws", "prompt", "t_max", "t_min"))
+            uses=("draws", "prompt", "t_max", "t_min"))
 
 POISONS = {
     "adm+": Poison(ascend=True, **_ADM),
-    "adm-": Poison(ascend=False, **_ADM),
+    "adm-": Poison(**_ADM),
     "sds+": Poison(ascend=True, **_SDS),
-    "sds-": Poison(ascend=False, **_SDS),
-    "ea": Poison(encoder_objective, differentiate(encoder_objective), ascend=False, random_start=True,
-                 network_graph=False, uses=("target_image",)),
-    "da": Poison(diffusion_objective, differentiate(diffusion_objective), ascend=False, random_start=False,
-                 network_graph=True,
+    "sds-": Poison(**_SDS),
+    "ea": Poison(encoder_objective, uses=("target_image",)),
+    "da": Poison(diffusion_objective, random_start=False, network_graph=True,
                  uses=("chain_steps", "draws", "guidance_scale", "one_graph", "prompt", "strength",
                        "target_image")),
 }

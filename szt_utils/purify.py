@@ -212,8 +212,8 @@ PURIFIERS = {"advclean": advclean, "jpeg": jpeg_tensor, "regen": regen, "pdmpure
 def check_strength(strength: float, steps: int) -> None:
     """Raise InputError unless `strength` of `steps` is at least one step."""
     if not 0 < strength <= 1 or int(strength * steps) < 1:
-        raise InputError(f"A strength of {strength} of {steps} steps leaves no step to take; "
-                         "raise one of them, the strength up to 1.")
+        raise InputError(f"--strength {strength} of --steps {steps} leaves no denoising step; raise --steps "
+                         "or --strength, which is at most 1.")
 
 
 def _check_pixels(images: torch.Tensor) -> None:

@@ -5,7 +5,7 @@
     t_min <= t < t_max                            (WHEN: poisons act at low timesteps)
     M_x is the concept, dilated by a few pixels   (WHERE: poisons teach the rest of the image)
 
-Training, adaptive poisons, the mask page, the table and the metadata of embeddings all take it from here.
+Training, adaptive poisons, the mask page, the table and the metadata of embeddings use it.
 """
 
 import functools

@@ -88,10 +88,10 @@ def read_cells(folder: str | Path, settings: str | None = None) -> list[Cell]:
 
 
 def read_table(folder: str | Path) -> list[Cell]:
-    """Finished cells of a folder that holds one table; InputError when its runs had several settings."""
+    """Finished cells of a folder that holds one table; InputError when their settings differ."""
     if len({settings_key(run) for run in read_runs(folder)}) > 1:
-        raise InputError(f"The runs of '{folder}' had several settings, and their cells cannot be compared; "
-                         "leave those of one in run.json and in cells.")
+        raise InputError(f"The cells of '{folder}' were made with different settings and cannot be compared; "
+                         "keep one setting in run.json and its lines in cells.")
     return read_cells(folder)
 
 
@@ -146,7 +146,7 @@ def read_runs(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / "run.json"
     records = read_json(path, "list of runs") if path.exists() else []
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"The list of runs '{path}' is damaged, to which cells refer; restore it.")
+        raise InputError(f"The list of runs '{path}', to which the cells refer, is damaged; restore it.")
     return records
 
 

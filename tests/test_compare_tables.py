@@ -71,7 +71,7 @@ def test_a_folder_of_several_settings_is_refused(compare, tmp_path):
     write(tmp_path, {"nominal": 0.2})
     for steps in (200, 400):
         run_index(tmp_path, {"steps": steps, "versions": {}, "commit": None})
-    with pytest.raises(InputError, match="had several settings"):
+    with pytest.raises(InputError, match="with different settings"):
         compare["read_folders"]([tmp_path])
 
 

@@ -76,7 +76,7 @@ def test_unknown_concepts_and_empty_data_sets_are_refused(folder, tmp_path):
         read_concepts("dreambooth", folder, names=["dog", "elephant"])
     with pytest.raises(InputError, match="holds no concept"):
         read_concepts("dreambooth", folder / "toy")
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         read_concepts("dreambooth", tmp_path / "none")
 
 

@@ -124,7 +124,8 @@ def test_what_else_a_file_holds_is_ignored_where_tools_ignore_it(pipeline, tmp_p
     ("sd", {TOKEN: torch.ones(0, 32)}, "floating-point"),
     ("sd", {TOKEN: torch.ones(100_000, 101)}, "at most 10,000,000"),
     ("sd", {TOKEN: rows(32, 76)}, "76 vectors, but a prompt has room for 22"),
-    ("sd", {"<a\x1b[2J>": rows(32)}, "no prompt can name"), ("sd", {" ": rows(32)}, "no prompt can name"),
+    ("sd", {"<a\x1b[2J>": rows(32)}, "cannot be written in a prompt"),
+    ("sd", {" ": rows(32)}, "cannot be written in a prompt"),
     ("sdxl", {"clip_l": rows(32), "clip_g": rows(24, 3)}, "another number of vectors")],
     indirect=["pipeline"])
 def test_what_does_not_fit_is_refused_and_changes_nothing(pipeline, tmp_path, content, message):

@@ -409,7 +409,7 @@ def test_many_files_are_counted(exported, tmp_path):
 @pytest.mark.parametrize("name, text, message", [
     ("config.toml", "min_timestep = ", "config.toml' cannot be parsed"),
     ("config.toml", "min_timestep = 'high'", "'min_timestep' in the config is 'high', which is not a number"),
-    ("config.toml", "[[datasets]]\nsubsets = 3", "have another form than those of kohya sd-scripts"),
+    ("config.toml", "[[datasets]]\nsubsets = 3", "do not have the structure of kohya sd-scripts"),
     ("config.toml", "datasets = [1]", "'datasets' in the config must be a list of tables"),
     ("config.yaml", "a: [", "config.yaml' cannot be parsed"),
     ("config.json", "{", "is not valid JSON"),

@@ -529,7 +529,7 @@ def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps(run, 
 
 
 def test_a_strength_that_the_chain_cannot_have_is_named(tiny_model, capsys):
-    for steps, strength, said in ((4, 0.8, ""), (4, 0.7, "The strength is 0.667: 4 steps cannot start at")):
+    for steps, strength, said in ((4, 0.8, ""), (4, 0.7, "da starts at strength 0.667, not 0.7")):
         load_victim(settings_of("--pretrained_model_name_or_path", tiny_model, "--method", "da",
                                 "--resolution", SIDE, "--chain_steps", steps, "--strength", strength))
         err = capsys.readouterr().err
@@ -600,3 +600,17 @@ def test_an_adaptive_attack_on_sdxl(run, image_dir, tiny_sdxl, tmp_path):
     options = json.loads((tmp_path / "out" / "options.json").read_text())
     assert (options["t_min"], options["t_max"]) == (500, 1000)
     assert options["arguments"]["mask_dilation"] == 2 and options["arguments"]["jpeg_quality"] == [25]
+
+
+def test_the_documented_poison_of_ones_own_runs(image_dir, tiny_model, tmp_path, monkeypatch):
+    code = (ROOT / "docs" / "poisons.md").read_text().split("```python\n")[1].split("```")[0]
+    small = code.replace('adaptive="szt"', 'adaptive="szt", steps=8, resolution=64')
+    shutil.copytree(image_dir, tmp_path / "images")
+    (tmp_path / "masks").mkdir()
+    for path in image_dir.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(tmp_path / "masks" / f"{path.stem}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("szt_utils.poisons.POISONS", {**POISONS})  # the snippet registers one
+    exec(small, {"model": str(tiny_model)})
+    records = [json.loads(line) for line in open("poisoned/stats.jsonl")]
+    assert len(records) == 3 and all(each["objective_after"] < each["objective_before"] for each in records)

@@ -292,7 +292,7 @@ def test_the_loss_takes_masks_of_the_images_size_frames_and_packed_latents():
     big = tokens.repeat_interleave(2, -1).repeat_interleave(2, -2)
     packed = SafeZone().loss(pack(image), pack(noise), masks)
     assert torch.allclose(packed, ((image - noise) ** 2 * big).mean())
-    with pytest.raises(InputError, match="13 tokens do not fill a grid"):
+    with pytest.raises(InputError, match="13 tokens does not match the aspect"):
         SafeZone().loss(torch.zeros(2, 13, 4), torch.zeros(2, 13, 4), masks)
 
 

@@ -297,7 +297,7 @@ def test_a_cell_is_planned_once(tmp_path, capsys, seeds):
 @pytest.mark.parametrize("flags, message", [
     (["--concepts", "blue-elephant"], "no concept 'blue-elephant'; choose from: "),
     (["--dataset", "dreambooth", "--dataset_dir", "none", "--pretrained_model_name_or_path", "m",
-      "--dino", "d", "--clip", "c"], "'none' is no folder"),
+      "--dino", "d", "--clip", "c"], "'none' is not a folder"),
     (["--dataset", "customconcept101", "--dataset_dir", "none", "--pretrained_model_name_or_path", "m",
       "--dino", "d", "--clip", "c"], "cannot be read as CustomConcept101's list")])
 def test_bad_input_is_one_sentence(flags, message):

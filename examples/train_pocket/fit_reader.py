@@ -2,8 +2,8 @@
 
     python examples/train_pocket/fit_reader.py
 
-train_metrics.py trains encoder and heads without the novel concepts. Their judge has to know them: so the
-heads, and they alone, are fitted once more to scenes of all combinations and of the novel concepts. Replaces
+train_metrics.py trains encoder and heads without the novel concepts. The evaluation must recognize these, so
+only the heads are fitted again, to scenes of all combinations and of the novel concepts. Replaces
 `attributes.safetensors` in the folder of --dino, and prints the accuracy on scenes with other seeds. Then it
 centers the encoder's features: the similarity of images that have nothing in common is then about 0.
 """

@@ -1,8 +1,9 @@
 """The pocket world: scenes drawn by code, each with its caption, attributes and exact concept mask.
 
 A scene is one object (shape x color x pattern) with shading and a soft shadow on a textured background. Both
-have a fine grain: the texture of photographs, too, shelters perturbations from JPEG. An integer seed decides
-everything. The novel concepts, ten combinations of attributes, never occur among the training scenes.
+have a fine grain, which like the texture of photographs keeps JPEG from removing perturbations. An integer
+seed decides everything. The novel concepts, ten combinations of attributes, never occur among the training
+scenes.
 """
 
 from dataclasses import astuple, dataclass

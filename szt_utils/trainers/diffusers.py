@@ -54,7 +54,7 @@ def _traps(plan: Plan) -> list[str]:
                   "--instance_data_dir takes a folder that holds images only; captions need --dataset_name."]
     if plan.family.name == "sdxl":
         traps.append("An embedding of a new token pools at the token, not at the end of the text as in kohya "
-                     "and ComfyUI: one file, two meanings.")
+                     "and ComfyUI, so one file gives different images there.")
     return traps
 
 

@@ -57,7 +57,7 @@ def _command(plan: Plan) -> str:
 
 def _traps(plan: Plan) -> list[str]:
     return ["`unmasked_weight` is 0.1 by default, which keeps a tenth of the background's loss.",
-            "An image without a mask file is trained on everywhere, without a word.",
+            "An image without a mask file is trained on everywhere, without a warning.",
             "The timestep shift is applied after the range and moves it: keep `timestep_shift` 1 and "
             "`dynamic_timestep_shifting` off.",
             "Masks must be PNG files."]
