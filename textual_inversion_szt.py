@@ -91,7 +91,7 @@ def read_settings(args: argparse.Namespace,
 
 def prepare(zone: "SafeZone", resolution: int, center_crop: bool, path: Path,
             mask_path: Path | None) -> "tuple[Image.Image, torch.Tensor | None, tuple[int, int]]":
-    """One training image, Pillow RGB (R, R), its mask (1, 1, R, R) or None, and its size in the file."""
+    """One training image, Pillow RGB (R, R), its mask (1, 1, R, R) or None, its original (width, height)."""
     from szt_utils.images import crop_and_resize, read_image
     from szt_utils.masks import read_mask
 
@@ -114,9 +114,9 @@ def draw(concept: "Concept", model: "Model") -> "Sample":
     chosen = next(concept.stream)
     latents = model.latents(concept.moments.take(chosen.indices, chosen.flips), concept.rng)
     noise = randn_like(latents, concept.rng)
-    timestep_range = 0, model.num_timesteps
-    timestep_range = concept.zone.timestep_range(model.num_timesteps)                                 # SZT
-    timesteps = sample_timesteps(len(latents), *timestep_range, device=latents.device, generator=concept.rng)
+    distribution = 0, model.num_timesteps
+    distribution = concept.zone.timestep_distribution(model.num_timesteps)                            # SZT
+    timesteps = sample_timesteps(len(latents), *distribution, device=latents.device, generator=concept.rng)
     return Sample(latents, noise, timesteps, concept.ids(chosen.templates), concept.sizes_of(chosen.indices),
                   concept.mask(chosen.indices, chosen.flips), chosen.last)
 
@@ -148,18 +148,18 @@ def optimize(run: "Run", model: "Model", group: "Group") -> None:
             run.step(optimizer, lr_scheduler, group.rows)
             group.step += 1
 
-            stopping = run.stopping(group.step)
-            saving, keeping, validating = (group.step % every == 0 for every in (
+            stopping = run.stopping()
+            saving, checkpointing, validating = (group.step % every == 0 for every in (
                 settings.save_steps, settings.checkpointing_steps, settings.validation_steps))
-            keeping |= group.step == settings.max_train_steps  # a finished run trains no further
-            journal.end_step(lr_scheduler.get_last_lr()[0], stopping or saving or keeping or validating)
+            checkpointing |= group.step == settings.max_train_steps  # a finished run trains no further
+            journal.end_step(lr_scheduler.get_last_lr()[0], stopping or saving or checkpointing or validating)
             for concept in group.concepts:
                 with run.surviving(concept.settings):
                     if saving and run.rank == 0:
                         save_learned(run, model, group, concept, f"-steps-{group.step}")
                     if validating and concept.settings.validation_prompt is not None:
                         validate(run, model, group, concept)
-                    if keeping or stopping:  # last: a resumed run does none of this step again
+                    if checkpointing or stopping:  # last: a resumed run does none of this step again
                         group.save_checkpoint(concept, optimizer, lr_scheduler)
             if stopping:
                 break
@@ -173,20 +173,20 @@ def train(settings: "TrainingSettings", concept_settings: "list[ConceptSettings]
     from szt_utils.training_run import Run
 
     with Run(settings, len(concept_settings)) as run:
-        wanted = []
+        prepared = []
         # All images are read first: whatever is wrong with them shows before a model is loaded.
-        for own in run.share(concept_settings):
-            with run.surviving(own):
-                own = replace(own, seed=run.seed_of(own))
-                zone = own.make_zone(settings.resolution)
-                images = TrainingImages(own, zone, functools.partial(prepare, zone, settings.resolution,
-                                                                     own.center_crop))
-                open_folder(run, own.output_dir)
-                wanted.append((own, images))
-        if not wanted:
+        for concept in run.share(concept_settings):
+            with run.surviving(concept):
+                concept = replace(concept, seed=run.seed_of(concept))
+                zone = concept.make_zone(settings.resolution)
+                images = TrainingImages(concept, zone, functools.partial(prepare, zone, settings.resolution,
+                                                                         concept.center_crop))
+                open_folder(run, concept.output_dir)
+                prepared.append((concept, images))
+        if not prepared:
             return
         model = run.load_model()
-        concepts = resume_concepts(run, model, start_concepts(run, model, wanted))
+        concepts = resume_concepts(run, model, start_concepts(run, model, prepared))
         for members in groups(concepts, settings.concepts_per_batch):
             group = Group(run, model, members)
             optimize(run, model, group)

@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "dino": "image encoder for the scores (pocket: the bundled one)",
             "clip": "CLIPModel for the scores (pocket: the bundled one)",
             "inception": "InceptionV3 weights for FID and KID (default: features of --clip)",
-            "prompts_file": "prompts with {} (its backgrounds; else the concept's or 24 built-in ones)",
+            "prompts_file": "prompts with {} (pocket: backgrounds; else the concept's or 24 built-in ones)",
             "initializer_token": "first word (object; customconcept101: the class word)"}.items():
         add(f"--{name}", help=text, type=str if name == "initializer_token" else user_path)
     add("--preset", choices=PRESETS, help="an ablation instead of the table")

@@ -67,17 +67,17 @@ class Concept:
     tokenizers: list
     generators: Generators
     stream: SampleStream
-    start: list[torch.Tensor]  # its rows (n, D) of every text encoder where the training begins
+    initial_rows: list[torch.Tensor]  # (n, D) of every text encoder, where the training begins
     moments: MomentCache | LiveMoments
     masks: torch.Tensor | None  # (N, 2, 1, h, w) on the latent grid
     sizes: torch.Tensor | None = None  # (N, 4), of SDXL
-    weights: torch.Tensor | None = None  # (T,), of --snr_gamma
+    snr_weights: torch.Tensor | None = None  # (T,), of --snr_gamma
     step: int = 0
     checkpoint: dict[str, Any] | None = None  # state loaded from a checkpoint
     checkpoint_folder: Path | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    rows: slice | None = None  # its rows among those of its group
+    row_slice: slice | None = None  # its rows among those of its group
     caption_ids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -91,7 +91,7 @@ class Concept:
     @property
     def rng(self) -> torch.Generator:
         """The generator of its latents, noise and timesteps, on the training's device."""
-        return self.generators.device
+        return self.generators.device_rng
 
     def mask(self, indices: list[int], flips: list[bool]) -> torch.Tensor | None:
         """The masks of these images, each mirrored or not, (B, 1, h, w)."""
@@ -106,7 +106,7 @@ class Concept:
 
     def weigh(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Squared errors (B, C, h, w), times the weights of their timesteps (B,) if there are any."""
-        return error if self.weights is None else error * self.weights[timesteps].view(-1, 1, 1, 1)
+        return error if self.snr_weights is None else error * self.snr_weights[timesteps].view(-1, 1, 1, 1)
 
     def captions(self, num_vectors: int) -> dict[str, str]:
         """The caption of every template, with all vectors of the placeholder."""
@@ -126,9 +126,10 @@ class Concept:
         """
         self.fingerprint = fingerprint(
             {**asdict(run.settings), **asdict(self.settings), **asdict(self.zone), "device": run.device.type,
-             "precision": str(run.dtype).removeprefix("torch."), "weights": run.weights,
-             "hash of T5's weights": run.weights_of_t5,
-             "number of processes": run.num_ranks, "embedding width": [part.shape[1] for part in self.start]},
+             "precision": str(run.dtype).removeprefix("torch."), "weights": run.weights_hash,
+             "hash of T5's weights": run.t5_hash,
+             "number of processes": run.num_ranks,
+             "embedding width": [part.shape[1] for part in self.initial_rows]},
             hash_captions(self.tokenizers, self.stream.templates, self.settings.placeholder_token),
             self.images.paths, self.images.mask_paths or [])
         name = run.settings.resume_from_checkpoint
@@ -149,24 +150,24 @@ class Concept:
             notes = compare(before, self.fingerprint)
         except InputError as error:
             raise InputError(f"The checkpoint '{folder}' is of another run: {error}") from None
-        own = load_rank_state(folder, self.stream.rank)
+        rank_state = load_rank_state(folder, self.stream.rank)
         with readable(folder):
-            if [part.shape for part in state["rows"]] != [part.shape for part in self.start]:
+            if [part.shape for part in state["rows"]] != [part.shape for part in self.initial_rows]:
                 raise ValueError("its embedding has another shape")
             moments_of = state["optimizer"]["state"].values()  # none while a scaler skips the first steps
             for part, moments in zip(state["rows"], moments_of, strict=bool(moments_of)):
                 if not part.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                     raise ValueError("its optimizer's state has another shape")
             self.checkpoint, self.checkpoint_folder = state, folder
-            self.step, self.start = int(state["step"]), state["rows"]
+            self.step, self.initial_rows = int(state["step"]), state["rows"]
             self.run_id = state.get("run", self.run_id)
-            self.stream.load_state_dict(own["stream"])
-            self.generators.load_state_dict(own["random"])
+            self.stream.load_state_dict(rank_state["stream"])
+            self.generators.load_state_dict(rank_state["random"])
         return notes
 
 
 def start_concepts(run: Run, model: Model,
-                   wanted: list[tuple[ConceptSettings, TrainingImages]]) -> list[Concept]:
+                   prepared: list[tuple[ConceptSettings, TrainingImages]]) -> list[Concept]:
     """The concepts of a run before their first step, with latents, masks and random numbers of their own.
 
     Draws as upstream does: a seed's numbers begin with those of `resize_token_embeddings`.
@@ -174,11 +175,12 @@ def start_concepts(run: Run, model: Model,
     model.vae.to(run.device)  # with --offload it is on the CPU
     for encoder in model.text_encoders:
         encoder.cpu()  # where upstream resizes them: the new rows draw from the CPU's generator
-    sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
-    vocabulary, states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
-    for settings, images in wanted:
+    vocabulary_sizes = [len(encoder.get_input_embeddings().weight) for encoder in model.text_encoders]
+    vocabulary, rng_states, concepts = list(model.tokenizers[0].get_vocab()), {}, []
+    for settings, images in prepared:
         with run.surviving(settings):
-            concepts.append(_start_concept(run, model, settings, images, states, sizes, vocabulary))
+            concepts.append(_start_concept(run, model, settings, images, rng_states, vocabulary_sizes,
+                                           vocabulary))
     for encoder in model.text_encoders:
         encoder.to(run.device)
     if not run.settings.no_cache_latents:
@@ -192,55 +194,56 @@ def start_concepts(run: Run, model: Model,
     return concepts
 
 
-def _start_concept(run: Run, model: Model, wanted: ConceptSettings, images: TrainingImages,
-                   states: dict[int, Any], sizes: list[int], vocabulary: list[str]) -> Concept:
-    """One of `start_concepts`.
+def _start_concept(run: Run, model: Model, settings: ConceptSettings, images: TrainingImages,
+                   rng_states: dict[int, Any], vocabulary_sizes: list[int], vocabulary: list[str]) -> Concept:
+    """Prepare one concept: tokens, random numbers, sample stream, latents and masks.
 
-    `states` keeps the states of the random generators by seed; `sizes` are those of the text encoders'
-    vocabularies in their files.
+    `rng_states` keeps the states of the random generators by seed; `vocabulary_sizes` are those of the text
+    encoders in their files.
     """
-    settings = run.settings
-    zone = wanted.make_zone(settings.resolution, model).fit(model.num_timesteps)
+    shared = run.settings
+    zone = settings.make_zone(shared.resolution, model).fit(model.num_timesteps)
     tokenizers = copy.deepcopy(model.tokenizers)
-    initializers = [add_tokens(tokenizer, wanted.placeholder_token, wanted.initializer_token,
-                               settings.num_vectors)[1] for tokenizer in tokenizers]
-    if words := ordinary_words_with(wanted.placeholder_token, vocabulary):
-        logger.warning(f"The placeholder '{wanted.placeholder_token}' is part of ordinary words "
+    initializers = [add_tokens(tokenizer, settings.placeholder_token, settings.initializer_token,
+                               shared.num_vectors)[1] for tokenizer in tokenizers]
+    if words := ordinary_words_with(settings.placeholder_token, vocabulary):
+        logger.warning(f"The placeholder '{settings.placeholder_token}' is part of ordinary words "
                        f"({', '.join(words[:3])}), in which it will be found too; "
-                       f"'<{wanted.placeholder_token}>' would be safe.")
-    check_room(tokenizers, wanted.placeholder_token, settings.num_vectors,
+                       f"'<{settings.placeholder_token}>' would be safe.")
+    check_room(tokenizers, settings.placeholder_token, shared.num_vectors,
                dict(zip(images.paths, images.templates, strict=True)))
     generators = Generators(run.device)
-    if wanted.seed not in states:
-        states[wanted.seed] = _seeded(run, model, tokenizers, sizes, wanted.seed)
-    generators.load_state_dict(states[wanted.seed])
+    if settings.seed not in rng_states:
+        rng_states[settings.seed] = _seeded(run, model, tokenizers, vocabulary_sizes, settings.seed)
+    generators.load_state_dict(rng_states[settings.seed])
     weights = [encoder.get_input_embeddings().weight for encoder in model.text_encoders]
-    start = [weight[[initializer] * settings.num_vectors].detach()
-             for weight, initializer in zip(weights, initializers, strict=True)]
-    stream = SampleStream(images.templates, wanted.repeats, settings.train_batch_size, generators,
-                          rank=run.rank, num_ranks=run.num_ranks, agree=run.agree)
-    masks = images.latent_masks((settings.resolution // model.vae_scale_factor,) * 2)
-    if settings.no_cache_latents:
+    initial_rows = [weight[[initializer] * shared.num_vectors].detach()
+                    for weight, initializer in zip(weights, initializers, strict=True)]
+    stream = SampleStream(images.templates, settings.repeats, shared.train_batch_size, generators,
+                          rank=run.rank, num_ranks=run.num_ranks, broadcast=run.broadcast)
+    masks = images.latent_masks((shared.resolution // model.vae_scale_factor,) * 2)
+    if shared.no_cache_latents:
         moments = LiveMoments(model.moments, images.pixels)
     else:
-        batch_size = min(settings.train_batch_size, len(images) * wanted.repeats)
-        moments = MomentCache(model.moments, images.pixels, len(images), batch_size, folder=wanted.output_dir,
-                              memory_limit=int(settings.latent_cache_gb * 2**30))
+        batch_size = min(shared.train_batch_size, len(images) * settings.repeats)
+        moments = MomentCache(model.moments, images.pixels, len(images), batch_size,
+                              folder=settings.output_dir, memory_limit=int(shared.latent_cache_gb * 2**30))
         images.kept.clear()
-    return Concept(settings=wanted, zone=zone, images=images, tokenizers=tokenizers, generators=generators,
-                   stream=stream, start=start, moments=moments,
+    return Concept(settings=settings, zone=zone, images=images, tokenizers=tokenizers, generators=generators,
+                   stream=stream, initial_rows=initial_rows, moments=moments,
                    masks=None if masks is None else masks.to(run.device),
-                   sizes=images.sizes(settings.resolution, settings.micro_conditioning).to(run.device)
+                   sizes=images.sizes(shared.resolution, shared.micro_conditioning).to(run.device)
                    if model.uses_sizes else None,
-                   weights=min_snr_weights(model, wanted.snr_gamma).to(run.device)
-                   if wanted.snr_gamma else None)
+                   snr_weights=min_snr_weights(model, settings.snr_gamma).to(run.device)
+                   if settings.snr_gamma else None)
 
 
-def _seeded(run: Run, model: Model, tokenizers: list, sizes: list[int], seed: int) -> dict[str, Any]:
+def _seeded(run: Run, model: Model, tokenizers: list, vocabulary_sizes: list[int],
+            seed: int) -> dict[str, Any]:
     """The random numbers of a seed after the text encoders have got rows for the new tokens."""
     from accelerate.utils import set_seed
 
-    for encoder, size in zip(model.text_encoders, sizes, strict=True):
+    for encoder, size in zip(model.text_encoders, vocabulary_sizes, strict=True):
         encoder.resize_token_embeddings(size)
     set_seed((seed + run.rank) % 2**32)  # every rank draws its own noise
     for encoder, tokenizer in zip(model.text_encoders, tokenizers, strict=True):
@@ -291,18 +294,20 @@ class Group:
     def __init__(self, run: Run, model: Model, concepts: list[Concept]):
         self.run, self.step, self.members = run, concepts[0].step, concepts
         self.alone = len(concepts) == 1
-        count, self.rows, sizes = run.settings.num_vectors, [], []
+        count, self.rows, vocabulary_sizes = run.settings.num_vectors, [], []
         for i, encoder in enumerate(model.text_encoders):
             before = encoder.get_input_embeddings()  # the last group's, or a matrix that ends in new tokens
             frozen = before.frozen if isinstance(before, NewRows) else before.weight[:-count]
-            embedding = NewRows(frozen, torch.cat([concept.start[i] for concept in concepts])).to(run.device)
+            rows = torch.cat([concept.initial_rows[i] for concept in concepts])
+            embedding = NewRows(frozen, rows).to(run.device)
             encoder.set_input_embeddings(embedding)
             encoder.train()
             self.rows.append(embedding.rows)
-            sizes.append(len(frozen))
+            vocabulary_sizes.append(len(frozen))
         for i, concept in enumerate(concepts):
-            concept.rows = slice(i * count, (i + 1) * count)
-            concept.caption_ids = {template: self._caption_ids(concept, caption, sizes, model.t5)
+            concept.row_slice = slice(i * count, (i + 1) * count)
+            concept.caption_ids = {template: self._caption_ids(concept, caption, vocabulary_sizes,
+                                                                   model.t5)
                                    for template, caption in concept.captions(count).items()}
 
     @property
@@ -310,23 +315,24 @@ class Group:
         """Those that have not failed."""
         return self.run.survivors(self.members)
 
-    def _caption_ids(self, concept: Concept, caption: str, sizes: list[int],
+    def _caption_ids(self, concept: Concept, caption: str, vocabulary_sizes: list[int],
                      t5: T5 | None) -> list[torch.Tensor]:
         """Token ids (L,) of a caption, the placeholder's shifted to the concept's rows, per text encoder.
 
-        `sizes` are those of the text encoders' vocabularies without new tokens. T5 has no rows for the
+        `vocabulary_sizes` are those of the text encoders without new tokens. T5 has no rows for the
         placeholder, and sees its spelling.
         """
         ids = [tokenizer(caption, padding="max_length", truncation=True,
                          max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
                for tokenizer in concept.tokenizers]
-        shifted = [torch.where(own < size, own, own + concept.rows.start).to(self.run.device)
-                   for own, size in zip(ids, sizes, strict=True)]
+        first = concept.row_slice.start
+        shifted = [torch.where(token_ids < size, token_ids, token_ids + first).to(self.run.device)
+                   for token_ids, size in zip(ids, vocabulary_sizes, strict=True)]
         return shifted if t5 is None else [*shifted, t5.tokenize(caption)[0].to(self.run.device)]
 
     def rows_of(self, concept: Concept) -> list[torch.Tensor]:
         """A concept's rows, (n, D) per text encoder."""
-        return [part[concept.rows].detach() for part in self.rows]
+        return [part[concept.row_slice].detach() for part in self.rows]
 
     def micro_batches(self, draw: Callable[[Concept, Model], Sample], model: Model) -> Iterator[Batch]:
         """The batches of one optimizer step; a concept's step ends early with its epoch."""
@@ -363,10 +369,10 @@ class Group:
         """Write a concept's checkpoint, and prune older ones; all its ranks must call this."""
         run, scaler = self.run, self.run.accelerator.scaler
         common = {"step": self.step, "rows": [part.cpu() for part in self.rows_of(concept)],
-                  "optimizer": take_rows(optimizer.state_dict(), concept.rows),
+                  "optimizer": take_rows(optimizer.state_dict(), concept.row_slice),
                   "lr_scheduler": lr_scheduler.state_dict(), "fingerprint": concept.fingerprint,
                   "run": concept.run_id, "scaler": None if scaler is None else scaler.state_dict()}
-        own = {"stream": concept.stream.state_dict(), "random": concept.generators.state_dict()}
-        save_checkpoint(concept.output_dir, self.step, common, own, rank=run.rank, barrier=run.barrier)
+        rank_state = {"stream": concept.stream.state_dict(), "random": concept.generators.state_dict()}
+        save_checkpoint(concept.output_dir, self.step, common, rank_state, rank=run.rank, barrier=run.barrier)
         if run.settings.checkpoints_total_limit and run.rank == 0:
             prune_checkpoints(concept.output_dir, run.settings.checkpoints_total_limit)

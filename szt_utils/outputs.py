@@ -79,7 +79,7 @@ def _describe_start(run: Run, model: Model, concept: Concept, messages: list[str
     lines = [*messages, f"{count} from {settings.train_data_dir}, {first}", *rest]
     if settings.szt and concept.masks is None:
         lines.append("--szt without --loss_mask_dir uses JPEG and timesteps only")
-    if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.weights is None
+    if (concept.masks is not None and zone.mask_mode.endswith("loss") and concept.snr_weights is None
             and model.scheduler.config.get("prediction_type") != "epsilon"):
         lines.append("the model predicts velocities: add --snr_gamma 5; without it, masks lowered the "
                      "quality on small models")

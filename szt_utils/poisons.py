@@ -122,7 +122,7 @@ class Poison:
 def sample_noise_and_timesteps(latents: torch.Tensor, generators: list[torch.Generator], zone: SafeZone,
                                num_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise like `latents` and the zone's timesteps, long (B,), of each image's own CPU generator."""
-    zone_range = zone.timestep_range(num_timesteps)
+    zone_range = zone.timestep_distribution(num_timesteps)
     timesteps = torch.cat([sample_timesteps(1, *zone_range, generator=generator) for generator in generators])
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     return noise.to(latents), timesteps.to(latents.device)

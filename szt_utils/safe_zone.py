@@ -123,7 +123,7 @@ class SafeZone:
         """Probability of every timestep of [t_min, t_max), float64, of sum 1; None is uniform."""
         return None if self.t_distribution == "uniform" else _weights(self, num_timesteps)
 
-    def timestep_range(self, num_timesteps: int) -> tuple[int, int, torch.Tensor | None]:
+    def timestep_distribution(self, num_timesteps: int) -> tuple[int, int, torch.Tensor | None]:
         """t_min, t_max and the weights between them for a model that has `num_timesteps`."""
         t_max = num_timesteps if self.t_max is None else self.t_max
         return self.t_min, t_max, self.weights(num_timesteps)
@@ -267,7 +267,7 @@ class SafeZone:
 
         `masks` (N, 2, 1, h, w) are those on the latent grid.
         """
-        _, t_max, _ = self.timestep_range(schedule.num_timesteps)
+        _, t_max, _ = self.timestep_distribution(schedule.num_timesteps)
         log_snr = schedule.log_snr(torch.tensor([self.t_min, t_max - 1]))
         (low, high), (first, last) = noise_level(log_snr).tolist(), log_snr.tolist()
         return [

@@ -15,31 +15,31 @@ __all__ = ["Generators", "SampleIndices", "SampleStream"]
 
 
 class Generators:
-    """The random numbers of one run: `python`, torch's `cpu` and torch's `device` generator.
+    """The generators of one run: `python_rng`, and torch's `cpu_rng` and `device_rng`.
 
     They go on where the global ones stand when this is made, so that a run draws what it would draw from
-    those, and several runs in one process do not meet. On a CPU, `cpu` and `device` are the same.
+    those, and several runs in one process do not meet. On a CPU, both of torch are the same.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
         device = torch.device(device)
-        self.python, self.cpu = random.Random(), torch.Generator()
-        self.python.setstate(random.getstate())
-        self.cpu.set_state(torch.get_rng_state())
-        self.device = self.cpu
+        self.python_rng, self.cpu_rng = random.Random(), torch.Generator()
+        self.python_rng.setstate(random.getstate())
+        self.cpu_rng.set_state(torch.get_rng_state())
+        self.device_rng = self.cpu_rng
         if device.type != "cpu":
-            self.device = torch.Generator(device)
-            self.device.set_state(torch.get_device_module(device).get_rng_state(device))
+            self.device_rng = torch.Generator(device)
+            self.device_rng.set_state(torch.get_device_module(device).get_rng_state(device))
 
     def state_dict(self) -> dict[str, Any]:
         """What continues these random numbers."""
-        return {"python": self.python.getstate(), "cpu": self.cpu.get_state(),
-                "device": self.device.get_state()}
+        return {"python": self.python_rng.getstate(), "cpu": self.cpu_rng.get_state(),
+                "device": self.device_rng.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.python.setstate(state["python"])
-        self.cpu.set_state(state["cpu"])
-        self.device.set_state(state["device"])
+        self.python_rng.setstate(state["python"])
+        self.cpu_rng.set_state(state["cpu"])
+        self.device_rng.set_state(state["device"])
 
 
 @dataclass
@@ -57,17 +57,16 @@ class SampleStream:
     """Endless batches; every epoch shows each image `repeats` times in a new order.
 
     `templates` are those of every image, among which each sample draws its own. With several ranks, rank r
-    gets every `num_ranks`-th batch of one common order; `agree` makes the order's seed common (it gets this
-    rank's seed and returns rank 0's). The last batches are filled from the epoch's front, so all ranks see
-    equally many.
+    gets every `num_ranks`-th batch of one common order; `broadcast` gets this rank's seed of the order and
+    returns rank 0's. The last batches are filled from the epoch's front, so all ranks see equally many.
     """
 
     def __init__(self, templates: Sequence[tuple[str, ...]], repeats: int, batch_size: int,
                  generators: Generators, *, rank: int = 0, num_ranks: int = 1,
-                 agree: Callable[[int], int] = lambda seed: seed):
+                 broadcast: Callable[[int], int] = lambda seed: seed):
         self.generators = generators
         self.templates, self.length = templates, len(templates) * repeats
-        self.batch_size, self.rank, self.num_ranks, self.agree = batch_size, rank, num_ranks, agree
+        self.batch_size, self.rank, self.num_ranks, self.broadcast = batch_size, rank, num_ranks, broadcast
         self.total_batches = -(-self.length // batch_size)
         self.batches_per_epoch = -(-self.total_batches // num_ranks)
         self.seed, self.position, self.pending = 0, 0, None
@@ -75,12 +74,12 @@ class SampleStream:
     def _start_epoch(self) -> None:
         # A DataLoader's base seed for its workers, drawn and not needed.
         self._random_seed()
-        self.seed = self.agree(self._random_seed())
+        self.seed = self.broadcast(self._random_seed())
         self.position = 0
         self._shuffle()
 
     def _random_seed(self) -> int:
-        return int(torch.empty((), dtype=torch.int64).random_(generator=self.generators.cpu))
+        return int(torch.empty((), dtype=torch.int64).random_(generator=self.generators.cpu_rng))
 
     def _shuffle(self) -> None:
         self.order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -89,8 +88,8 @@ class SampleStream:
         start = (position * self.num_ranks + self.rank) % self.total_batches * self.batch_size
         draws = self.generators
         images = [i % len(self.templates) for i in self.order[start:start + self.batch_size]]
-        samples = [(image, draws.python.choice(self.templates[image]),
-                    bool(torch.rand(1, generator=draws.cpu) < 0.5)) for image in images]
+        samples = [(image, draws.python_rng.choice(self.templates[image]),
+                    bool(torch.rand(1, generator=draws.cpu_rng) < 0.5)) for image in images]
         indices, templates, flips = map(list, zip(*samples, strict=True))
         return SampleIndices(indices, flips, templates, last=position + 1 == self.batches_per_epoch)
 

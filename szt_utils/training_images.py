@@ -17,8 +17,8 @@ __all__ = ["TrainingImages"]
 
 _KEPT_BYTES = 2**30  # of a concept's images in memory; further ones are read again when they are needed
 
-# The image's path and the mask's or None -> RGB image (R, R), mask (1, 1, R, R) or None, and the image's size
-# (width, height) in its file.
+# The image's path and the mask's or None -> RGB image (R, R), mask (1, 1, R, R) or None, and the original
+# (width, height).
 Prepared = tuple[Image.Image, torch.Tensor | None, tuple[int, int]]
 Prepare = Callable[[Path, Path | None], Prepared]
 
@@ -34,10 +34,10 @@ class TrainingImages:
         self.paths = list_images(settings.train_data_dir)
         self.mask_paths = find_masks(settings.loss_mask_dir, self.paths) if settings.loss_mask_dir else None
         self.templates = caption_templates(settings, self.paths)
-        self.kept, self.file_sizes, kept_bytes = {}, [], 0
+        self.kept, self.original_sizes, kept_bytes = {}, [], 0
         for i in range(len(self.paths)):
             image, mask, size = self.read(i)
-            self.file_sizes.append(size)
+            self.original_sizes.append(size)
             kept_bytes += 3 * image.width * image.height + (0 if mask is None else mask.nbytes)
             if kept_bytes < _KEPT_BYTES:
                 self.kept[i] = image, mask, size
@@ -46,7 +46,7 @@ class TrainingImages:
         return len(self.paths)
 
     def read(self, i: int) -> Prepared:
-        """The i-th image as it is encoded, its mask if there are masks, and the size of its file."""
+        """The i-th image as it is encoded, its mask or None, and its original (width, height)."""
         if i in self.kept:
             return self.kept[i]
         image, mask, size = self.prepare(self.paths[i], self.mask_paths[i] if self.mask_paths else None)
@@ -81,7 +81,7 @@ class TrainingImages:
         the Diffusers example, which never crops.
         """
         rows = []
-        for width, height in self.file_sizes:
+        for width, height in self.original_sizes:
             scale = resolution / min(width, height) if self.center_crop and conditioning == "crop" else 0
             side = min(width, height)
             rows.append([height, width, round((height - side) // 2 * scale),

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -41,7 +40,6 @@ class Run:
         self.failures: dict[str, str] = {}
         self.stopped: signal.Signals | None = None
         self.resources = ExitStack()
-        self._last_agreement, self._next_agreement = (0, time.monotonic()), 0  # (step, time), step
         folder = Path(settings.output_dir)
         # Processes with concepts of their own meet at the end only.
         patience = [] if self.one_concept else [InitProcessGroupKwargs(timeout=timedelta(days=365))]
@@ -101,7 +99,7 @@ class Run:
         """The concepts that this process trains: the one of all processes, or its part of several."""
         return concepts if self.one_concept else concepts[self.process::self.num_processes]
 
-    def agree(self, seed: int) -> int:
+    def broadcast(self, seed: int) -> int:
         """The seed of rank 0, when all processes train one concept together; else this process's own."""
         from accelerate.utils import broadcast_object_list
 
@@ -114,7 +112,7 @@ class Run:
         name = self.settings.resume_from_checkpoint
         found = find_checkpoint(concept.output_dir, name) if name else None
         recorded = load_shared_state(found)["fingerprint"].get("seed") if found else None
-        return self.agree(int.from_bytes(os.urandom(4), "little")) if recorded is None else recorded
+        return self.broadcast(int.from_bytes(os.urandom(4), "little")) if recorded is None else recorded
 
     @contextmanager
     def surviving(self, concept: ConceptSettings) -> Iterator[None]:
@@ -164,29 +162,19 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def stopping(self, step: int) -> bool:
-        """Whether the run must end after this step; several ranks agree every few seconds, or every ten
-        steps if these are faster."""
-        if self.num_ranks == 1:
-            return self.stopped is not None
-        if step < self._next_agreement:
-            return False
-        (last_step, last_time), now = self._last_agreement, time.monotonic()
-        total, asked = self._sum(now - last_time, self.stopped is not None)
-        seconds_per_step = total / self.num_ranks / (step - last_step)  # the same on all ranks
-        self._last_agreement = step, now
-        self._next_agreement = step + max(1, min(10, int(5 / seconds_per_step)))
+    def stopping(self) -> bool:
+        """Whether the run must end after this step, on all ranks; all must ask."""
+        asked = self.any_rank(self.stopped is not None)
         if asked:
             self.stopped = self.stopped or signal.SIGTERM
-        return asked > 0
+        return asked  # not what has come since on this rank
 
     def any_rank(self, value: bool) -> bool:
         """Whether this is so on any rank of this concept; all must ask."""
-        return self._sum(value)[0] > 0 if self.num_ranks > 1 else value
-
-    def _sum(self, *values: float) -> list[float]:
-        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=self.device),
-                                       "sum").tolist()
+        if self.num_ranks == 1:
+            return value
+        flag = torch.tensor(float(value), device=self.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
 
     def barrier(self) -> None:
         """Wait for the other ranks of this concept."""
@@ -227,7 +215,7 @@ class Run:
                                  f"{error}") from None
         if settings.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.weights, self.weights_of_t5 = hash_weights(model), hash_t5(model)
+        self.weights_hash, self.t5_hash = hash_weights(model), hash_t5(model)
         if settings.compile:
             self._compile(model)
         if settings.resolution < model.vae_scale_factor:

@@ -84,8 +84,8 @@ def test_several_concepts_share_every_call_of_the_networks(monkeypatch, tiny_mod
 
 def test_processes_exchange_the_rows_gradient_and_nothing_else(monkeypatch, tiny_model, concept_folder,
                                                                tmp_path):
-    """As one of two processes would: what it sends in a step is the gradient of two rows of 32 numbers, and
-    now and then, whether to stop and whether all is well."""
+    """As one of two processes would: what it sends in a step is the gradient of two rows of 32 numbers and
+    whether to stop, and now and then whether all is well."""
     from accelerate import Accelerator
 
     sent = []
@@ -102,7 +102,7 @@ def test_processes_exchange_the_rows_gradient_and_nothing_else(monkeypatch, tiny
                    gradient_accumulation_steps=2))
     assert [size for size, reduction in sent if reduction == "mean"] == [2 * 32 * 4] * 5
     rest = [size for size, reduction in sent if reduction == "sum"]
-    assert len(rest) <= 3 and max(rest) <= 8
+    assert 5 <= len(rest) <= 7 and max(rest) <= 4
     assert load_embedding(tmp_path / "learned_embeds.safetensors")[1].shape == (2, 32)
 
 

@@ -231,7 +231,7 @@ def test_timesteps_are_drawn_from_the_zone_as_upstream_draws_them():
     everywhere = SafeZone().timesteps(DDPM, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(everywhere, torch.randint(0, 1000, (8,), generator=torch.Generator().manual_seed(0)))
     shaped = SafeZone(t_min=2, t_max=6, t_distribution="power", t_power=2.0)
-    low, high, weights = shaped.timestep_range(1000)
+    low, high, weights = shaped.timestep_distribution(1000)
     assert (low, high) == (2, 6)
     expected = torch.tensor([4, 9, 16, 25], dtype=torch.float64) / 54
     assert torch.allclose(weights, expected)

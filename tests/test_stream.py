@@ -56,7 +56,7 @@ def test_equals_a_prepared_data_loader_for_two_epochs(images, repeats, batch_siz
     for _ in expected:
         batch = next(stream)
         actual.append((batch.indices, batch.templates, batch.flips,
-                       torch.randn(3, generator=generators.cpu).tolist(), generators.python.random(),
+                       torch.randn(3, generator=generators.cpu_rng).tolist(), generators.python_rng.random(),
                        batch.last))
     assert untouched[0] == random.getstate() and torch.equal(untouched[1], torch.get_rng_state())
     assert actual == expected and len(actual) == 2 * stream.batches_per_epoch
@@ -68,7 +68,7 @@ def test_continues_exactly_at_every_position(tmp_path):
 
     def go_on(stream, count):
         draws = stream.generators
-        return [(next(stream), torch.rand(2, generator=draws.device).tolist(), draws.python.random())
+        return [(next(stream), torch.rand(2, generator=draws.device_rng).tolist(), draws.python_rng.random())
                 for _ in range(count)]
 
     for position in range(8):  # in the middle, at the end and at the start of an epoch of three batches
@@ -90,9 +90,10 @@ def test_generators_begin_where_the_global_ones_stand_and_do_not_meet():
     random.random(), torch.rand(3)
     first, second = Generators(), Generators()
     expected = random.random(), torch.rand(3).tolist()
-    assert first.cpu is first.device
+    assert first.cpu_rng is first.device_rng
     for generators in (first, second):
-        assert (generators.python.random(), torch.rand(3, generator=generators.cpu).tolist()) == expected
+        drawn = generators.python_rng.random(), torch.rand(3, generator=generators.cpu_rng).tolist()
+        assert drawn == expected
 
 
 def test_state_is_plain_numbers_that_later_batches_do_not_change():
@@ -113,14 +114,14 @@ def test_ranks_share_one_order_and_see_equally_many_batches(num_ranks):
     images, repeats, batch_size = 5, 3, 2
     streams, agreed = [], []
 
-    def agree(seed):
+    def broadcast(seed):
         agreed.append(seed)
         return agreed[0]
 
     generators = Generators()  # whose numbers differ from rank to rank, as they are drawn in turn
     for rank in range(num_ranks):
         streams.append(SampleStream([OBJECT_TEMPLATES] * images, repeats, batch_size, generators, rank=rank,
-                                    num_ranks=num_ranks, agree=agree))
+                                    num_ranks=num_ranks, broadcast=broadcast))
     per_rank = [[next(stream) for _ in range(stream.batches_per_epoch)] for stream in streams]
     assert len(set(agreed)) == num_ranks, "the ranks' own seeds differ, so only agreeing makes one order"
     assert all([batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]

@@ -33,7 +33,7 @@ def installed():
 def test_the_method_is_four_marked_lines():
     marked = [line for line in (ROOT / SCRIPT).read_text().splitlines() if line.endswith(MARK)]
     assert len(marked) == 4
-    calls = ("zone.prepare_mask(", "zone.purify(", "zone.timestep_range(", "zone.mean(")
+    calls = ("zone.prepare_mask(", "zone.purify(", "zone.timestep_distribution(", "zone.mean(")
     assert all(call in line for call, line in zip(calls, marked, strict=True))
 
 
