@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ea, da: 'pattern', 'grey', 'zero' (ea: the latent of zeros) or an image file. (pattern)")
     add("--chain_steps", type=number(int, 1), help="da: denoising steps of the attacked image-to-image. (4)")
     add("--strength", type=number(float, 0, 1, above=True),
-        help="da: noise level at which image-to-image starts, up to 1. (0.8)")
+        help="da: strength of image-to-image, as in Diffusers, up to 1. (0.8)")
     add("--guidance_scale", type=number(float, 0, above=True),
         help="da: classifier-free guidance of image-to-image. (7.5)")
     add("--mask_dir", type=user_path,

@@ -55,7 +55,9 @@ def user_path(text: str) -> str:
     """An argparse type: a path, whose leading `~` is expanded, or an id on the Hub."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"'{printable(text)}' is not a path")
-    return os.path.expanduser(text).rstrip("/") or "/"  # a shell completes a folder with a slash
+    path = os.path.expanduser(text)
+    shorter = path.rstrip("/")  # a shell completes a folder with a slash
+    return path if not shorter or shorter.endswith(":") else shorter  # the root, also of a drive
 
 
 class _ScriptParser(argparse.ArgumentParser):

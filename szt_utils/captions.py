@@ -6,7 +6,7 @@ the concept.
 
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, check_choice
 from .files import read_text
 
 __all__ = ["EVALUATION_PROMPTS", "OBJECT_TEMPLATES", "STYLE_TEMPLATES", "read_prompt_templates",
@@ -45,9 +45,7 @@ STYLE_TEMPLATES = tuple(f"{text} in the style of {{}}" for text in (
 def templates_for(learnable_property: str) -> tuple[str, ...]:
     """The 27 caption templates of an "object" or the 19 of a "style"; InputError for another property."""
     templates = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
-    if learnable_property not in templates:
-        raise InputError(f"Unknown learnable property '{learnable_property}'; "
-                         f"choose from: {', '.join(templates)}.")
+    check_choice("learnable property", learnable_property, templates)
     return templates[learnable_property]
 
 

@@ -19,11 +19,15 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def keep_scale(file: Image.Image) -> None:
-    """Note in `info` the white of an opened file of mode "I", in which Pillow holds 16 and 32 bits alike."""
-    if file.mode == "I":
+    """Note in `info` the white of an opened deep file: Pillow holds 12 and 16 bits alike, and 16 and 32.
+
+    Of a TIFF it also notes whether 0 is white, which Pillow heeds in 8 bits only.
+    """
+    if file.mode == "I" or file.mode.startswith("I;"):
         tags = getattr(file, "tag_v2", {})  # of TIFF; a PNG has 16 bits
         signed = tags.get(339, (1,))[0] == 2
         file.info["white"] = 2 ** (tags.get(258, (16,))[0] - signed) - 1
+        file.info["white_is_zero"] = tags.get(262) == 0
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
@@ -44,7 +48,10 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     if white is None or (white > 65535 and 0 < high < white / 510):
         raise ValueError(f"its values run from {low:.6g} to {high:.6g}, so that its white is not known; save "
                          "it with 8 or 16 bits per channel")
-    result = Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+    values = values.clip(0, white)
+    if image.info.get("white_is_zero"):
+        values = white - values
+    result = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     result.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     return result
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .segment import EmbeddedImage, SamCheckpoint, SamModel
+from .segment import EmbeddedImage, Segmenter
 
 __all__ = ["Candidates", "Choice", "SMALLEST_AREA", "LARGEST_AREA", "candidate_masks", "centrality",
            "choose_masks", "pairwise_iou"]
@@ -76,7 +76,7 @@ def _distinct(masks: torch.Tensor, merit: torch.Tensor, limit: float = 0.85) -> 
     return torch.tensor(kept)
 
 
-def _decode_grid(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage, grid: int,
+def _decode_grid(segmenter: Segmenter, embedded: EmbeddedImage, grid: int,
                  batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask logits (M, h, w) and scores (M,), three for each of `grid` x `grid` clicks."""
     width, height = embedded.image.size
@@ -92,7 +92,7 @@ def _decode_grid(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage, g
 
 
 @torch.no_grad()
-def candidate_masks(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage, grid: int = 12,
+def candidate_masks(segmenter: Segmenter, embedded: EmbeddedImage, grid: int = 12,
                     batch_size: int = 48, most: int = 40) -> Candidates:
     """The masks of `grid` x `grid` clicks in one image, without repetitions, `most` at most.
 

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-__all__ = ["InputError", "exit_on_input_error", "file_error", "first_line", "printable"]
+__all__ = ["InputError", "check_choice", "exit_on_input_error", "file_error", "first_line", "printable",
+           "some_of"]
 
 
 class InputError(ValueError):
@@ -17,6 +19,19 @@ class InputError(ValueError):
 def printable(text: object) -> str:
     """The text with escapes for what is not printable, so that a file's name cannot steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def some_of(names: Sequence[str | Path], most: int = 3) -> str:
+    """The names, of paths the last parts, as one printable text: the first `most`, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    shown = [printable(name.name if isinstance(name, Path) else name) for name in names[:most]]
+    return f"{', '.join(shown)}{more}"
+
+
+def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+    """Raise InputError, which lists the `choices`, for a value that is none of them."""
+    if value not in (choices := tuple(choices)):
+        raise InputError(f"Unknown {what} '{value}'; choose from: {', '.join(choices)}.")
 
 
 def first_line(error: BaseException) -> str:

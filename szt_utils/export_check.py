@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from .caption_files import METADATA, read_metadata
-from .errors import InputError, first_line
+from .errors import InputError, first_line, some_of
 from .export import plan_for
 from .files import read_text
 from .images import MASK_ENDING, list_images, read_image, read_upright
@@ -84,7 +84,7 @@ def _check_images(plan: Plan, trainer: Trainer, source: Source, is_configured: b
                         "sub-folders; move them out of the images' folder.")
     suffixes = trainer.image_suffixes
     if unread := [path for path in paths if suffixes and path.suffix.lower() not in suffixes]:
-        findings.append(f"{trainer.title} does not read {_some(unread)}; convert to PNG.")
+        findings.append(f"{trainer.title} does not read {some_of(unread)}; convert to PNG.")
     paths = [path for path in paths if path not in inside and path not in unread]
     resized, plain = [], []
     for path in paths:
@@ -101,10 +101,10 @@ def _check_images(plan: Plan, trainer: Trainer, source: Source, is_configured: b
         findings.append(f"The config trains at a resolution of {given}, not of {plan.resolution}; set it, or "
                         "export again with --resolution.")
     elif resized:
-        findings.append(f"{trainer.title} will resize {_some(resized)}, which undoes JPEG's blocks; export "
+        findings.append(f"{trainer.title} will resize {some_of(resized)}, which undoes JPEG's blocks; export "
                         f"the images at a resolution of {plan.resolution}.")
     if plain:
-        findings.append(f"JPEG quality {plan.zone.jpeg_quality} was not applied to {_some(plain)} at this "
+        findings.append(f"JPEG quality {plan.zone.jpeg_quality} was not applied to {some_of(plain)} at this "
                         "size; export from the original images.")
     return findings + _check_captions(trainer, folder, paths) + _check_masks(plan, trainer, source, sizes,
                                                                              is_configured)
@@ -120,12 +120,6 @@ def _change(image: Image.Image, other: Image.Image) -> float:
     return float(np.sqrt(np.square(difference).mean()))
 
 
-def _some(paths: Sequence[Path]) -> str:
-    """The names of files, the first three of many."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(path.name for path in paths[:3])}{more}"
-
-
 def _check_captions(trainer: Trainer, folder: Path, paths: Sequence[Path]) -> list[str]:
     if trainer.caption_files:
         without = [path for path in paths if not path.with_suffix(".txt").is_file()
@@ -135,7 +129,7 @@ def _check_captions(trainer: Trainer, folder: Path, paths: Sequence[Path]) -> li
                   for name, text in read_metadata(each).items()}
         without = [path for path in paths if not listed.get(path, "").strip()]
     where = "<stem>.txt beside the image" if trainer.caption_files else METADATA
-    return [f"No caption was found for {_some(without)}; expected it in {where}."] if without else []
+    return [f"No caption was found for {some_of(without)}; expected it in {where}."] if without else []
 
 
 def _check_masks(plan: Plan, trainer: Trainer, source: Source, sizes: dict[Path, tuple[int, int]],
@@ -169,7 +163,7 @@ def _check_masks(plan: Plan, trainer: Trainer, source: Source, sizes: dict[Path,
             black.append(mask)
         elif _is_odd(opened):
             odd.append(mask)
-    return [sentence.format(_some(files)) for files, sentence in (
+    return [sentence.format(some_of(files)) for files, sentence in (
         (list(without), f"No mask was found for {{}}; expected {expected} in '{source.masks}'."),
         ([path for path in others if path.stem in stems],
          f"{trainer.title} does not read {{}} as a mask; expected {expected}."),

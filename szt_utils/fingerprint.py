@@ -130,9 +130,10 @@ def identity(path: str) -> str:
     if not home.exists():
         return path
     digest = hashlib.sha256()
-    for file in sorted(home.rglob("*")) if home.is_dir() else [home]:
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(f"{file.relative_to(home)} {file.stat().st_size} ".encode())
+    for file in sorted(home.rglob("*"), key=lambda file: file.parts) if home.is_dir() else [home]:
+        name = file.relative_to(home)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):  # such as .cache
+            digest.update(f"{name.as_posix()} {file.stat().st_size} ".encode())
             with open(file, "rb") as stream:
                 for start in range(0, file.stat().st_size, 2**26):
                     stream.seek(start)

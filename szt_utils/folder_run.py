@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
-from .errors import InputError, printable
+from .errors import InputError, printable, some_of
 from .files import append_stats, read_json, read_stats, write_bytes, write_json
 from .images import png_bytes
 from .locks import lock_folder, sweep_leftovers
@@ -99,13 +100,14 @@ class FolderRun:
         where = f" in '{printable(self.image_dir)}'" if self.image_dir else ""
         print(f"{len(jobs)} images{where}, {len(work)} of them to do.")
         if kept:
-            print(f"Results made or changed by hand are kept ({len(kept)}): {_some(kept)}; "
+            print(f"Results made or changed by hand are kept ({len(kept)}): {some_of(kept, 10)}; "
                   "delete them to make them again.")
         wanted = {name for job in jobs for name in names(job)}
         others = [name for name, record in self.latest.items() if "source" in record and name not in wanted
                   and os.path.isfile(self.folder / name)]
         if others:
-            print(f"Results of images that are no longer there are kept ({len(others)}): {_some(others)}.")
+            print(f"Results of images that are no longer there are kept ({len(others)}): "
+                  f"{some_of(others, 10)}.")
         return work
 
     def batches(self, jobs: Sequence[Job], name: Callable[[Job], str],
@@ -154,37 +156,39 @@ class FolderRun:
         self.save([record], {record["file"]: png_bytes(image)})
 
     def work(self, batches: Iterable[list[Job]],
-             make: Callable[[list[Job]], list[tuple[Record, Image.Image]]]) -> None:
+             make: Callable[[list[Job]], list[tuple[Record, Image.Image]]], path: Callable[[Job], Path],
+             title: str | None = None) -> None:
         """Call `make(batch)` for every batch; save its images and records, with the seconds per image.
 
-        An image for which `make` raises an InputError is left out, and an InputError at the end names it.
-        When the first images of a new folder all fail for one reason, the rest is not tried.
+        An image for which `make` raises an InputError is left out, and an InputError at the end names its
+        `path` and the reason. When the first images of a new folder all fail for one reason, the rest is not
+        tried. With a `title`, a progress bar counts the images.
         """
-        work, failures, made = collections.deque(batches), [], 0
-        while work:
-            batch, start = work.popleft(), time.perf_counter()
-            try:
-                results = make(batch)
-            except InputError as error:
-                if len(batch) > 1:  # which of them it is shows when they are made alone
-                    work.extendleft([job] for job in reversed(batch))
-                    continue
-                failures.append(str(error))
-                if len(failures) == MOST_FAILURES and len(set(failures)) == 1 and not (made or self.latest):
-                    if left := sum(map(len, work)):
-                        failures.append(f"The other images were not tried ({left}).")
-                    break
-                continue
-            made += len(batch)
-            seconds = round((time.perf_counter() - start) / len(batch), 3)
-            for record, image in results:
-                self.save_image({**record, "seconds": seconds}, image)
+        work, made, untried = collections.deque(batches), 0, 0
+        failures: dict[str, list[str]] = collections.defaultdict(list)  # the images of every reason
+        with tqdm(total=sum(map(len, work)), unit="image", desc=title, disable=title is None) as progress:
+            while work and not untried:
+                batch, start = work.popleft(), time.perf_counter()
+                try:
+                    results = make(batch)
+                except InputError as error:
+                    if len(batch) > 1:  # which of them it is shows when they are made alone
+                        work.extendleft([job] for job in reversed(batch))
+                        continue
+                    failed = failures[str(error)]
+                    failed.append(f"'{path(batch[0])}'")
+                    if len(failed) == MOST_FAILURES and len(failures) == 1 and not (made or self.latest):
+                        untried = sum(map(len, work))
+                else:
+                    made += len(batch)
+                    seconds = round((time.perf_counter() - start) / len(batch), 3)
+                    for record, image in results:
+                        self.save_image({**record, "seconds": seconds}, image)
+                progress.update(len(batch))
         if failures:
-            raise InputError(" ".join(dict.fromkeys(failures)))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(printable, names[:10])) + ", ..." * (len(names) > 10)
+            reasons = [f"{some_of(failed)}: {reason}" for reason, failed in failures.items()]
+            reasons += [f"The other images were not tried ({untried})."] * (untried > 0)
+            raise InputError(" ".join(reasons))
 
 
 def _outputs(record: Record) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .errors import some_of
+
 __all__ = ["SUFFIXES", "describe_skipped", "formats", "sort_files"]
 
 # The formats of these suffixes alone are decoded, whatever a file's name: Pillow hands an EPS to Ghostscript,
@@ -64,8 +66,7 @@ def describe_skipped(skipped: Sequence[Path]) -> str:
     """A sentence about the files that look like images and are not read; nothing without any."""
     if not skipped:
         return ""
-    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     heif = any(path.suffix.lower() in _HEIF_SUFFIXES for path in skipped)
     hint = ", or install pillow-heif for HEIC" if heif and not _reads_heif() else ""
-    return (f"Not read: {', '.join(path.name for path in skipped[:3])}{more}; convert what is an image to "
-            f"PNG or JPEG{hint}.")
+    return (f"Not read: {some_of(skipped)}; convert what is an image to PNG or JPEG"
+            f"{hint}.")

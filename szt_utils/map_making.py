@@ -4,6 +4,7 @@ An image's folder gets `maps.safetensors`, float32 (tokens, timesteps, h, w) by 
 axes in its metadata, and `grid.png`; the run's folder gets `options.json` and `stats.jsonl`.
 """
 
+import collections
 import hashlib
 import json
 import tempfile
@@ -111,8 +112,9 @@ def _folders(images: Sequence[str]) -> dict[str, str]:
     InputError when two have one name and for an unreadable image.
     """
     folders = {image: f"{Path(image).stem}/" if len(images) > 1 else "" for image in images}
+    known = collections.Counter(folder.casefold() for folder in folders.values())  # as some file systems do
     for image, folder in folders.items():
-        if list(folders.values()).count(folder) > 1:
+        if known[folder.casefold()] > 1:
             raise InputError(f"Several images are called '{Path(image).stem}'; rename them.")
         read_image(image)  # an unreadable file must not stop the run half-way
     return folders

@@ -37,7 +37,7 @@ from .local_server import Conflict
 from .mask_preview import mask_area, shrink, trained_masks
 from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json
-from .segment import EmbeddedImage, SamCheckpoint, SamModel, segment
+from .segment import EmbeddedImage, Segmenter, segment
 
 __all__ = ["LARGEST_SIDE", "MaskPage", "PageImage", "SavedMask"]
 
@@ -75,7 +75,7 @@ class MaskPage:
     there are no clicks. The page shows the notice.
     """
 
-    def __init__(self, segmenter: SamCheckpoint | SamModel | None, images: Sequence[PageImage],
+    def __init__(self, segmenter: Segmenter | None, images: Sequence[PageImage],
                  read: Callable[[int], SavedMask],
                  save: Callable[[int, torch.Tensor, SamPrompt, float | None], str | None], zone: SafeZone,
                  resolution: int, center_crop: bool = False, notice: str = ""):

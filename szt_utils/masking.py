@@ -31,7 +31,7 @@ from .mask_preview import mask_area, mask_sheet
 from .masks import read_mask
 from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json, prompt_to_json, read_points_file, relative_prompt
-from .segment import EmbeddedImage, SamCheckpoint, SamModel, load_segmenter, resize_to_image, segment
+from .segment import EmbeddedImage, Segmenter, load_segmenter, resize_to_image, segment
 
 __all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
 
@@ -162,7 +162,7 @@ def masked(job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
     if score is not None:
         more["score"] = round(score, 4)
     record = {"file": job.name, "source": job.path.name, "sha256": job.sha256, "way": way,
-              "prompt": prompt, "area": round(mask.float().mean().item(), 4), **more}
+              "prompt": prompt, "area": float(f"{mask.float().mean().item():.4g}"), **more}
     return record, Image.fromarray(mask.numpy()).convert("L")
 
 
@@ -228,41 +228,34 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
     if is_foreign(settings, segmenter, jobs):
         print(f"warning: {_UNFAMILIAR}{_OTHER_MODELS}, or --grabcut.")
     masks.begin()
-    with tqdm(total=len(work), unit="image") as progress:
-        def mask(batch: list[ImageJob]) -> list[tuple[Record, Image.Image]]:
-            [job] = batch
-            found, score = _mask_of(segmenter, job, prompts[job.name])
-            progress.update()
-            return [masked(job, found, settings.way, recorded(job), score)]
 
-        masks.work([[job] for job in work], mask)
+    def mask(batch: list[ImageJob]) -> list[tuple[Record, Image.Image]]:
+        [job] = batch
+        found, score = _mask_of(segmenter, job, prompts[job.name])
+        return [masked(job, found, settings.way, recorded(job), score)]
+
+    masks.work([[job] for job in work], mask, lambda job: job.path, settings.way)
 
 
-@contextlib.contextmanager
-def _reading(job: ImageJob) -> Iterator[Image.Image]:
-    """The image of a job, whose file an InputError of what is done with it names."""
+def _embed(segmenter: Segmenter, job: ImageJob) -> EmbeddedImage:
+    """The embedded image of a job, whose file an InputError of the model names."""
     image = job.read()
     try:
-        yield image
+        return segmenter.embed(image)
     except InputError as error:
         raise InputError(f"'{job.path}': {error}") from None
 
 
-def _embed(segmenter: SamCheckpoint | SamModel, job: ImageJob) -> EmbeddedImage:
-    with _reading(job) as image:
-        return segmenter.embed(image)
-
-
-def _mask_of(segmenter: SamCheckpoint | SamModel | None, job: ImageJob,
+def _mask_of(segmenter: Segmenter | None, job: ImageJob,
              prompt: SamPrompt) -> tuple[torch.Tensor, float | None]:
     """The mask of a prompt and the model's score of it; by GrabCut without a model."""
-    with _reading(job) as image:
-        if segmenter is None:
-            return grabcut(image, seeds_of(prompt, job.size)), None
-        return segment(segmenter, segmenter.embed(image), prompt)
+    image = job.read()
+    if segmenter is None:
+        return grabcut(image, seeds_of(prompt, job.size)), None
+    return segment(segmenter, segmenter.embed(image), prompt)
 
 
-def is_foreign(settings: MaskingSettings, segmenter: SamCheckpoint | SamModel | None,
+def is_foreign(settings: MaskingSettings, segmenter: Segmenter | None,
                jobs: Sequence[ImageJob]) -> bool:
     """Whether the images are unlike all that the bundled model, if it is used, was trained on."""
     def features() -> Iterator[torch.Tensor]:
@@ -318,7 +311,7 @@ def mask_by_hand(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) 
                   lambda url: print(f"Open {url} in a browser on this computer; Ctrl-C ends.", flush=True))
 
 
-def _load_segmenter(settings: MaskingSettings) -> SamCheckpoint | SamModel | None:
+def _load_segmenter(settings: MaskingSettings) -> Segmenter | None:
     """The model; None for GrabCut, which needs none."""
     if settings.grabcut:
         return check_available()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, check_choice
 from .files import nfc
 from .images import MASK_ENDING, crop_and_resize, from_pil, list_images, read_upright, reading
 from .mask_pixels import white_pixels
@@ -161,9 +161,7 @@ def masked_mean(error: torch.Tensor, mask: torch.Tensor | None = None,
     The mask is the same along the dimensions between C and h, such as frames. With normalization "area" the
     sum is divided by the number of elements inside the mask, instead of by that of all.
     """
-    if normalization not in NORMALIZATIONS:
-        raise InputError(f"Unknown mask normalization '{normalization}'; "
-                         f"choose from: {', '.join(NORMALIZATIONS)}.")
+    check_choice("mask normalization", normalization, NORMALIZATIONS)
     if mask is None:
         return error.mean()
     mask = mask.view(*mask.shape[:2], *[1] * (error.dim() - 4), *mask.shape[2:])

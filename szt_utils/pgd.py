@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, check_choice
 
 __all__ = ["NORMS", "SCHEDULES", "Gradient", "add_within_budget", "pgd", "project", "project_box",
            "project_l2", "project_linf", "random_start", "rms", "round_to_levels", "warn_if_unmoved"]
@@ -138,9 +138,8 @@ def pgd(images: torch.Tensor, gradient: Gradient, *, eps: int, step_size: float,
 
 def _check(images: torch.Tensor, eps: int, step_size: float, steps: int, norm: str, schedule: str,
            generators: list | None) -> None:
-    for name, value, choices in (("norm", norm, NORMS), ("step schedule", schedule, SCHEDULES)):
-        if value not in choices:
-            raise InputError(f"Unknown {name} '{value}'; choose from: {', '.join(choices)}.")
+    check_choice("norm", norm, NORMS)
+    check_choice("step schedule", schedule, SCHEDULES)
     if images.dtype != torch.float32:
         raise InputError(f"The images must be float32, but are {images.dtype}.")
     if int(eps) != eps or not 0 <= eps <= 255:

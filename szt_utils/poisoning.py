@@ -37,7 +37,7 @@ from .poisons import (
 )
 from .safe_zone import SafeZone, paper_dilation
 from .schedules import Schedule
-from .square_images import resolution_for
+from .square_images import check_size, resolution_for
 
 __all__ = ["PoisonSettings", "poison_folder"]
 
@@ -136,7 +136,7 @@ def load_victim(settings: PoisonSettings) -> Victim:
         check_chain(model, settings.chain_steps, settings.strength)
         notice_strength(settings)
     zone = settings.zone(model).fit(model.num_timesteps)
-    resolution_for(model, settings.resolution)  # raises for one that the VAE does not divide
+    resolution_for(model, settings.resolution)  # raises for one that the model does not take
     check_length(model, settings.prompt)
     condition, empty = (model.condition(tokenize(model, prompt)) for prompt in (settings.prompt, ""))
     several = settings.jpeg_quality is not None and len(settings.jpeg_quality) > 1
@@ -148,10 +148,10 @@ def load_victim(settings: PoisonSettings) -> Victim:
 
 def notice_strength(settings: PoisonSettings) -> None:
     """Say so when the chain's whole steps make another strength than the one asked for."""
-    strength = settings.chain_steps / round(settings.chain_steps / settings.strength)
-    if abs(strength - settings.strength) > 0.005:
-        notice(f"da starts at strength {strength:.3g}, not {settings.strength}: {settings.chain_steps} "
-               "--chain_steps allow no closer one.")
+    steps = round(settings.chain_steps / settings.strength)
+    if abs(settings.chain_steps / steps - settings.strength) > 0.005:
+        notice(f"da runs the last {settings.chain_steps} of {steps} steps, a strength of "
+               f"{settings.chain_steps / steps:.3g} instead of {settings.strength}.")
 
 
 def aim(victim: Victim, batch: list[AttackInput], settings: PoisonSettings) -> Victim:
@@ -209,6 +209,7 @@ def poison_batch(settings: PoisonSettings, victim: Victim, jobs: list[ImageJob],
     """
     poison, batch = find_poison(settings.method), [settings.read(job) for job in jobs]
     images = [tensors.attacked for tensors in batch]
+    check_size(victim.model, *images[0].shape[-2:])
     victim = aim(victim, batch, settings)
 
     def objective(shown: list[torch.Tensor]) -> torch.Tensor:
@@ -314,4 +315,4 @@ def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
                 return poison_batch(settings, victim, batch, on_step,
                                     lambda message: progress.write(f"warning: {printable(message)}"))
 
-            run.work(batches, poison)
+            run.work(batches, poison, lambda job: job.path)

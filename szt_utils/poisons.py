@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .errors import InputError
+from .errors import InputError, check_choice
 from .jpeg import jpeg_straight_through
 from .masks import to_latent_grid
 from .models import Condition, Model, expand, residual
@@ -42,8 +42,8 @@ class Victim:
     (B, 1, H, W), dilated already, counts errors only where it is 1. `target` (1, 3, H, W) in [0, 1] is for EA
     and DA; None is, for EA, the latent of zeros. Every gradient averages `draws` draws of noise and timestep.
     `one_graph` holds the graphs of the encoder and the network together, which saves an encoding
-    (`image_gradient`). DA takes the last `chain_steps` steps of a schedule that begins at noise level
-    `strength`, with `guidance_scale` against the condition `empty`, of batch 1.
+    (`image_gradient`). DA takes the last `chain_steps` of chain_steps / strength denoising
+    steps, with `guidance_scale` against the condition `empty`, of batch 1.
     """
 
     model: Model
@@ -94,6 +94,8 @@ class Victim:
         return encode
 
 
+_CLEAN = 5.0  # log-SNR above which the noise is less than a twelfth of the signal
+
 # Latents (B, C, h, w) and a CPU generator per image -> values (B,), and the gradient like the latents.
 Objective = Callable[[Victim, torch.Tensor, list[torch.Generator]], torch.Tensor]
 LatentGradient = Callable[[Victim, torch.Tensor, list[torch.Generator]], tuple[torch.Tensor, torch.Tensor]]
@@ -113,10 +115,6 @@ class Poison:
     random_start: bool = True
     network_graph: bool = False
     uses: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.gradient is None:
-            object.__setattr__(self, "gradient", differentiate(self.objective))
 
 
 def sample_noise_and_timesteps(latents: torch.Tensor, generators: list[torch.Generator], zone: SafeZone,
@@ -203,7 +201,11 @@ def check_chain(model: Model | type[Model], chain_steps: int, strength: float) -
                          f"model's {model.num_timesteps} timesteps; raise --strength or lower --chain_steps.")
     else:
         timesteps, _ = model.sampler(steps, torch.zeros(1, 1, 8, 8))
-        at_noise = model.log_snr(timesteps[[steps - chain_steps]]) == -torch.inf
+        log_snr = model.log_snr(timesteps[[steps - chain_steps]])
+        if log_snr > _CLEAN:
+            raise InputError(f"{chain} begins almost without noise, where it changes nothing; raise "
+                             "--chain_steps.")
+        at_noise = log_snr == -torch.inf
     if at_noise:
         raise InputError(f"{chain} begins at pure noise, where {model.family} sees nothing of the image; "
                          "lower --strength or raise --chain_steps.")
@@ -243,8 +245,7 @@ POISONS = {
 
 def find_poison(name: str) -> Poison:
     """The poison of a name; InputError lists the names there are."""
-    if name not in POISONS:
-        raise InputError(f"Unknown poison '{name}'; choose from: {', '.join(POISONS)}.")
+    check_choice("poison", name, POISONS)
     return POISONS[name]
 
 
@@ -268,6 +269,7 @@ def image_gradient(poison: Poison, victim: Victim, generators: list[torch.Genera
     `victim.one_graph`, or without a graph of the network, the encoder runs once.
     """
     one_graph = victim.one_graph or not poison.network_graph
+    latent_gradient = poison.gradient or differentiate(poison.objective)
 
     def gradient(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encode, leaf = victim.encoder(generators), images.detach().requires_grad_()
@@ -275,7 +277,7 @@ def image_gradient(poison: Poison, victim: Victim, generators: list[torch.Genera
             latents = encode(leaf)
         slope = values = 0
         for _ in range(victim.draws):
-            drawn = poison.gradient(victim, latents.detach(), generators)
+            drawn = latent_gradient(victim, latents.detach(), generators)
             slope, values = slope + drawn[0], values + drawn[1]
         with torch.enable_grad():
             latents = latents if one_graph else encode(leaf)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from .devices import best_device, dtype_of
 from .errors import InputError
@@ -110,10 +109,10 @@ def purify_batch(settings: PurifySettings, purifier: Purifier,
     images = [read_tensor(path, settings.resolution) for _, path in jobs]
     try:
         results = purifier(torch.cat(images), [image_generator(image[0], settings.seed) for image in images])
-    except (InputError, ValueError) as error:  # diffusers raises the latter for steps it cannot take
-        raise InputError(f"'{jobs[0][1]}': {error}") from None
+    except ValueError as error:  # of diffusers, for steps that it cannot take
+        raise InputError(str(error)) from None
     if not torch.isfinite(results).all():
-        raise InputError(f"The model turned '{jobs[0][1]}' into NaN; try --mixed_precision no.")
+        raise InputError("The model turned the image into NaN; try --mixed_precision no.")
     purified = []
     for (name, path), image, result, saved in zip(jobs, images, results, to_pil(results), strict=True):
         change = (result - image[0]).square().mean().sqrt().item() * 255
@@ -139,10 +138,5 @@ def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
             return
         purifier, chosen = load_purifier(settings)
         run.begin(settings=chosen)
-        with tqdm(total=sum(map(len, batches)), unit="image", desc=settings.method) as progress:
-            def purify(jobs: list[Job]) -> list[tuple[Record, Image.Image]]:
-                purified = purify_batch(settings, purifier, jobs)
-                progress.update(len(jobs))
-                return purified
-
-            run.work(batches, purify)
+        run.work(batches, lambda jobs: purify_batch(settings, purifier, jobs), lambda job: job[1],
+                 settings.method)

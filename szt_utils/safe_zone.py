@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, check_choice
 from .images import crop_and_resize, read_image
 from .joint_transform import transform_together
 from .jpeg import check_quality, jpeg
@@ -86,8 +86,7 @@ class SafeZone:
         for name, value, known in (("timestep distribution", self.t_distribution, DISTRIBUTIONS),
                                    ("mask mode", self.mask_mode, MASK_MODES),
                                    ("mask normalization", self.mask_normalization, NORMALIZATIONS)):
-            if value not in known:
-                raise InputError(f"Unknown {name} '{value}'; choose from: {', '.join(known)}.")
+            check_choice(name, value, known)
         if self.t_min < 0 or (self.t_max is not None and self.t_max <= self.t_min):
             raise InputError(f"The timestep range needs 0 <= t_min < t_max, but t_min is {self.t_min} and "
                              f"t_max is {self.t_max}.")

@@ -123,6 +123,9 @@ class SamModel:
         self.name, self.device = name, torch.device(device)
         try:
             kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+            if kind == "sam_hq":  # whose decoder needs the layers of the encoder as well
+                raise InputError(f"The model '{name}' is SAM-HQ, which is not supported; give SAM, SAM 2 or "
+                                 "SAM 3.")
             # SAM 3 is two models in one file: one for text, one for points and boxes.
             self.takes_text = kind in ("sam3", "sam3_video", "sam3_lite_text")
             self._text_model = None
@@ -199,8 +202,11 @@ class SamModel:
         return instances["masks"].bool().any(0).cpu(), instances["scores"].max().item()
 
 
+Segmenter = SamCheckpoint | SamModel
+
+
 def load_segmenter(checkpoint: str | Path | None = None, model: str | None = None,
-                   device: torch.device | str = "cpu") -> SamCheckpoint | SamModel:
+                   device: torch.device | str = "cpu") -> Segmenter:
     """The model of a .pth file, or of a transformers folder or Hub id; by default the bundled one, which only
     works on pocket-world images."""
     if model is not None:
@@ -212,7 +218,7 @@ def load_segmenter(checkpoint: str | Path | None = None, model: str | None = Non
     return SamCheckpoint(checkpoint, device)
 
 
-def segment(segmenter: SamCheckpoint | SamModel, embedded: EmbeddedImage,
+def segment(segmenter: Segmenter, embedded: EmbeddedImage,
             prompt: SamPrompt) -> tuple[torch.Tensor, float]:
     """The mask of a prompt, bool (H, W), and the model's own score of it: for points and boxes the predicted
     IoU.

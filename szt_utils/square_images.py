@@ -9,7 +9,7 @@ from .errors import InputError
 from .images import crop_and_resize, from_pil, read_image
 from .models import Model
 
-__all__ = ["read_square", "resolution_for"]
+__all__ = ["check_size", "read_square", "resolution_for"]
 
 
 def read_square(path: str | Path, resolution: int) -> tuple[Image.Image, torch.Tensor]:
@@ -25,4 +25,14 @@ def resolution_for(model: Model, resolution: int | None = None) -> int:
     if resolution % multiple:
         raise InputError(f"The model needs a --resolution that is a multiple of {multiple}, "
                          f"but it is {resolution}.")
+    check_size(model, resolution, resolution)
     return resolution
+
+
+def check_size(model: Model, height: int, width: int) -> None:
+    """InputError for an image in pixels that has more patches a side than the model has positions for."""
+    positions = getattr(model.network.config, "pos_embed_max_size", None)  # of Stable Diffusion 3
+    side = model.vae_scale_factor * model.patch
+    if positions is not None and max(height, width) > positions * side:
+        raise InputError(f"The model takes at most {positions * side} pixels a side, but would get "
+                         f"{width} x {height}; give a smaller --resolution.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, check_choice
 
 __all__ = ["DISTRIBUTIONS", "check_range", "first_timestep", "noise_level", "redraw_outside",
            "sample_timesteps", "timestep_weights"]
@@ -33,17 +33,15 @@ def timestep_weights(distribution: str, t_min: int, t_max: int, num_train_timest
     """
     check_range(t_min, t_max, num_train_timesteps)
     t = torch.arange(t_min, t_max, dtype=torch.float64)
+    check_choice("timestep distribution", distribution, DISTRIBUTIONS)
     if distribution == "uniform":
         weights = torch.ones_like(t)
     elif distribution == "power":
         weights = (t / num_train_timesteps) ** power
-    elif distribution == "tanh":
+    else:
         if width <= 0:
             raise InputError(f"The width of the tanh timestep distribution must be above 0, but is {width}.")
         weights = 1 + torch.tanh((t - center) / width)
-    else:
-        raise InputError(f"Unknown timestep distribution '{distribution}'; "
-                         f"choose from: {', '.join(DISTRIBUTIONS)}.")
     if not (weights.sum() > 0 and weights.isfinite().all()):
         raise InputError(f"The {distribution} timestep distribution gives no timestep "
                          f"in [{t_min}, {t_max}) a chance.")

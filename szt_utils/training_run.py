@@ -18,6 +18,7 @@ from .errors import InputError, file_error
 from .fingerprint import hash_t5, hash_weights
 from .models import Model, find_family
 from .settings import ConceptSettings, TrainingSettings
+from .square_images import check_size
 
 __all__ = ["Run"]
 
@@ -225,6 +226,7 @@ class Run:
         if model.patch > 1 and settings.resolution % cell:
             raise InputError(f"--resolution must be a multiple of {cell} for this model, but is "
                              f"{settings.resolution}.")
+        check_size(model, settings.resolution, settings.resolution)
         return model
 
     def _autocasts(self) -> bool:

@@ -55,8 +55,8 @@ def test_seeds_are_those_of_every_library():
 
 def test_paths_begin_at_home_and_are_never_empty(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert [user_path(text) for text in ("~/a", "~", "a/~", "openai/clip", "/a b")] == [
-        "/home/me/a", "/home/me", "a/~", "openai/clip", "/a b"]
+    assert [user_path(text) for text in ("~/a", "~", "a/~", "openai/clip", "/a b", "b/", "//", "D:/")] == [
+        "/home/me/a", "/home/me", "a/~", "openai/clip", "/a b", "b", "//", "D:/"]
     for text in ("", " ", "a\0b"):
         with pytest.raises(ArgumentTypeError, match="is not a path"):
             user_path(text)

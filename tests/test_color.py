@@ -76,6 +76,24 @@ def test_big_endian_unsigned_and_signed_integers(tmp_path):
         assert np.abs(np.asarray(read_image(path))[..., 0].astype(int) - LEVELS).max() <= 1, values.dtype
 
 
+def test_the_white_of_12_bits_and_of_inverted_gray(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    twelve = np.rint(RAMP[:, :256] * 4095).astype(np.uint16)
+    bits = np.unpackbits(twelve.astype(">u2").view(np.uint8).reshape(*twelve.shape, 2), axis=-1)
+    packed = np.packbits(bits.reshape(len(twelve), -1, 16)[..., 4:].reshape(len(twelve), -1), axis=-1)
+    height, width = twelve.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: height,
+            279: packed.size}
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())) + bytes(4)
+    path.write_bytes(header + packed.tobytes())
+    shown = np.asarray(read_image(path))[..., 0].astype(int)
+    assert np.abs(shown - np.rint(RAMP[:, :256] * 255)).max() <= 1
+    tifffile.imwrite(path, (LEVELS * 257).astype(np.uint16), photometric="miniswhite")
+    assert np.abs(np.asarray(read_image(path))[..., 0].astype(int) - (255 - LEVELS)).max() <= 1
+
+
 @pytest.mark.parametrize("values", [RAMP - 0.5, RAMP * 5, RAMP * 1000, RAMP * np.nan,
                                     np.where(RAMP, RAMP, np.inf), LEVELS.astype(np.int32)])
 def test_a_white_that_is_not_known_is_refused(tmp_path, values):

@@ -1,5 +1,6 @@
 """The script: signals to verdict, a calibration for later, resume, one sentence per mistake."""
 
+import hashlib
 import json
 import shutil
 
@@ -36,6 +37,17 @@ def folders(tmp_path_factory):
             noise = rng.choice([-40, 40], size=pixels.shape)
             Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8)).save(path)
     return folder
+
+
+def test_a_models_identity_is_of_its_files_alone(tmp_path):
+    """Also on Windows, and beside what a download leaves."""
+    model = tmp_path / "model"
+    for name, content in (("unet/b", "two"), ("a", "one"), (".cache/times", "now"), ("unet/.b", "x")):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(content)
+    expected = hashlib.sha256(b"a 3 oneunet/b 3 two").hexdigest()[:8]
+    assert identity(str(model)) == f"model@{expected}"
+
 
 
 def test_it_calibrates_on_clean_images_and_finds_the_poisoned(folders, tmp_path):

@@ -428,6 +428,22 @@ def test_sensitivity_maps(folder, name, images, tmp_path):
         main(sensitivity_maps, *arguments[:-1], tmp_path / "attention", "--cross_attention")
     with pytest.raises(SystemExit, match="multiple of 16, but it is 72"):
         main(sensitivity_maps, *arguments[:-1], tmp_path / "odd", "--resolution", 72)
+    if name == "sd3":  # which has 16 positions a side
+        with pytest.raises(SystemExit, match="takes at most 256 pixels a side, but would get 272 x 272"):
+            main(sensitivity_maps, *arguments[:-1], tmp_path / "large", "--resolution", 272)
+
+
+def test_an_image_too_wide_for_stable_diffusion_3_stops_no_other(folders, tmp_path):
+    import poison_images
+
+    (tmp_path / "images").mkdir()
+    for name, width in (("a", 320), ("b", 64)):
+        Image.new("RGB", (width, 64), "teal").save(tmp_path / "images" / f"{name}.png")
+    with pytest.raises(SystemExit, match="a.png': The model takes at most 256 pixels a side, but would get"):
+        main(poison_images, "--pretrained_model_name_or_path", folders["sd3"], "--image_dir",
+             tmp_path / "images", "--output_dir", tmp_path / "out", "--method", "ea", "--steps", 1,
+             "--keep_size", "--resolution", 64)
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["b.png"]
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)

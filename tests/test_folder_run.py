@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def make(batch: list[str], today: str = "") -> list[tuple[dict, Image.Image]]:
 def do_all(tmp_path) -> None:
     with run_in(tmp_path) as run:
         run.begin()
-        run.work(batches_of(run), make)
+        run.work(batches_of(run), make, Path)
 
 
 def to_do(tmp_path, changed: str = "") -> str:
@@ -121,7 +122,7 @@ def test_a_run_does_everything_in_batches_of_one_shape(tmp_path, capsys):
         assert list(options) == ["script", "arguments", "t_min", "versions", "commit"]
         assert options["script"] == "make.py" and options["arguments"] == ARGUMENTS
         assert options["t_min"] == 500
-        run.work(batches, make)
+        run.work(batches, make, Path)
     records = read_stats(run.folder / "stats.jsonl")
     assert [record["file"] for record in records] == ["a.png", "c.png", "d.png", "b.png"]
     for record in records:
@@ -180,7 +181,7 @@ def test_a_kill_between_a_record_and_its_file_makes_the_result_again(tmp_path, m
     before = (tmp_path / "out" / "b.png").read_bytes()
     with monkeypatch.context() as patch, run_in(tmp_path) as run, pytest.raises(KeyboardInterrupt):
         patch.setattr(folder_run, "write_bytes", killed)
-        run.work([["b"]], lambda batch: make(batch, " today"))
+        run.work([["b"]], lambda batch: make(batch, " today"), Path)
     assert (tmp_path / "out" / "b.png").read_bytes() == before  # of the earlier record, and no hand's work
     assert to_do(tmp_path, changed="b") == "b" and to_do(tmp_path) == ""
 
@@ -220,13 +221,13 @@ def test_foreign_records_are_no_obstacle(tmp_path, line):
 def test_an_image_that_fails_stops_no_other(tmp_path, batch_size):
     def make_but_c(batch: list[str]) -> list[tuple[dict, Image.Image]]:
         if "c" in batch:
-            raise InputError("c is not wanted.")
+            raise InputError("Not wanted.")
         return make(batch)
 
     with run_in(tmp_path) as run:
         run.begin()
-        with pytest.raises(InputError, match="^c is not wanted.$"):
-            run.work(batches_of(run, batch_size), make_but_c)
+        with pytest.raises(InputError, match="^'c': Not wanted.$"):
+            run.work(batches_of(run, batch_size), make_but_c, Path)
     assert [record["file"] for record in read_stats(run.folder / "stats.jsonl")] == [
         "a.png", "d.png", "b.png"]
 
@@ -240,12 +241,12 @@ def test_images_that_fail_stop_neither_others_nor_later_runs(tmp_path):
             return make(batch)
         raise InputError(reason.format(*batch))
 
-    for expected, attempted in (("a is not wanted. c is not wanted. d is not wanted.", "acdb"),
-                                ("Not wanted.", "acd")):  # there is a result: it is the images
+    for expected, attempted in (("'a': a is not wanted. 'c': c is not wanted. 'd': d is not wanted.", "acdb"),
+                                ("'a', 'c', 'd': Not wanted.", "acd")):  # there is a result: it is the images
         with run_in(tmp_path) as run:
             run.begin()
             with pytest.raises(InputError, match=f"^{expected}$"):
-                run.work(batches_of(run), make_b)
+                run.work(batches_of(run), make_b, Path)
         assert "".join(tried) == attempted
         tried, reason = [], "Not wanted."
 
@@ -259,12 +260,13 @@ def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_pa
 
     with run_in(tmp_path) as run:
         run.begin()
-        with pytest.raises(InputError, match=r"^Give other steps. The other images were not tried \(1\).$"):
-            run.work(batches_of(run), fail)
+        with pytest.raises(InputError, match=r"^'a', 'c', 'd': Give other steps. "
+                           r"The other images were not tried \(1\).$"):
+            run.work(batches_of(run), fail, Path)
     assert tried == [["a"], ["c"], ["d"]]
     with FolderRun(tmp_path / "out", "make.py", ARGUMENTS | {"eps": 1}) as run:
         run.begin()
-        run.work(batches_of(run), make)
+        run.work(batches_of(run), make, Path)
     with pytest.raises(InputError, match="another --eps"):
         run_in(tmp_path).__enter__()
 
@@ -273,7 +275,7 @@ def test_results_of_images_that_are_gone_are_named(tmp_path, capsys):
     with run_in(tmp_path) as run:
         run.begin()
         run.work(batches_of(run), lambda batch: [({**record, "source": "of an image"}, image)
-                                                 for record, image in make(batch)])
+                                                 for record, image in make(batch)], Path)
     with run_in(tmp_path) as run:
         run.batches("ab", lambda job: f"{job}.png", lambda job: (f"hash of {job}", SHAPES[job]))
     assert "no longer there are kept (2): c.png, d.png." in capsys.readouterr().out

@@ -15,6 +15,7 @@ from szt_utils.mask_page import SavedMask
 from szt_utils.masking import (
     WAYS,
     ImageJob,
+    area_warning,
     MaskingSettings,
     Masks,
     mask_folder,
@@ -168,6 +169,11 @@ def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys)
         assert f"{one.path.name}: the mask is all black" in printed
         assert f"{two.path.name}: the mask covers 100.0% of the image" in printed
         assert f"{two.path.name}: the mask has a low confidence (0.20)" in printed
+    speck = torch.zeros(512, 512, dtype=torch.bool)
+    speck[0, 0] = True
+    record, _ = masked(one, speck, "ui", {}, 0.5)
+    assert record["area"] == pytest.approx(1 / 512**2, rel=1e-3)
+    assert "covers 0.0% of the image" in area_warning(record)
         assert masks.read(one).mask.getextrema() == (0, 0)
         assert masks.read(two).mask.getextrema() == (255, 255)
         assert masks.outdated([one, two], "auto", lambda job: [{"grid": 12}]) == [two]

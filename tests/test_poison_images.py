@@ -389,6 +389,11 @@ def test_a_chain_of_da_that_cannot_reach_the_image_is_refused(run, tmp_path, ano
     load_victim(settings_of(*flags, "--resolution", SIDE, "--strength", 1))  # this begins at t = 751
 
 
+def test_a_chain_that_begins_almost_without_noise_is_refused(run, tmp_path):
+    with pytest.raises(SystemExit, match="1 steps at strength 1 begins almost without noise"):
+        run(tmp_path / "out", "--method", "da", "--chain_steps", 1)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("method", ["adm+", "adm-", "sds+", "sds-", "ea", "da"])
 def test_every_method_keeps_its_budget_and_repeats_itself(run, tmp_path, image_dir, method, norm):
@@ -529,7 +534,8 @@ def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps(run, 
 
 
 def test_a_strength_that_the_chain_cannot_have_is_named(tiny_model, capsys):
-    for steps, strength, said in ((4, 0.8, ""), (4, 0.7, "da starts at strength 0.667, not 0.7")):
+    for steps, strength, said in ((4, 0.8, ""),
+                                  (4, 0.7, "da runs the last 4 of 6 steps, a strength of 0.667 instead of")):
         load_victim(settings_of("--pretrained_model_name_or_path", tiny_model, "--method", "da",
                                 "--resolution", SIDE, "--chain_steps", steps, "--strength", strength))
         err = capsys.readouterr().err

@@ -266,6 +266,14 @@ def test_code_of_a_model_folder_is_neither_run_nor_asked_about(transformers_sam,
         SamModel(str(tmp_path / "sam"))
 
 
+def test_sam_hq_is_refused(tmp_path):
+    from transformers import SamHQConfig
+
+    SamHQConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is SAM-HQ, which is not supported; give SAM, SAM 2 or SAM 3"):
+        SamModel(str(tmp_path))
+
+
 def test_a_folder_that_is_no_sam_is_refused(tiny_model):
     with pytest.raises(InputError, match="SAM family"):
         SamModel(str(tiny_model))

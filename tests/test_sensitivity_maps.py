@@ -194,6 +194,7 @@ def test_the_diagnosis_works_here_for_one_more_release(tmp_path, capsys):
     (["--embeddings", "none.safetensors"], "cannot be read"),
     (["--prompt", "star " * 40], "more than the 24 tokens"),
     (["--image", "a/x.png", "b/x.png"], "Several images are called 'x'"),
+    (["--image", "a/X.png", "b/x.png"], "Several images are called 'X'"),
     (["--pretrained_model_name_or_path", "no/such"], "no usable"),
 ])
 def test_one_sentence_per_mistake(options, tmp_path, arguments, message):
