@@ -78,14 +78,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = given_flags(parse_args(argv))
+    given = given_flags(parse_args(argv))
     with exit_on_input_error():
         from szt_utils.export import ExportSettings, export_folder
         from szt_utils.export_check import check_folder
 
-        if "check" not in settings:
-            export_folder(settings.pop("output_dir"), ExportSettings(**settings))
-        elif findings := check_folder(settings.pop("check"), **settings):
+        if "check" not in given:
+            output_dir = given.pop("output_dir")
+            export_folder(ExportSettings(**given), output_dir)
+        elif findings := check_folder(given.pop("check"), **given):
             sys.exit("\n".join(map(printable, findings)))
         else:
             print("Nothing is wrong.")

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
         from szt_utils.poisoning import PoisonSettings, poison_folder
 
-        poison_folder(args.output_dir, PoisonSettings(**given_settings(args)))
+        poison_folder(PoisonSettings(**given_settings(args)), args.output_dir)
 
 
 if __name__ == "__main__":

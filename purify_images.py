@@ -67,11 +67,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = given_flags(parse_args(argv))
+    given = given_flags(parse_args(argv))
+    output_dir = given.pop("output_dir")
     with exit_on_input_error():
         from szt_utils.purifying import PurifySettings, purify_folder
 
-        purify_folder(settings.pop("output_dir"), PurifySettings(**settings))
+        purify_folder(PurifySettings(**given), output_dir)
 
 
 if __name__ == "__main__":

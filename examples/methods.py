@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from szt_utils import pocket
-from szt_utils.arguments import number, script_parser, seed, user_path
+from szt_utils.arguments import directory, number, script_parser, seed
 from szt_utils.cells import Score, Train, make_table, score_token, training_entries
 from szt_utils.datasets import DatasetConcept, read_concepts
 from szt_utils.devices import best_device
@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--method", choices=["textual_inversion", *METHODS], required=True)
-    add("--output_dir", type=lambda text: Path(user_path(text)), default=Path("methods"))
+    add("--output_dir", type=directory, default=Path("methods"))
     add("--preset", choices=["drift"], help="what keeps low timesteps as they were, for LoRA")
     add("--data", nargs="+", choices=DATA, help="(all; with --preset, clean and adm+)")
     add("--defences", nargs="+", choices=[*DEFENCES, *(name for name in DRIFT if name not in DEFENCES)],

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from szt_utils import pocket
-from szt_utils.arguments import number, script_parser, seed, user_path
+from szt_utils.arguments import directory, number, script_parser, seed, user_path
 from szt_utils.captions import read_prompt_templates
 from szt_utils.cells import make_table
 from szt_utils.datasets import READERS, read_concepts
@@ -84,18 +84,13 @@ SETTINGS = {
 SETTINGS["customconcept101"] = replace(SETTINGS["dreambooth"], steps=2500)
 
 
-def folder(text: str) -> Path:
-    """An argparse type: `user_path` as a Path."""
-    return Path(user_path(text))
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=folder, default=Path("table1"))
+    add("--output_dir", type=directory, default=Path("table1"))
     add("--dataset", choices=READERS, default="pocket")
-    add("--dataset_dir", type=folder, help="folder of a dreambooth or customconcept101 data set")
-    add("--mask_dir", type=folder,
+    add("--dataset_dir", type=directory, help="folder of a dreambooth or customconcept101 data set")
+    add("--mask_dir", type=directory,
         help="its masks, <concept>/<stem>.png, for lm, jpeg+lm, szt and adaptive poisons")
     for name, text in {
             "pretrained_model_name_or_path": "the model (pocket: the bundled one)",

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import InputError, printable
@@ -58,6 +59,11 @@ def user_path(text: str) -> str:
     path = os.path.expanduser(text)
     shorter = path.rstrip("/")  # a shell completes a folder with a slash
     return path if not shorter or shorter.endswith(":") else shorter  # the root, also of a drive
+
+
+def directory(text: str) -> Path:
+    """An argparse type: `user_path` as a Path."""
+    return Path(user_path(text))
 
 
 class _ScriptParser(argparse.ArgumentParser):
@@ -134,11 +140,10 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, met
             parser.error(f"argument --{name}: {method} does not use it, only {', '.join(methods)}")
 
 
-def refuse_without(parser: argparse.ArgumentParser, args: argparse.Namespace, needed: str, there: object,
+def refuse_without(parser: argparse.ArgumentParser, args: argparse.Namespace, needed: str, is_given: object,
                    *names: str) -> None:
-    """End with a usage error for each of the flags `names` that is given although what it needs, a flag in
-    words, is not `there`."""
-    for name in _without(args, there, names):
+    """End with a usage error for each of the given flags `names` if the flag `needed` is not given."""
+    for name in _without(args, is_given, names):
         parser.error(f"argument --{name}: needs {needed}")
 
 
@@ -151,9 +156,9 @@ def unmet_needs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield from ((name, needed) for name in _without(args, is_given, names))
 
 
-def _without(args: argparse.Namespace, there: object, names: Sequence[str]) -> list[str]:
-    """Those of the flags `names` that are given although what they need is not `there`."""
-    values = {} if there else {name: getattr(args, name) for name in names}
+def _without(args: argparse.Namespace, is_given: object, names: Sequence[str]) -> list[str]:
+    """Those of the flags `names` that are given although the flag that they need is not."""
+    values = {} if is_given else {name: getattr(args, name) for name in names}
     return [name for name, value in values.items() if value is not None and value is not False]  # 0 counts
 
 

@@ -79,9 +79,9 @@ def poison(table: Table, home: Path, data: str) -> Path:
     images = image_folder(home, data)
     if table.rows[data]:
         with quiet():
-            poison_folder(images, PoisonSettings(
+            poison_folder(PoisonSettings(
                 table.model, str(home / "clean"), resolution=table.settings.resolution, batch_size=BATCH_SIZE,
-                mixed_precision=table.mixed_precision, **with_masks(table.rows[data], home)))
+                mixed_precision=table.mixed_precision, **with_masks(table.rows[data], home)), images)
     return images
 
 
@@ -97,7 +97,7 @@ def purify(table: Table, home: Path, images: Path, defence: str) -> Path:
                  "mixed_precision": table.mixed_precision, "batch_size": BATCH_SIZE}
     output = home / f"{images.name}-{defence}"
     with quiet():
-        purify_folder(output, PurifySettings(str(images), **flags))
+        purify_folder(PurifySettings(str(images), **flags), output)
     return output
 
 
@@ -188,7 +188,7 @@ def train_apart(**flags: object) -> None:
 
 def score(table: Table, concept: DatasetConcept, cell: Cell) -> dict[str, float]:
     """Generate with a cell's embedding and compare with the clean images."""
-    pipeline = load_pipeline(table.model, device=best_device(), torch_dtype=dtype_of(table.mixed_precision))
+    pipeline = load_pipeline(table.model, device=best_device(), dtype=dtype_of(table.mixed_precision))
     return score_token(table, concept, cell, pipeline, load_into(pipeline, table.learned(cell)))
 
 

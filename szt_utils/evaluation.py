@@ -159,7 +159,7 @@ def evaluate_to_folder(settings: EvaluationSettings, output_dir: str | Path) -> 
         warnings.simplefilter("always", UserWarning)
         pipeline = load_pipeline(settings.pretrained_model_name_or_path or pocket.model_path(),
                                  device=best_device(), revision=settings.revision, variant=settings.variant,
-                                 torch_dtype=dtype_of(settings.mixed_precision))
+                                 dtype=dtype_of(settings.mixed_precision))
         token = load_into(pipeline, embedding)
         run.begin(settings=asdict(settings))
         generated, scores = evaluate_token(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .caption_files import insert_token, read_captions
 from .captions import templates_for
@@ -24,7 +24,7 @@ from .masks import dilate, find_masks, read_mask
 from .notices import notice
 from .safe_zone import SafeZone
 from .trainers import TRAINERS
-from .trainers.buckets import Size, fit, nearest_bucket
+from .trainers.buckets import Size, nearest_bucket
 from .trainers.family import FAMILIES
 from .trainers.trainer import Plan, Trainer
 
@@ -75,7 +75,7 @@ def plan_for(folder: str | Path, model: str, resolution: int | None = None, toke
     return Plan(Path(folder).resolve(), family, safe_zone, resolution, token)
 
 
-def export_folder(output_dir: str | Path, settings: ExportSettings) -> None:
+def export_folder(settings: ExportSettings, output_dir: str | Path) -> None:
     """Export the images of `settings.image_dir` to `output_dir`; the same command again does what is missing.
 
     InputError for files and settings that cannot be used, before any is written.
@@ -135,9 +135,9 @@ def _make(job: _Job, trainer: Trainer, plan: Plan) -> dict[str, bytes]:
     """The files of an image by name: itself, its mask, and its caption."""
     image = read_image(job.image)
     size = nearest_bucket(image.size, trainer.buckets(plan.resolution, plan.family.name))
-    files = {job.image_name: png_bytes(plan.zone.purify(fit(image, size, Image.Resampling.BICUBIC)))}
+    files = {job.image_name: png_bytes(plan.zone.purify(ImageOps.fit(image, size, Image.Resampling.BICUBIC)))}
     if job.mask:
-        mask = from_pil(fit(read_mask(job.mask, image.size), size, Image.Resampling.NEAREST))
+        mask = from_pil(ImageOps.fit(read_mask(job.mask, image.size), size, Image.Resampling.NEAREST))
         if not mask.any():
             raise InputError(f"The mask '{job.mask}' is all black after cropping to {size[0]} x {size[1]} "
                              "pixels.")

@@ -60,7 +60,7 @@ def read_json(path: str | Path, what: str = "file") -> Any:
 
 
 def read_calibration_json(path: str | Path, fits: Callable[[Any], bool], of: str, advice: str) -> Any:
-    """A calibration from its JSON file, if `fits` says so; else InputError: it is none `of` these, `advice`.
+    """Read a calibration `of` a model; InputError, with the `advice`, for content that `fits` rejects.
 
     `fits` may raise ValueError, LookupError or TypeError about content of another shape.
     """

@@ -105,7 +105,7 @@ def hash_weights(model: Model) -> str:
 
 
 def hash_t5(model: Model) -> str | None:
-    """The same of the weights of a model's T5; None without one."""
+    """SHA-256 of the first values of every tensor of a model's T5; None without one."""
     if model.t5 is None:
         return None
     digest = hashlib.sha256()

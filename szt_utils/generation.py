@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .embeddings import load_into, with_all_vectors
+from .embeddings import with_all_vectors
 from .errors import InputError
 from .images import read_image, save_png
 from .models.parts import allow_clip_skip, read_pipeline
@@ -20,21 +20,17 @@ from .schedules import kind_of
 __all__ = ["generate", "load_pipeline", "spell_out", "use_dpm_solver"]
 
 
-def load_pipeline(model: str | Path, embedding: str | Path | None = None,
-                  device: torch.device | str = "cpu", *, revision: str | None = None,
-                  variant: str | None = None, torch_dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(model: str | Path, device: torch.device | str = "cpu", *, revision: str | None = None,
+                  variant: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The text-to-image pipeline of a Diffusers folder or repository, with DPM-Solver++ and without filters.
 
-    The embedding's token is loaded when an embedding is given. InputError for a model that is none of images
-    from prompts, cannot be loaded or lacks weights.
+    InputError for a model that is none of images from prompts, cannot be loaded or lacks weights.
     """
     from diffusers import AutoPipelineForText2Image
 
-    pipeline = read_pipeline(AutoPipelineForText2Image, str(model), torch_dtype, revision, variant,
+    pipeline = read_pipeline(AutoPipelineForText2Image, str(model), dtype, revision, variant,
                              "text-to-image pipeline").to(device)
     use_dpm_solver(pipeline)
-    if embedding is not None:
-        load_into(pipeline, embedding)
     return pipeline
 
 

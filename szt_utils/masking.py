@@ -33,7 +33,7 @@ from .safe_zone import SafeZone
 from .sam_prompts import SamPrompt, prompt_from_json, prompt_to_json, read_points_file, relative_prompt
 from .segment import EmbeddedImage, Segmenter, load_segmenter, resize_to_image, segment
 
-__all__ = ["WAYS", "ImageJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
+__all__ = ["WAYS", "MaskJob", "Masks", "MaskingSettings", "mask_folder", "sam_prompts_for"]
 
 WAYS = ("auto", "point", "box", "points_file", "text", "ui")
 _LOW_CONFIDENCE = 0.3
@@ -91,7 +91,7 @@ class MaskingSettings:
 
 
 @dataclass(frozen=True)
-class ImageJob:
+class MaskJob:
     """An image's path, the name of its mask, its upright (width, height), and the SHA-256 of its size and
     pixels."""
 
@@ -117,11 +117,11 @@ class Masks(FolderRun):
         arguments = {name: getattr(settings, name) for name in ("image_dir", "sam_checkpoint", "sam_model")}
         super().__init__(settings.output_dir, "precompute_masks.py", arguments, settings.image_dir)
 
-    def outdated(self, jobs: list[ImageJob], way: str,
-                 prompts: Callable[[ImageJob], list[Any]]) -> list[ImageJob]:
+    def outdated(self, jobs: list[MaskJob], way: str,
+                 prompts: Callable[[MaskJob], list[Any]]) -> list[MaskJob]:
         """The images without a mask that was made of them by clicking, or in this way from one of these
         prompts; masks that were changed by hand are kept. Prints what will be done."""
-        def is_current(job: ImageJob, record: Record) -> bool:
+        def is_current(job: MaskJob, record: Record) -> bool:
             return record.get("sha256") == job.sha256 and (record.get("way") == "ui" or (
                 record.get("way") == way and record.get("prompt") in prompts(job)))
 
@@ -131,7 +131,7 @@ class Masks(FolderRun):
                   f"{printable(', '.join(clicked))}.")
         return work
 
-    def read(self, job: ImageJob) -> SavedMask:
+    def read(self, job: MaskJob) -> SavedMask:
         """The image's mask as it is in the folder; one that cannot be used is named in its note."""
         record, by_hand = self.find(job.name)
         if record is None and not by_hand:
@@ -147,7 +147,7 @@ class Masks(FolderRun):
         return SavedMask(mask if mask.size == job.size else None, _clicks(record or {}, job.size),
                          " ".join(note for note, holds in notes.items() if holds), version)
 
-    def is_of_another(self, job: ImageJob, record: Record | None) -> bool:
+    def is_of_another(self, job: MaskJob, record: Record | None) -> bool:
         """Whether the image has changed since its mask was made, before any change of the mask by hand.
 
         `record` is that of `find`.
@@ -156,7 +156,7 @@ class Masks(FolderRun):
         return record is not None and record.get("sha256") != job.sha256
 
 
-def masked(job: ImageJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
+def masked(job: MaskJob, mask: torch.Tensor, way: str, prompt: dict[str, Any],
            score: float | None = None, **more: Any) -> tuple[Record, Image.Image]:
     """The record of a mask, bool (H, W), and the mask as it is saved."""
     if score is not None:
@@ -192,16 +192,16 @@ def mask_folder(settings: MaskingSettings) -> None:
                 write_preview(settings, jobs, masks)
 
 
-def read_jobs(image_dir: str | Path) -> list[ImageJob]:
+def read_jobs(image_dir: str | Path) -> list[MaskJob]:
     """The images of a folder; InputError when two would have the same mask."""
     jobs = []
     for name, path in name_results(image_dir, recursive=False).items():
         image = read_image(path)  # read again when it is needed: a folder of photographs fills a memory
-        jobs.append(ImageJob(path, name, image.size, hash_pixels(image)))
+        jobs.append(MaskJob(path, name, image.size, hash_pixels(image)))
     return jobs
 
 
-def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[SamPrompt]:
+def sam_prompts_for(settings: MaskingSettings, jobs: list[MaskJob]) -> list[SamPrompt]:
     """The prompt of every image, for the ways point, box, points_file and text."""
     if settings.points_file is not None:
         prompts = read_points_file(settings.points_file, {job.path.name: job.size for job in jobs})
@@ -211,11 +211,11 @@ def sam_prompts_for(settings: MaskingSettings, jobs: list[ImageJob]) -> list[Sam
     return [relative_prompt(job.size, settings.point, settings.box) for job in jobs]
 
 
-def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+def mask_by_prompt(settings: MaskingSettings, jobs: list[MaskJob], masks: Masks) -> None:
     """Mask every image by its own prompt; InputError at the end for those that cannot be masked."""
     prompts = {job.name: prompt for job, prompt in zip(jobs, sam_prompts_for(settings, jobs), strict=True)}
 
-    def recorded(job: ImageJob) -> dict[str, Any]:
+    def recorded(job: MaskJob) -> dict[str, Any]:
         return prompt_to_json(prompts[job.name]) | ({"grabcut": True} if settings.grabcut else {})
 
     work = masks.outdated(jobs, settings.way, lambda job: [recorded(job)])
@@ -229,7 +229,7 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
         print(f"warning: {_UNFAMILIAR}{_OTHER_MODELS}, or --grabcut.")
     masks.begin()
 
-    def mask(batch: list[ImageJob]) -> list[tuple[Record, Image.Image]]:
+    def mask(batch: list[MaskJob]) -> list[tuple[Record, Image.Image]]:
         [job] = batch
         found, score = _mask_of(segmenter, job, prompts[job.name])
         return [masked(job, found, settings.way, recorded(job), score)]
@@ -237,7 +237,7 @@ def mask_by_prompt(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks
     masks.work([[job] for job in work], mask, lambda job: job.path, settings.way)
 
 
-def _embed(segmenter: Segmenter, job: ImageJob) -> EmbeddedImage:
+def _embed(segmenter: Segmenter, job: MaskJob) -> EmbeddedImage:
     """The embedded image of a job, whose file an InputError of the model names."""
     image = job.read()
     try:
@@ -246,7 +246,7 @@ def _embed(segmenter: Segmenter, job: ImageJob) -> EmbeddedImage:
         raise InputError(f"'{job.path}': {error}") from None
 
 
-def _mask_of(segmenter: Segmenter | None, job: ImageJob,
+def _mask_of(segmenter: Segmenter | None, job: MaskJob,
              prompt: SamPrompt) -> tuple[torch.Tensor, float | None]:
     """The mask of a prompt and the model's score of it; by GrabCut without a model."""
     image = job.read()
@@ -256,7 +256,7 @@ def _mask_of(segmenter: Segmenter | None, job: ImageJob,
 
 
 def is_foreign(settings: MaskingSettings, segmenter: Segmenter | None,
-               jobs: Sequence[ImageJob]) -> bool:
+               jobs: Sequence[MaskJob]) -> bool:
     """Whether the images are unlike all that the bundled model, if it is used, was trained on."""
     def features() -> Iterator[torch.Tensor]:
         for job in jobs:
@@ -267,7 +267,7 @@ def is_foreign(settings: MaskingSettings, segmenter: Segmenter | None,
             and is_unfamiliar(features()))
 
 
-def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+def mask_by_consensus(settings: MaskingSettings, jobs: list[MaskJob], masks: Masks) -> None:
     """Mask what the images have in common; the choice in one image depends on all others."""
     image_set = hashlib.sha256("".join(job.sha256 for job in jobs).encode()).hexdigest()
     prompt = {"grid": settings.grid, "images": image_set}
@@ -292,7 +292,7 @@ def mask_by_consensus(settings: MaskingSettings, jobs: list[ImageJob], masks: Ma
                                      confidence=round(choice.confidence, 3)))
 
 
-def mask_by_hand(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+def mask_by_hand(settings: MaskingSettings, jobs: list[MaskJob], masks: Masks) -> None:
     """Serve the mask page until Ctrl-C."""
     def save(index: int, mask: torch.Tensor, prompt: SamPrompt, score: float | None) -> str | None:
         record, image = masked(jobs[index], mask, "ui", prompt_to_json(prompt), score)
@@ -327,7 +327,7 @@ def area_warning(record: dict[str, Any]) -> str | None:
     return None
 
 
-def report(jobs: list[ImageJob], masks: Masks) -> None:
+def report(jobs: list[MaskJob], masks: Masks) -> None:
     """Print how many masks there are, their areas and confidences, and which to check."""
     records = []
     for job in jobs:
@@ -360,7 +360,7 @@ def report(jobs: list[ImageJob], masks: Masks) -> None:
                   "check it, and correct it with --ui.")
 
 
-def write_preview(settings: MaskingSettings, jobs: list[ImageJob], masks: Masks) -> None:
+def write_preview(settings: MaskingSettings, jobs: list[MaskJob], masks: Masks) -> None:
     """Write the contact sheet of all masks, preview/sheet.png in the output folder."""
     found = ((job.path.name, job.read(), mask) for job in jobs if (mask := masks.read(job).mask) is not None)
     if sheet := mask_sheet(found, settings.zone, settings.resolution, settings.center_crop):

@@ -39,7 +39,7 @@ def open_folder(run: Run, path: str) -> None:
             Path(path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"The output folder '{path}' cannot be made ({error.strerror}); "
-                             "choose another --output_dir.") from None
+                             "give another --output_dir.") from None
         run.resources.enter_context(lock_folder(path))
         sweep_leftovers(path)
     run.barrier()

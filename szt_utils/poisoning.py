@@ -276,7 +276,7 @@ def warnings_to(report: Callable[[str], None]) -> Iterator[None]:
 def check_t_min(run: FolderRun, settings: PoisonSettings) -> None:
     """InputError when the adaptive poisons of a folder begin at another timestep.
 
-    The arguments do not tell: they name Stable Diffusion's t_min, whether it was given or not.
+    `arguments` knows no model, so it records Stable Diffusion's t_min for every adaptive run.
     """
     if settings.adaptive and run.records:
         schedule = load_schedule(settings.pretrained_model_name_or_path, settings.revision)
@@ -285,7 +285,7 @@ def check_t_min(run: FolderRun, settings: PoisonSettings) -> None:
                              "give another --output_dir.")
 
 
-def poison_folder(output_dir: str | Path, settings: PoisonSettings) -> None:
+def poison_folder(settings: PoisonSettings, output_dir: str | Path) -> None:
     """Poison the images of `settings.image_dir`, with its sub-folders, into `output_dir`; resumes.
 
     InputError for files and settings that cannot be used, before any work.

@@ -193,7 +193,8 @@ def check_chain(model: Model | type[Model], chain_steps: int, strength: float) -
     The family is enough to refuse flow models at pure noise, where their first step always is.
     """
     steps = round(chain_steps / strength)
-    chain = f"A chain of {chain_steps} steps at strength {chain_steps / steps:.3g}"
+    counted = "1 step" if chain_steps == 1 else f"{chain_steps} steps"
+    chain = f"A chain of {counted} at strength {chain_steps / steps:.3g}"
     if isinstance(model, type):
         at_noise = model.network_name == "transformer" and steps == chain_steps
     elif steps >= model.num_timesteps:

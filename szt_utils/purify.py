@@ -26,8 +26,8 @@ _STRIP = 2**20  # pixels that the guided filter holds at once, of which it needs
 _MODEL_SHARE = 16  # a network needs more memory than a filter: 2048 x 2048 pixels by default
 
 # As in the sources: AdverseCleaner; Zhao et al. 2024 (Regen) with t = 60 of 1000, where it begins with Stable
-# Diffusion 1.5's scheduler (PNDM), but at 41 with the pocket model's (DDIM); Xue et al. 2024 (PDM-Pure), whose
-# 50 steps below t = 500 begin 5 steps late. A small pixel-space model has no text and no
+# Diffusion 1.5's scheduler (PNDM), but at 41 with the pocket model's (DDIM); Xue et al. 2024 (PDM-Pure),
+# whose 50 steps below t = 500 begin 5 steps late. A small pixel-space model has no text and no
 # second stage: it starts at t = 100, the lowest of DiffPure's range (Nie et al. 2022).
 DEFAULTS = {
     "advclean": dict(iterations=64, diameter=5, sigma_color=8.0, sigma_space=8.0,

@@ -77,10 +77,10 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
 
     path, files = settings.pretrained_model_name_or_path, (settings.revision, settings.variant)
     if settings.method == "regen":
-        return "regen", [load_pipeline(diffusers.AutoPipelineForImage2Image, path, settings, *files)]
+        return "regen", [load_on_device(diffusers.AutoPipelineForImage2Image, path, settings, *files)]
     kind = load_index(path, settings.revision).get("_class_name", "")
     if kind == "DDPMPipeline":
-        return "pdmpure", [load_pipeline(diffusers.DDPMPipeline, path, settings, *files)]
+        return "pdmpure", [load_on_device(diffusers.DDPMPipeline, path, settings, *files)]
     if kind not in _SECOND_STAGES:
         raise InputError(f"pdmpure takes a DDPMPipeline or DeepFloyd IF's second stage, but '{path}' is a "
                          f"{kind or 'folder without a model_index.json'}.")
@@ -88,11 +88,11 @@ def load_pipelines(settings: PurifySettings) -> tuple[str, list]:
         raise InputError(f"The model '{path}' is IF's second stage, which needs --upscaler, such as "
                          "stabilityai/stable-diffusion-x4-upscaler.")
     return "pdmpure_if", [
-        load_pipeline(diffusers.IFImg2ImgSuperResolutionPipeline, path, settings, *files),
-        load_pipeline(diffusers.StableDiffusionUpscalePipeline, settings.upscaler, settings)]
+        load_on_device(diffusers.IFImg2ImgSuperResolutionPipeline, path, settings, *files),
+        load_on_device(diffusers.StableDiffusionUpscalePipeline, settings.upscaler, settings)]
 
 
-def load_pipeline(cls: type, path: str, settings: PurifySettings, *files: str | None) -> Any:
+def load_on_device(cls: type, path: str, settings: PurifySettings, *files: str | None) -> Any:
     """`read_pipeline` in the settings' precision, on the GPU if there is one."""
     return read_pipeline(cls, path, dtype_of(settings.mixed_precision), *files).to(best_device())
 
@@ -121,7 +121,7 @@ def purify_batch(settings: PurifySettings, purifier: Purifier,
     return purified
 
 
-def purify_folder(output_dir: str | Path, settings: PurifySettings) -> None:
+def purify_folder(settings: PurifySettings, output_dir: str | Path) -> None:
     """Purify the images of `settings.image_dir`, with its sub-folders, into `output_dir`; resumes.
 
     InputError for files and settings that cannot be used, before any work; for an image that the purifier

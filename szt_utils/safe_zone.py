@@ -95,7 +95,7 @@ class SafeZone:
 
     @classmethod
     def paper(cls, resolution: int, model: Any = None, **given: Any) -> "SafeZone":
-        """The paper's settings at a training resolution in pixels, but for those `given` that are not None.
+        """The paper's settings at a resolution in pixels; `given` settings that are not None replace them.
 
         With a `Model` or a Diffusers scheduler, t_min is the first timestep with at most the signal-to-noise
         ratio that Stable Diffusion has at t = 500; without one it is 500.
@@ -109,7 +109,7 @@ class SafeZone:
 
     def fit(self, num_timesteps: int) -> "SafeZone":
         """The same zone with t_max filled in for a model; InputError when the model lacks these timesteps."""
-        zone = replace(self, t_max=num_timesteps if self.t_max is None else self.t_max)
+        zone = replace(self, t_max=self._end(num_timesteps))
         check_range(zone.t_min, zone.t_max, num_timesteps)
         zone.weights(num_timesteps)  # which refuses a distribution that gives no timestep a chance
         return zone
@@ -124,8 +124,10 @@ class SafeZone:
 
     def timestep_distribution(self, num_timesteps: int) -> tuple[int, int, torch.Tensor | None]:
         """t_min, t_max and the weights between them for a model that has `num_timesteps`."""
-        t_max = num_timesteps if self.t_max is None else self.t_max
-        return self.t_min, t_max, self.weights(num_timesteps)
+        return self.t_min, self._end(num_timesteps), self.weights(num_timesteps)
+
+    def _end(self, num_timesteps: int) -> int:
+        return num_timesteps if self.t_max is None else self.t_max
 
     def timesteps(self, scheduler: Any, count: int, u: Density | None = None, *,
                   prior_preservation: bool = False, device: torch.device | str | None = None,
@@ -192,7 +194,7 @@ class SafeZone:
 
     def _inside(self, schedule: Schedule) -> torch.Tensor:
         """Which timesteps of a schedule's list are in the zone, bool (N,)."""
-        t_max = schedule.num_timesteps if self.t_max is None else self.t_max
+        t_max = self._end(schedule.num_timesteps)
         at = torch.tensor([PAPER_T_MIN])
         if self.t_min == PAPER_T_MIN < schedule.num_timesteps and (
                 schedule.log_snr(at) > PAPER_LOG_SNR + 0.01):
@@ -266,7 +268,7 @@ class SafeZone:
 
         `masks` (N, 2, 1, h, w) are those on the latent grid.
         """
-        _, t_max, _ = self.timestep_distribution(schedule.num_timesteps)
+        t_max = self._end(schedule.num_timesteps)
         log_snr = schedule.log_snr(torch.tensor([self.t_min, t_max - 1]))
         (low, high), (first, last) = noise_level(log_snr).tolist(), log_snr.tolist()
         return [
@@ -286,6 +288,5 @@ def count_instances(count: int, prior_preservation: bool) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _weights(zone: SafeZone, num_timesteps: int) -> torch.Tensor:
-    t_max = num_timesteps if zone.t_max is None else zone.t_max
-    return timestep_weights(zone.t_distribution, zone.t_min, t_max, num_timesteps, power=zone.t_power,
-                            center=zone.t_center, width=zone.t_width)
+    return timestep_weights(zone.t_distribution, zone.t_min, zone._end(num_timesteps), num_timesteps,
+                            power=zone.t_power, center=zone.t_center, width=zone.t_width)

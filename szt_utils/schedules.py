@@ -52,8 +52,8 @@ class Schedule:
         self.num_timesteps = config.get("num_train_timesteps")
         self._signal, self._edm = getattr(scheduler, "alphas_cumprod", None), None
         if self._signal is not None and not config.get("use_flow_sigmas"):
-            listed_whole = listed is None or not listed.is_floating_point()
-            self.discrete = listed_whole or len(listed) > self.num_timesteps
+            self.discrete = (listed is None or not listed.is_floating_point()
+                             or len(listed) > self.num_timesteps)
             self.timesteps = torch.arange(self.num_timesteps - 1, -1, -1) if self.discrete else listed.cpu()
             self.t = self.timesteps.double()
             self._check_length(scheduler)

@@ -19,7 +19,7 @@ _PATHS = {"pretrained_model_name_or_path", "tokenizer_name", "train_data_dir", "
 
 @dataclass(frozen=True)
 class ConceptSettings:
-    """What is one concept's own; `zone_flags` are the flags of its SafeZone that were given."""
+    """The settings of one concept; `zone_flags` are the flags of its SafeZone that were given."""
 
     train_data_dir: str
     placeholder_token: str

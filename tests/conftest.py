@@ -66,6 +66,16 @@ def run_here(arguments: list) -> None:
     textual_inversion_szt.main([*map(str, arguments)])
 
 
+def pipeline_with(model, embedding):
+    """The `load_pipeline` of a model, with an embedding."""
+    from szt_utils.embeddings import load_into
+    from szt_utils.generation import load_pipeline
+
+    pipeline = load_pipeline(model)
+    load_into(pipeline, embedding)
+    return pipeline
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Stable-Diffusion-shaped folder of random weights: 64-px images, 8x8x4 latents, pocket tokenizer."""

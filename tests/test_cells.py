@@ -37,7 +37,7 @@ def table(folder: Path, *flags: str) -> Table:
 
 @pytest.fixture
 def made(monkeypatch) -> list[tuple]:
-    """What would be poisoned and purified: the folders and their settings."""
+    """What would be poisoned and purified: the settings and their folders."""
     calls = []
     monkeypatch.setattr(cells, "poison_folder", lambda *call: calls.append(call))
     monkeypatch.setattr(cells, "purify_folder", lambda *call: calls.append(call))
@@ -58,7 +58,7 @@ def test_a_poison_is_what_its_script_makes(data, made, tmp_path):
     args = poison_images.parse_args(command_line(
         pretrained_model_name_or_path="m", image_dir=home / "clean", output_dir=folder, resolution=128,
         batch_size=5, mixed_precision="bf16", method=method, **(adaptive if data.endswith(" szt") else {})))
-    assert made == [(folder, PoisonSettings(**poison_images.given_settings(args)))]
+    assert made == [(PoisonSettings(**poison_images.given_settings(args)), folder)]
 
 
 @pytest.mark.parametrize("defence, flags", [
@@ -78,7 +78,7 @@ def test_a_purifier_does_what_its_script_does(defence, flags, made, tmp_path):
                                                   **flags))
     args = {name: value for name, value in vars(given).items() if value is not None}
     assert folder == tmp_path / "c" / f"ea-{defence}"
-    assert args.pop("output_dir") == str(folder) and made == [(folder, PurifySettings(**args))]
+    assert args.pop("output_dir") == str(folder) and made == [(PurifySettings(**args), folder)]
 
 
 def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(made, tmp_path):
@@ -91,7 +91,7 @@ def test_only_cells_without_an_embedding_are_trained_on_images_that_they_share(m
     home = one.home(STAR)
     entries, failures = cells.training_entries(one, home, planned)
     assert not failures
-    assert [folder for folder, _ in made] == [home / "ea", home / "ea-regen"]
+    assert [folder for _, folder in made] == [home / "ea", home / "ea-regen"]
     masks = str(home / "masks")
     expected = {"regen": ("ea-regen", {}), "lm": ("ea", {"loss_mask_dir": masks, "mask_dilation": 0}),
                 "lm8": ("ea", {"loss_mask_dir": masks, "mask_dilation": 4}),
@@ -208,11 +208,11 @@ def test_a_poison_that_fails_does_not_keep_others_from_being_made(tmp_path, monk
                 "--metrics", "dino")
     concepts, trained = read_concepts("pocket", names=[STAR]), []
 
-    def poison(folder, settings):
+    def poison(settings, folder):
         if settings.method == "da":
             raise InputError("The gradient is not finite.")
 
-    def purify(folder, settings):
+    def purify(settings, folder):
         if settings.image_dir.endswith("ea"):
             raise InputError("An image is too small.")
 

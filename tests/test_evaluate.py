@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_sdxl, run_script
+from conftest import build_tiny_sdxl, pipeline_with, run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -51,13 +51,13 @@ def images_in(folder) -> list[Image.Image]:
 
 def test_images_are_of_the_prompts_and_scores_of_the_images(run, tiny_model, learned, tmp_path,
                                                            concept_folder, capsys):
-    from szt_utils.generation import generate, load_pipeline
+    from szt_utils.generation import generate
     from szt_utils.images import list_images, read_image
 
     run(tmp_path / "out")
     made = images_in(tmp_path / "out")
     prompts = ["a photo of a <new> on sand"] * 2 + ["a <new> in the sky"] * 2
-    expected = generate(load_pipeline(tiny_model, learned / "learned_embeds.safetensors"), prompts, seed=100,
+    expected = generate(pipeline_with(tiny_model, learned / "learned_embeds.safetensors"), prompts, seed=100,
                         steps=2, guidance_scale=7.5)
     assert len(made) == 4
     assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
@@ -174,7 +174,7 @@ def test_a_prompt_without_room_for_all_vectors_is_refused(run, tmp_path):
 
 def test_all_vectors_of_an_embedding_of_stable_diffusion_3_are_in_the_prompts(run, tiny_sd3, tmp_path):
     """Its pipeline does not add those behind the first."""
-    from szt_utils.generation import generate, load_pipeline
+    from szt_utils.generation import generate
 
     def evaluated(count):
         torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_all_vectors_of_an_embedding_of_stable_diffusion_3_are_in_the_prompts(ru
 
     def generated(count, words):
         prompts = [f"a photo of a {words} on sand"] * 2 + [f"a {words} in the sky"] * 2
-        pipeline = load_pipeline(tiny_sd3, tmp_path / f"{count}.safetensors")
+        pipeline = pipeline_with(tiny_sd3, tmp_path / f"{count}.safetensors")
         return np.stack([np.asarray(image, int) for image in generate(pipeline, prompts, seed=100, steps=2,
                                                                       guidance_scale=7.5)])
 
@@ -200,14 +200,14 @@ def test_all_vectors_of_an_embedding_of_stable_diffusion_3_are_in_the_prompts(ru
 
 def test_an_embedding_is_evaluated_with_the_layers_it_was_trained_with(run, tiny_model, learned, tmp_path,
                                                                       capsys):
-    from szt_utils.generation import generate, load_pipeline
+    from szt_utils.generation import generate
 
     (token, rows), = load_file(learned / "learned_embeds.safetensors").items()
     path = tmp_path / "skipped.safetensors"
     save_embedding(path, token, rows, {"clip_skip": "1", "pooled_token": "end"})
     run(tmp_path / "out", "--embeddings", path, "--metrics", "dino")
     assert "trained with --pooled_token end" in capsys.readouterr().out
-    pipeline = load_pipeline(tiny_model, path)
+    pipeline = pipeline_with(tiny_model, path)
     prompt = ["a photo of a <new> on sand"]
     made, own, plain = (np.asarray(images[0], int) for images in (
         images_in(tmp_path / "out"), *(generate(pipeline, prompt, seed=100, steps=2, guidance_scale=7.5,

@@ -73,7 +73,7 @@ def export(images, masks, tmp_path):
     """Export to tmp_path / "out"; returns the folder."""
     def run(trainer: str, model: str, **changes) -> Path:
         settings = {"loss_mask_dir": str(masks), "resolution": 128, "initializer_token": "toy"} | changes
-        export_folder(tmp_path / "out", ExportSettings(str(images), trainer, model, "sks toy", **settings))
+        export_folder(ExportSettings(str(images), trainer, model, "sks toy", **settings), tmp_path / "out")
         return tmp_path / "out"
     return run
 
@@ -246,41 +246,41 @@ def test_a_caption_that_was_changed_keeps_no_other_file_from_being_made_again(ex
 def test_files_of_an_image_that_is_gone_from_the_folder_are_named(images, masks, tmp_path, capsys):
     source, own = make_images(tmp_path / "in"), make_masks(tmp_path / "masks")
     settings = ExportSettings(str(source), "kohya", "sdxl", "sks", loss_mask_dir=str(own), resolution=128)
-    export_folder(tmp_path / "out", settings)
+    export_folder(settings, tmp_path / "out")
     (source / "b.png").unlink()
     (own / "b.png").unlink()
-    export_folder(tmp_path / "out", settings)
+    export_folder(settings, tmp_path / "out")
     assert "that are not in --image_dir (2), such as 'images/b.png'" in capsys.readouterr().err
     (tmp_path / "out" / "images" / "b.png").unlink()
-    export_folder(tmp_path / "out", settings)
+    export_folder(settings, tmp_path / "out")
     assert "that are not in --image_dir (1), such as 'masks/b.png'" in capsys.readouterr().err
 
 
 def test_nothing_is_written_when_an_input_cannot_be_used(images, masks, tmp_path):
     settings = ExportSettings(str(images), "kohya", "sd15", "sks", loss_mask_dir=str(masks), resolution=128)
     with pytest.raises(InputError, match="does not train Qwen-Image; choose --model from: sd15"):
-        export_folder(tmp_path / "out", ExportSettings(str(images), "kohya", "qwen-image", "sks"))
+        export_folder(ExportSettings(str(images), "kohya", "qwen-image", "sks"), tmp_path / "out")
     bad = make_masks(tmp_path / "masks")
     Image.new("L", SIZES["b"]).save(bad / "b.png")
+    black = ExportSettings(str(images), "kohya", "sd15", "sks", loss_mask_dir=str(bad), resolution=128)
     with pytest.raises(InputError, match=re.escape("b.png' is all black")):
-        export_folder(tmp_path / "out", ExportSettings(str(images), "kohya", "sd15", "sks",
-                                                       loss_mask_dir=str(bad), resolution=128))
+        export_folder(black, tmp_path / "out")
     corner = Image.new("L", SIZES["a"])
     corner.putpixel((0, 0), 255)
     corner.save(bad / "a.png")
     Image.open(masks / "b.png").save(bad / "b.png")
+    black = ExportSettings(str(images), "diffusers", "sd15", "sks", loss_mask_dir=str(bad), resolution=128)
     with pytest.raises(InputError, match="a.png' is all black after cropping"):
-        export_folder(tmp_path / "out", ExportSettings(str(images), "diffusers", "sd15", "sks",
-                                                       loss_mask_dir=str(bad), resolution=128))
+        export_folder(black, tmp_path / "out")
     odd = make_images(tmp_path / "odd")
     (odd / "a.png").rename(odd / os.fsdecode(b"a\xff.png"))
     with pytest.raises(InputError, match="is not UTF-8, which trainers cannot read; rename it"):
-        export_folder(tmp_path / "out", ExportSettings(str(odd), "diffusers", "sd15", "sks", resolution=128))
+        export_folder(ExportSettings(str(odd), "diffusers", "sd15", "sks", resolution=128), tmp_path / "out")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("x")
     with pytest.raises(InputError, match="holds files that this script did not write"):
-        export_folder(foreign, settings)
+        export_folder(settings, foreign)
     assert not (tmp_path / "out").exists() and tree(foreign) == {"mine.txt"}
 
 
@@ -288,14 +288,15 @@ def test_masks_may_lie_beside_their_images(images, masks, tmp_path):
     folder = make_images(tmp_path / "in")
     for stem in SIZES:
         Image.open(masks / f"{stem}.png").save(folder / f"{stem}-masklabel.png")
-    export_folder(tmp_path / "out", ExportSettings(str(folder), "onetrainer", "sd15", "sks",
-                                                   loss_mask_dir=str(folder), resolution=128))
+    settings = ExportSettings(str(folder), "onetrainer", "sd15", "sks", loss_mask_dir=str(folder),
+                              resolution=128)
+    export_folder(settings, tmp_path / "out")
     assert {f"images/{stem}-masklabel.png" for stem in SIZES} < tree(tmp_path / "out")
 
 
 def test_a_caption_that_does_not_name_the_concept_is_said(tmp_path, capsys):
     folder = make_images(tmp_path / "in")
     (folder / "c d.txt").write_text("a lamp")
-    export_folder(tmp_path / "out", ExportSettings(str(folder), "musubi", "z-image", "sks", resolution=128))
+    export_folder(ExportSettings(str(folder), "musubi", "z-image", "sks", resolution=128), tmp_path / "out")
     assert "sks is missing in 2 of 3 captions, such as that of 'a.png'" in capsys.readouterr().err
     assert (tmp_path / "out" / "images" / "c d.txt").read_text() == "a lamp\n"

@@ -33,9 +33,9 @@ def exported(tmp_path_factory):
     def get(trainer: str, model: str) -> Path:
         if (trainer, model) not in made:
             made[trainer, model] = folder / f"{trainer}-{model}"
-            export_folder(made[trainer, model], ExportSettings(
+            export_folder(ExportSettings(
                 str(folder / "in"), trainer, model, "sks toy", loss_mask_dir=str(folder / "masks"),
-                resolution=128))
+                resolution=128), made[trainer, model])
         return made[trainer, model]
     return get
 

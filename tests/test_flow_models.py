@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TOKEN, build_tiny_flux, build_tiny_sd3, embedding, flags, run_here, two_ranks
+from conftest import (
+    TOKEN,
+    build_tiny_flux,
+    build_tiny_sd3,
+    embedding,
+    flags,
+    pipeline_with,
+    run_here,
+    two_ranks,
+)
 from diffusers import AutoencoderKL, AutoPipelineForImage2Image, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -325,7 +334,7 @@ def test_an_embedding_of_both_clip_encoders_is_loaded_and_generates(folder, tmp_
     rows = {"clip_l": 3 * gaussian(1, 32), "clip_g": 3 * gaussian(1, 24)}
     save_file(rows, tmp_path / "new.safetensors")
     prompts = ["a photo of a star", "a photo of a <new>"]
-    pipelines = load_pipeline(folder), load_pipeline(folder, tmp_path / "new.safetensors")
+    pipelines = load_pipeline(folder), pipeline_with(folder, tmp_path / "new.safetensors")
     assert type(pipelines[1].scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     plain, learned = ([np.asarray(image, float) for image in generate(pipeline, prompts, steps=2)]
                       for pipeline in pipelines)
@@ -341,7 +350,7 @@ def test_an_embedding_of_both_clip_encoders_is_loaded_and_generates(folder, tmp_
 
 
 def test_flux_generates_with_its_own_scheduler(folders):
-    pipeline = load_pipeline(folders["flux"], torch_dtype=torch.bfloat16)
+    pipeline = load_pipeline(folders["flux"], dtype=torch.bfloat16)
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     pipeline.default_sample_size = 8
     images = generate(pipeline, ["a star", "a ring"], steps=1)
@@ -372,7 +381,7 @@ def main(script, *arguments):
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 @pytest.mark.parametrize("method, options", [
     ("adm+", ["--adaptive", "szt"]), ("ea", []), ("sds-", []),
-    ("da", ["--chain_steps", 1, "--strength", 0.5])])
+    ("da", ["--chain_steps", 2, "--strength", 0.5])])
 def test_poison_images(folder, images, tmp_path, method, options):
     import poison_images
 
@@ -540,7 +549,7 @@ def test_sd3_learns_rows_in_both_clip_encoders(folder, name, concept_folder, tmp
     assert options["t_min"] == 618
     assert Image.open(tmp_path / "out" / "validation" / "step-00006-0.png").size == (64, 64)
     # The saved pipeline has the token, T5 does not; the folder's file makes the same of the original.
-    whole, loaded = load_model(str(tmp_path / "out")), load_pipeline(folder, tmp_path / "out")
+    whole, loaded = load_model(str(tmp_path / "out")), pipeline_with(folder, tmp_path / "out")
     prompt = f"a photo of a {TOKEN}"
     with torch.no_grad():
         states = loaded.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)[0]
@@ -555,7 +564,7 @@ def test_validation_images_show_all_vectors(folders, concept_folder, tmp_path):
     run_here(flags(folder, concept_folder[0], tmp_path, num_vectors=2, validation_prompt=f"a {TOKEN}",
                    validation_steps=6, num_validation_images=1, seed=3))
     shown = np.asarray(Image.open(tmp_path / "validation" / "step-00006-0.png"), float)
-    pipeline = load_pipeline(folder, tmp_path)
+    pipeline = pipeline_with(folder, tmp_path)
     own, first = (np.asarray(pipeline(prompt, num_inference_steps=25, height=64, width=64,
                                       generator=torch.Generator().manual_seed(3)).images[0], float)
                   for prompt in (f"a {TOKEN} {TOKEN}_1", f"a {TOKEN}"))

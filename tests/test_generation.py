@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_sdxl
+from conftest import build_tiny_sdxl, pipeline_with
 from safetensors.torch import load_file, save_file
 
 from szt_utils import pocket
@@ -50,7 +50,7 @@ def arrays(images) -> np.ndarray:
 
 def test_batches_seeds_and_embeddings(model_and_embedding):
     model, embedding = model_and_embedding
-    pipeline = load_pipeline(model, embedding)
+    pipeline = pipeline_with(model, embedding)
     together = arrays(generate(pipeline, PROMPTS, seed=3, steps=3, batch_size=3))
     apart = arrays(generate(pipeline, PROMPTS, seed=3, steps=3, batch_size=2))
     assert together.shape == (3, 64, 64, 3)
@@ -80,7 +80,7 @@ def test_zero_terminal_snr_rescales_the_guidance(tiny_model, tiny_velocity_model
 
 
 def test_a_pipeline_has_the_models_own_class_and_no_filters(model_and_embedding):
-    pipeline = load_pipeline(model_and_embedding[0], torch_dtype=torch.bfloat16)
+    pipeline = load_pipeline(model_and_embedding[0], dtype=torch.bfloat16)
     xl = hasattr(pipeline, "text_encoder_2")
     assert type(pipeline).__name__ == ("StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline")
     assert (pipeline.watermark if xl else pipeline.safety_checker) is None
@@ -102,7 +102,7 @@ def test_a_token_with_capitals_keeps_all_its_vectors(model_and_embedding, tmp_pa
     save_file({name.replace("<new>", "<Big>"): part for name, part in rows.items()}, path)
     pipeline = load_pipeline(model)
     assert load_into(pipeline, path) == "<big>"
-    same = load_pipeline(model, embedding)
+    same = pipeline_with(model, embedding)
     images = [arrays(generate(each, [f"a photo of a {token}"], steps=2))
               for each, token in ((pipeline, "<big>"), (same, "<new>"))]
     assert np.abs(images[0] - images[1]).max() <= 1
@@ -117,7 +117,7 @@ def test_what_cannot_be_loaded_is_one_sentence(tiny_model, tmp_path):
     save_embedding(tmp_path / "star.safetensors", "star</w>", torch.randn(1, 32))
     for name, message in (("none", "cannot be read"), ("wide", "another model"), ("star", "vocabulary")):
         with pytest.raises(InputError, match=message):
-            load_pipeline(tiny_model, tmp_path / f"{name}.safetensors")
+            pipeline_with(tiny_model, tmp_path / f"{name}.safetensors")
 
 
 def changed(model, folder, part, change):

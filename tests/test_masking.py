@@ -14,10 +14,10 @@ from szt_utils.images import read_image
 from szt_utils.mask_page import SavedMask
 from szt_utils.masking import (
     WAYS,
-    ImageJob,
-    area_warning,
     MaskingSettings,
+    MaskJob,
     Masks,
+    area_warning,
     mask_folder,
     masked,
     read_jobs,
@@ -158,7 +158,7 @@ def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys)
     one, two = read_jobs(folder["image_dir"])
     full = torch.ones(128, 128, dtype=torch.bool)
     with Masks(settings(**folder, auto=True)) as masks:
-        assert isinstance(one, ImageJob) and masks.read(one) == SavedMask()
+        assert isinstance(one, MaskJob) and masks.read(one) == SavedMask()
         report([one, two], masks)
         assert capsys.readouterr().out == ""  # no mask, no report
         masks.begin()
@@ -169,15 +169,18 @@ def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys)
         assert f"{one.path.name}: the mask is all black" in printed
         assert f"{two.path.name}: the mask covers 100.0% of the image" in printed
         assert f"{two.path.name}: the mask has a low confidence (0.20)" in printed
-    speck = torch.zeros(512, 512, dtype=torch.bool)
-    speck[0, 0] = True
-    record, _ = masked(one, speck, "ui", {}, 0.5)
-    assert record["area"] == pytest.approx(1 / 512**2, rel=1e-3)
-    assert "covers 0.0% of the image" in area_warning(record)
         assert masks.read(one).mask.getextrema() == (0, 0)
         assert masks.read(two).mask.getextrema() == (255, 255)
         assert masks.outdated([one, two], "auto", lambda job: [{"grid": 12}]) == [two]
         assert masks.outdated([one, two], "auto", lambda job: [{}]) == []
+
+
+def test_a_mask_of_one_pixel_is_small_and_not_black(folder):
+    speck = torch.zeros(512, 512, dtype=torch.bool)
+    speck[0, 0] = True
+    record, _ = masked(read_jobs(folder["image_dir"])[0], speck, "ui", {}, 0.5)
+    assert record["area"] == pytest.approx(1 / 512**2, rel=1e-3)
+    assert "covers 0.0% of the image" in area_warning(record)
 
 
 def test_a_mask_that_was_changed_by_hand_is_kept_by_every_way(folder, tmp_path, capsys):

@@ -194,7 +194,7 @@ def command(*arguments):
 
 def test_command_line_writes_a_concept_and_prints_nothing_but_its_paths(tmp_path):
     images, masks = tmp_path / "images", tmp_path / "masks"
-    done = command("--concept", "red-dotted-heart", "--output_dir", images, "--masks", masks, "--count", 3,
+    done = command("--concept", "red-dotted-heart", "--output_dir", images, "--mask_dir", masks, "--count", 3,
                    "--seed", 4)
     expected = [images / f"red-dotted-heart-{i:02d}.png" for i in range(3)]
     assert (done.returncode, done.stdout, done.stderr) == (0, "".join(f"{path}\n" for path in expected), "")

@@ -390,7 +390,7 @@ def test_a_chain_of_da_that_cannot_reach_the_image_is_refused(run, tmp_path, ano
 
 
 def test_a_chain_that_begins_almost_without_noise_is_refused(run, tmp_path):
-    with pytest.raises(SystemExit, match="1 steps at strength 1 begins almost without noise"):
+    with pytest.raises(SystemExit, match="A chain of 1 step at strength 1 begins almost without noise"):
         run(tmp_path / "out", "--method", "da", "--chain_steps", 1)
 
 

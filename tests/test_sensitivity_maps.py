@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import pipeline_with, run_script
 from PIL import Image
 from safetensors import safe_open
 
@@ -104,13 +104,12 @@ def test_the_text_is_read_as_the_embedding_was_trained(options, tmp_path, monkey
 
 
 def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
-    from szt_utils.generation import load_pipeline
     from szt_utils.map_making import MapSettings, _tokenize_learned
     from szt_utils.models import load_model
 
     folder = tiny_model.parent
     save_embedding(folder / "c.safetensors", "<c>", torch.randn(3, 32))
-    pipeline = load_pipeline(tiny_model, folder / "c.safetensors")
+    pipeline = pipeline_with(tiny_model, folder / "c.safetensors")
     for prompt in ("a <c>, on grass", "(<c>) and <c>.", "a<c>b"):
         found = _tokenize_learned(load_model(str(tiny_model)), MapSettings(
             str(tiny_model), ["i"], prompt, embeddings=[str(folder / "c.safetensors")]))

@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from szt_utils import pocket
-from szt_utils.arguments import script_parser
+from szt_utils.arguments import directory, script_parser
 from szt_utils.devices import best_device
 from szt_utils.embedding_files import ANY_ENCODER, read_embedding
 from szt_utils.embeddings import NewRows
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.files import write_json
-from szt_utils.images import crop_and_resize, from_pil, list_images, read_image, read_upright
+from szt_utils.images import crop_and_resize, list_images, read_image, read_upright
 from szt_utils.masks import prepare_mask, read_mask
 from szt_utils.models import Model, load_model
 from szt_utils.plots import subplots
 from szt_utils.sensitivity import TokenizedPrompt, draw_replacements, semantic_sensitivity
+from szt_utils.square_images import read_square
 from szt_utils.statistics import bootstrap
 
 DATA = ("clean", "adm+", "adm-", "sds+", "sds-", "ea", "da")
@@ -95,10 +96,10 @@ class Settings:
 
 def load_images(paths: Sequence[Path], resolution: int) -> torch.Tensor:
     """The images' central squares, float32 (B, 3, R, R) in [0, 1]."""
-    return torch.cat([from_pil(crop_and_resize(read_image(path), resolution, True)) for path in paths])
+    return torch.cat([read_square(path, resolution)[1] for path in paths])
 
 
-def read_square(path: str | Path) -> Image.Image:
+def central_square(path: str | Path) -> Image.Image:
     """An image's central square."""
     image = read_image(path)
     return crop_and_resize(image, min(image.size), True)
@@ -208,9 +209,9 @@ def run_figure(name: str, doc: str, measure: Callable, claims: Callable, plot: C
     parser = script_parser(doc)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=pocket.model_path(), help="the model (the pocket model)")
-    add("--data_dir", type=Path, nargs="+", default=[Path("figures")],
+    add("--data_dir", type=directory, nargs="+", default=[Path("figures")],
         help="folders that make_data.py made; embeddings and masks are taken from the first (figures)")
-    add("--output_dir", type=Path, default=Path("results/figures"),
+    add("--output_dir", type=directory, default=Path("results/figures"),
         help=f"folder for {name}.json, {name}.png and {name}_claims.json (results/figures)")
     add("--data", nargs="+", choices=data, help="data sets (all that --data_dir has)")
     add("--concepts", nargs="+", help="concepts (all)")

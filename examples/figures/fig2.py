@@ -89,7 +89,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for word, maps in zip(of_image["words"], of_image[kind], strict=True):
                 rows.append(maps)
                 labels.append(f"{word}\n{kind}")
-                images.append(common.read_square(name))
+                images.append(common.central_square(name))
     map_grid(path, images, np.array(rows), labels, results["clean"]["timesteps"])
 
 

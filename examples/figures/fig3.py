@@ -100,7 +100,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for data, result in results.items():
             rows.append(result["shown"][when])
             labels.append(f"{data}\n{when}")
-            images.append(common.read_square(result["shown"]["path"]))
+            images.append(common.central_square(result["shown"]["path"]))
     map_grid(path, images, np.array(rows), labels, results["clean"]["timesteps"])
 
 

@@ -7,12 +7,13 @@ the model's where a model was given, else those of the pixels; an image without 
 roc.json and roc.png, and prints the area per poison, over all images and over photographs alone.
 """
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 
-from szt_utils.arguments import script_parser
+from szt_utils.arguments import directory, script_parser
 from szt_utils.errors import exit_on_input_error
 from szt_utils.files import write_json
 from szt_utils.plots import COLORS, save_figure, subplots
@@ -55,11 +56,13 @@ def areas(clean: dict[str, float], poisoned: dict[str, dict[str, float]]) -> dic
 
 def plot(clean: list[float], poisoned: dict[str, dict[str, float]], path: Path) -> None:
     figure, ((axis,),) = subplots(1, 1, width=4.5, height=4.2)
+    dashes = itertools.cycle(["-", "--", ":"])  # of folders that are no poison, such as noise
     for name, of_poison in poisoned.items():
+        known = name in COLORS
         ends = np.unique([-np.inf, *clean, *of_poison.values(), np.inf])[::-1]
         axis.plot([np.mean(np.array(clean) >= end) for end in ends],
                   [np.mean(np.array(list(of_poison.values())) >= end) for end in ends],
-                  color=COLORS.get(name, "#777777"), label=name)
+                  color=COLORS.get(name, "#777777"), linestyle="-" if known else next(dashes), label=name)
     axis.set(xlabel="clean images called poisoned", ylabel="poisoned images called poisoned")
     axis.legend(loc="lower right")
     save_figure(figure, path)
@@ -67,9 +70,11 @@ def plot(clean: list[float], poisoned: dict[str, dict[str, float]], path: Path) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--clean", type=Path, required=True, help="folder of the clean images' diagnosis")
-    parser.add_argument("--poisoned", type=Path, nargs="+", required=True, help="folders named after poisons")
-    parser.add_argument("--output_dir", type=Path, default=Path("results/figures"))
+    parser.add_argument("--clean", type=directory, required=True,
+                        help="folder of the clean images' diagnosis")
+    parser.add_argument("--poisoned", type=directory, nargs="+", required=True,
+                        help="folders named after poisons")
+    parser.add_argument("--output_dir", type=directory, default=Path("results/figures"))
     args = parser.parse_args(argv)
     with exit_on_input_error():
         clean = scores(args.clean)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..arguments import number, script_parser, seed, user_path
+from ..arguments import number, refuse_without, script_parser, seed, user_path
 from ..errors import exit_on_input_error
 from . import NOVEL_CONCEPTS, clip_path, dino_path, model_path, pixel_path, write_concept
 
@@ -17,15 +17,13 @@ def parse_args() -> argparse.Namespace:
     add("--network", choices=PATHS, default="diffusion", help="network whose path to print (diffusion)")
     add("--concept", help="a novel concept, e.g. teal-striped-star")
     add("--output_dir", type=user_path, help="folder for the concept's images")
-    add("--masks", type=user_path, metavar="DIR", help="folder for the concept's masks")
+    add("--mask_dir", type=user_path, help="folder for the concept's masks")
     add("--count", type=number(int, 1), help="number of images (5)")
     add("--seed", type=seed, help="another seed gives other images of the same concept")
     args = parser.parse_args()
     if args.concept and not args.output_dir:
         parser.error("--concept needs --output_dir")
-    for name in ("output_dir", "masks", "count", "seed"):
-        if getattr(args, name) is not None and not args.concept:
-            parser.error(f"argument --{name}: needs --concept")
+    refuse_without(parser, args, "--concept", args.concept, "output_dir", "mask_dir", "count", "seed")
     return args
 
 
@@ -35,7 +33,7 @@ def main() -> None:
         if args.list:
             print("\n".join(NOVEL_CONCEPTS))
         elif args.concept:
-            for path in write_concept(args.concept, args.output_dir, args.masks, args.count or 5,
+            for path in write_concept(args.concept, args.output_dir, args.mask_dir, args.count or 5,
                                       args.seed or 0):
                 print(path)
         else:

@@ -209,7 +209,7 @@ def _coverage(polygons, to_pixels):
 def draw_scene(seed: int, attributes: Attributes) -> Scene:
     """Draw one scene; `seed` alone decides place, size, angle, light and texture.
 
-    ValueError for an attribute that is not in the pocket world.
+    InputError for an attribute that is not in the pocket world.
     """
     for word, words in zip(astuple(attributes), (COLORS, PATTERNS, SHAPES, BACKGROUNDS), strict=True):
         if word not in words:

@@ -7,9 +7,7 @@ of 64.
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageOps
-
-__all__ = ["Size", "area_buckets", "aspect_buckets", "fit", "nearest_bucket", "rounded_buckets", "square"]
+__all__ = ["Size", "area_buckets", "aspect_buckets", "nearest_bucket", "rounded_buckets", "square"]
 
 Size = tuple[int, int]
 _STEP = 64
@@ -57,8 +55,3 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     """The bucket of the aspect nearest to an image's (width, height), the larger of two equal ones."""
     aspect = math.log(size[0] / size[1])
     return min(buckets, key=lambda it: (abs(math.log(it[0] / it[1]) - aspect), -it[0] * it[1]))
-
-
-def fit(image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
-    """Cut the largest central part of the size's aspect out of an image, and resize it."""
-    return ImageOps.fit(image, size, resample)
