@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     add("--network", choices=PATHS, default="diffusion", help="network whose path to print (diffusion)")
     add("--concept", help="a novel concept, e.g. teal-striped-star")
     add("--output_dir", type=user_path, help="folder for the concept's images")
-    add("--mask_dir", type=user_path, help="folder for the concept's masks")
+    add("--mask_dir", "--masks", type=user_path, metavar="DIR", help="folder for the concept's masks")
     add("--count", type=number(int, 1), help="number of images (5)")
     add("--seed", type=seed, help="another seed gives other images of the same concept")
     args = parser.parse_args()
