@@ -7,7 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +21,11 @@ from szt_utils import cells, pocket
 from szt_utils.arguments import command_line
 from szt_utils.datasets import read_concepts
 from szt_utils.errors import InputError
+from szt_utils.images import save_png
 from szt_utils.poisoning import PoisonSettings
 from szt_utils.purifying import PurifySettings
 from szt_utils.table_plan import Table
-from szt_utils.tables import Cell
+from szt_utils.tables import Cell, append_cell
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
 STAR = "teal-striped-star"
@@ -120,6 +121,15 @@ def test_a_concept_whose_embeddings_exist_is_not_trained(made, tmp_path, monkeyp
     assert len(made) == 1
 
 
+def test_a_short_training_has_a_checkpoint_every_hundred_steps(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "train_apart", lambda **flags: made.append(flags))
+    [concept] = read_concepts("pocket", names=[STAR]).values()
+    one = table(tmp_path, "--steps", "200")
+    one.home(STAR).mkdir(parents=True)
+    cells.train(one, concept, [Cell("clean", "nominal", STAR, 0)])
+    assert made[0]["checkpointing_steps"] == 100
+
+
 def test_the_work_is_quiet_and_its_failure_is_shown(capsys):
     def work(error: BaseException | None = None) -> None:
         with cells.quiet():
@@ -201,6 +211,51 @@ def test_a_cell_that_lacks_a_score_is_scored_again_and_not_trained(tmp_path, cap
     assert trained == [f"clean_nominal_{STAR}_0"]
     (cell,) = one.cells()
     assert cell.metrics == {"dino": 0.5, "clip": 0.5, "fid": 0.5}
+
+
+@pytest.mark.parametrize("images, missing", [(1, 0), (2, 1)])
+def test_a_concept_of_one_image_is_not_scored_again_for_distances_of_sets(tmp_path, capsys, images, missing):
+    concepts = read_concepts("pocket", names=[STAR])
+    (tmp_path / "own").mkdir()
+    for i in range(images):
+        Image.new("RGB", (8, 8)).save(tmp_path / "own" / f"{i}.png")
+    append_cell(tmp_path, Cell("clean", "nominal", STAR, 0, {"dino": 0.5}))
+    one = table(tmp_path, "--data", "clean", "--defences", "nominal", "--metrics", "dino", "fid", "kid",
+                "fd_dino")
+    cells.make_table(one, {STAR: replace(concepts[STAR], image_dir=tmp_path / "own")}, [0], dry_run=True)
+    assert capsys.readouterr().out.startswith(f"1 cells, {missing} of them to do.")
+
+
+def test_a_sheet_shows_images_and_scores_of_its_own_seed(tmp_path, monkeypatch):
+    one, sheets = table(tmp_path, "--data", "clean", "--defences", "nominal", "--metrics", "dino"), []
+    monkeypatch.setattr(cells, "contact_sheet", lambda rows: sheets.append(rows) or Image.new("RGB", (8, 8)))
+    save_png(Image.new("RGB", (8, 8)), one.home(STAR) / "clean" / "a.png")
+    for seed, value, color in ((0, 0.25, "red"), (1, 0.75, "blue")):
+        cell = Cell("clean", "nominal", STAR, seed, {"dino": value})
+        append_cell(tmp_path, cell)
+        save_png(Image.new("RGB", (8, 8), color), one.generated(cell) / "000.png")
+    for seed, score, color in ((0, "0.25", (255, 0, 0)), (1, "0.75", (0, 0, 255))):
+        cells.write_sheet(one, STAR, seed)
+        captions, (image,) = sheets[-1][1]
+        assert captions == [f"clean, nominal {score}"] and image.getpixel((0, 0)) == color
+
+
+@pytest.mark.parametrize("rank, names", [("0", [STAR, "black-dotted-arrow"]), ("1", ["red-dotted-heart"])])
+def test_a_process_makes_the_concepts_of_its_rank(tmp_path, monkeypatch, rank, names):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)  # it would wait for the other process
+    concepts = {name: read_concepts("pocket", names=[name])[name]
+                for name in (STAR, "red-dotted-heart", "black-dotted-arrow")}
+    one, trained = table(tmp_path, "--data", "clean", "--defences", "nominal", "--metrics", "dino"), []
+
+    def train(table, concept, planned):
+        trained.append(concept.name)
+        table.learned(planned[0]).parent.mkdir(parents=True)
+        table.learned(planned[0]).touch()
+
+    cells.make_table(one, concepts, [0], train=train, score=lambda *_: {"dino": 0.5})
+    assert trained == names
 
 
 def test_a_poison_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch):

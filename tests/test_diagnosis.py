@@ -25,6 +25,7 @@ from szt_utils.files import write_json
 from szt_utils.images import from_pil, read_image, to_pil
 from szt_utils.jpeg import jpeg
 from szt_utils.models import load_model, residual, tokenize
+from szt_utils.statistics import high_frequency_share
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -44,7 +45,7 @@ def rows(count: int) -> np.ndarray:
 
 
 def test_signals_are_what_they_say(model, image):
-    found = dict(zip(SIGNALS, image_signals(model, image, draws=1), strict=True))
+    found = dict(zip(SIGNALS, image_signals(model, image, draws=2, seed=5), strict=True))
     compressed = from_pil(jpeg(to_pil(image)[0], 25))
     change = (image - compressed).double()
     assert found["pixel_change"] == pytest.approx(change.square().mean().sqrt().log().item())
@@ -56,9 +57,11 @@ def test_signals_are_what_they_say(model, image):
         shift = (before - after).square().mean().sqrt()
         gain = (shift / change.square().mean().sqrt()).log().item()
         assert found["latent_gain"] == pytest.approx(gain, abs=1e-4)
-        generator, losses = torch.Generator().manual_seed(0), [0, 0]
+        before_share, after_share = (high_frequency_share(latents).item() for latents in (before, after))
+        assert found["latent_spectrum"] == pytest.approx(math.log(before_share / after_share), abs=1e-5)
+        generator, losses = torch.Generator().manual_seed(5), [0, 0]
         condition = model.condition(tokenize(model, ""))
-        for t in (50, 150, 250):
+        for t in (50, 50, 150, 150, 250, 250):
             noise = torch.randn(before.shape, generator=generator)
             for i, latents in enumerate((before, after)):
                 error = residual(model, latents, noise, torch.tensor([t]), condition)
@@ -92,6 +95,13 @@ def test_fresh_clean_images_have_uniform_percentiles_and_poisoned_ones_are_named
     found = explain(calibration, poisoned)
     assert found["suspect"] and "loss_change (+" in found["sentence"] and found["percentile"] == 1
     assert not explain(calibration, clean[:400].mean(0))["suspect"]
+
+
+@pytest.mark.parametrize("distance, suspect", [(37.5, False), (38.5, True)])
+def test_an_image_above_95_percent_of_the_clean_ones_is_suspect(distance, suspect):
+    """38 of 40 are 95 %."""
+    calibration = {"mean": [0.0] * 5, "covariance": np.eye(5).tolist(), "scores": list(range(1, 41))}
+    assert explain(calibration, [distance, 0, 0, 0, 0])["suspect"] is suspect
 
 
 def test_a_set_is_poisoned_when_more_images_are_suspect_than_chance_explains():

@@ -1,6 +1,8 @@
 """The script: images, scores, resume, prompts files, errors."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from szt_utils import pocket
 from szt_utils.embedding_files import save_embedding
-from szt_utils.evaluation import as_trained
+from szt_utils.evaluation import EvaluationSettings, as_trained
 from szt_utils.metrics import (
     SCORES,
     Networks,
@@ -93,8 +95,9 @@ def test_resume_makes_only_what_is_missing_and_other_metrics_need_no_new_images(
     assert max(np.abs(np.asarray(a) - b).max() for a, b in zip(again, whole, strict=True)) <= 1
     assert (folder / "images" / "001.png").stat().st_mtime_ns == stamp
     assert set(json.loads((folder / "scores.json").read_text())["metrics"]) == {"dino", "real_real", "clip"}
-    with pytest.raises(SystemExit, match="another --seed"):
-        run(folder, "--seed", 7)
+    for name, value in (("seed", 7), ("num_inference_steps", 3), ("guidance_scale", 2)):
+        with pytest.raises(SystemExit, match=f"another --{name}"):
+            run(folder, f"--{name}", value)
 
 
 def test_another_embedding_of_the_same_name_is_not_mixed_in(run, learned, tmp_path):
@@ -107,7 +110,6 @@ def test_another_embedding_of_the_same_name_is_not_mixed_in(run, learned, tmp_pa
 
 
 def test_without_a_model_everything_is_the_pocket_worlds():
-    from szt_utils.evaluation import EvaluationSettings
     from szt_utils.metrics import METRICS
 
     # The old name of --clean_dir stays.
@@ -121,6 +123,25 @@ def test_without_a_model_everything_is_the_pocket_worlds():
     other = EvaluationSettings("e", "r", "org/model")
     assert other.prompts != settings.prompts and other.guidance_scale == 7.5
     assert settings.networks == Networks(pocket.dino_path(), pocket.clip_path())
+
+
+def test_networks_that_are_given_replace_the_pocket_ones():
+    settings = EvaluationSettings("e", "r", dino="org/dino", clip="org/clip", inception="weights.pth")
+    assert settings.networks == Networks("org/dino", "org/clip", "weights.pth")
+
+
+@pytest.mark.parametrize("network", ["dino", "clip"])
+def test_one_network_alone_leaves_the_warning_about_the_bundled_ones(run, tmp_path, capsys, network):
+    run(tmp_path / "out", "--metrics", "dino", f"--{network}", getattr(pocket, f"{network}_path")())
+    assert "only know the pocket world" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", ["", "out"])
+def test_a_folder_of_results_among_the_clean_images_is_refused(run, concept_folder, tmp_path, inside):
+    clean = shutil.copytree(concept_folder[0], tmp_path / "clean")
+    with pytest.raises(SystemExit, match="is --clean_dir or lies in it"):
+        run(clean / inside, "--clean_dir", clean)
+    assert sorted(path.name for path in clean.iterdir()) == sorted(os.listdir(concept_folder[0]))
 
 
 def test_an_sdxl_model_is_evaluated_and_a_mistake_leaves_the_folder_as_it_was(run, tmp_path):

@@ -13,9 +13,11 @@ from PIL import Image
 
 from szt_utils.errors import InputError
 from szt_utils.images import (
+    check_resolution,
     contact_sheet,
     crop_and_resize,
     from_pil,
+    hash_pixels,
     list_images,
     name_results,
     read_image,
@@ -114,6 +116,12 @@ def test_only_the_folders_own_images_are_listed_by_name(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp"]
 
 
+def test_hidden_folders_are_not_listed(tmp_path):
+    for name in (".trash/a.png", "sub/.trash/a.png", "sub/b.png", "c.png"):
+        save_png(Image.fromarray(RGB), tmp_path / name)
+    assert list_images(tmp_path, recursive=True) == [tmp_path / "c.png", tmp_path / "sub" / "b.png"]
+
+
 def test_a_folder_that_is_missing_or_has_no_images_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     for folder, reason in ((tmp_path, "holds no image"), (tmp_path / "x", "does not exist"),
@@ -177,6 +185,10 @@ def test_tensors_and_images_round_trip_at_every_level():
     assert torch.equal(tensor[0, 0], torch.from_numpy(levels) / 255)
     assert all(np.array_equal(a, b) for a, b in zip(images, to_pil(tensor), strict=True))
     assert from_pil(Image.fromarray(levels)).shape == (1, 1, 16, 16)
+
+
+def test_images_of_other_sizes_and_the_same_pixels_have_other_hashes():
+    assert hash_pixels(Image.new("RGB", (4, 2))) != hash_pixels(Image.new("RGB", (2, 4)))
 
 
 def test_to_pil_rounds_to_the_nearest_level_and_clips():
@@ -274,6 +286,7 @@ def test_a_resolution_beyond_the_limit_is_refused():
     for resolution in (8193, 10**6):
         with pytest.raises(InputError, match=f"--resolution of {resolution} has more than"):
             crop_and_resize(Image.fromarray(RGB), resolution, True)
+    check_resolution(8192)
 
 
 @pytest.mark.parametrize("error", [IndexError("x"), struct.error("x"), TypeError("x"), zlib.error("x")])

@@ -1,5 +1,6 @@
 """Masks: brute-force dilation, closed forms of the masked loss, files that fit or are refused."""
 
+import os
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from szt_utils.images import crop_and_resize, list_images
 from szt_utils.masks import (
     MASK_MODES,
     dilate,
+    find_mask,
     find_masks,
     masked_mean,
     prepare_mask,
@@ -152,6 +154,33 @@ def test_masks_are_found_by_stem_in_the_order_of_the_images(tmp_path):
     saved(folder / "a.png", MASK)
     with pytest.raises(InputError, match="are masks of 'a'"):
         find_masks(folder, images)
+
+
+@pytest.fixture
+def two_images(tmp_path):
+    """A folder of two images and one of their masks."""
+    folders = tmp_path / "images", tmp_path / "masks"
+    for folder in folders:
+        folder.mkdir()
+        for name in ("a.png", "b.png"):
+            saved(folder / name, MASK)
+    return folders
+
+
+def test_the_mask_of_an_image_that_its_folder_lacks_is_refused(two_images):
+    images, masks = two_images
+    assert find_mask(masks, images / "a.png") == masks / "a.png"
+    with pytest.raises(InputError, match=r"c.png' is not an image of its folder; choose from: a.png, b.png"):
+        find_mask(masks, images / "c.png")
+
+
+def test_an_image_that_is_removed_after_its_mask_was_found_is_missed(two_images):
+    images, masks = two_images
+    os.utime(images, (0, 0))  # the clock of a file system may not have moved on before the image is removed
+    find_mask(masks, images / "a.png")
+    (images / "b.png").unlink()
+    with pytest.raises(InputError, match="b.png' has no image of the same name"):
+        find_mask(masks, images / "a.png")
 
 
 def test_mask_modes_are_those_of_the_command_line():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from szt_utils import pocket
+from szt_utils import metrics, pocket
 from szt_utils.errors import InputError
 from szt_utils.metrics import (
     SCORES,
@@ -163,6 +163,46 @@ def test_scores_know_a_copy_from_another_concept_and_warn_of_few_images():
         clip_scores(star, texts, pocket.dino_path())
 
 
+@pytest.fixture
+def two_concepts():
+    """Six images of a star and five of a heart."""
+    return tuple([Image.fromarray(scene.image) for scene in concept_scenes(name, count)]
+                 for name, count in (("teal-striped-star", 6), ("red-dotted-heart", 5)))
+
+
+@pytest.mark.filterwarnings("ignore:FID and FD-DINOv2 rest")
+@pytest.mark.parametrize("name, network, distance", [
+    ("fd_dino", "dino", frechet_distance), ("fid", "clip", frechet_distance),
+    ("kid", "clip", kernel_distance)])
+def test_distances_are_of_the_features_before_they_are_normalized(two_concepts, name, network, distance):
+    networks = Networks(pocket.dino_path(), pocket.clip_path())
+    features = [image_features(images, getattr(networks, network), normalized=False)
+                for images in two_concepts]
+    found = score_images(*two_concepts, [], networks, [name])
+    assert found == {name: pytest.approx(distance(*features), rel=1e-6)}
+
+
+@pytest.mark.filterwarnings("ignore:FID and FD-DINOv2 rest")
+def test_fid_and_kid_are_of_inceptions_features_where_it_is_given(two_concepts, monkeypatch):
+    sets = dict(zip((6, 5), two_sets(6, 5), strict=True))
+    monkeypatch.setattr(metrics, "inception_features", lambda images, weights, device: (
+        sets[len(images)] * (2 if weights == "weights.pth" else 1)))
+    networks = Networks(pocket.dino_path(), pocket.clip_path(), "weights.pth")
+    found = score_images(*two_concepts, [], networks, ["fid", "kid"])
+    a, b = (2 * features for features in sets.values())
+    assert found == pytest.approx({"fid": frechet_distance(a, b), "kid": kernel_distance(a, b)})
+
+
+@pytest.mark.filterwarnings("error:FID and FD-DINOv2 rest")
+def test_the_smaller_set_decides_whether_images_are_few(two_concepts, monkeypatch):
+    networks = Networks(pocket.dino_path(), pocket.clip_path())
+    monkeypatch.setattr(metrics, "FEW_IMAGES", 6)
+    for generated, real in (two_concepts, two_concepts[::-1]):
+        with pytest.warns(UserWarning, match=f"{len(generated)} generated and {len(real)} real"):
+            score_images(generated, real, [], networks, ["fd_dino"])
+    score_images(two_concepts[0], two_concepts[0], [], networks, ["fd_dino"])
+
+
 @torch.no_grad()
 def test_clip_scores_are_the_models_own_logits_without_their_scale():
     from transformers import AutoProcessor, CLIPModel, CLIPTokenizer
@@ -177,9 +217,15 @@ def test_clip_scores_are_the_models_own_logits_without_their_scale():
     assert torch.allclose(clip_scores(images, texts, pocket.clip_path()), expected, atol=1e-2)
 
 
-def test_what_is_not_finite_is_named(monkeypatch):
-    from szt_utils import metrics
+def test_a_clip_score_is_at_least_0(monkeypatch):
+    images = [Image.fromarray(scene.image) for scene in concept_scenes("teal-striped-star", 2)]
+    texts = ["a photo of a teal striped star"] * 2
+    assert clip_scores(images, texts, pocket.clip_path()).min() > 0
+    monkeypatch.setattr(metrics, "image_features", lambda *given, **more: -image_features(*given, **more))
+    assert clip_scores(images, texts, pocket.clip_path()).tolist() == [0, 0]
 
+
+def test_what_is_not_finite_is_named(monkeypatch):
     class Broken(torch.nn.Module):
         def forward(self, pixel_values):
             features = pixel_values.flatten(1)[:, :4].clone()

@@ -80,7 +80,8 @@ def test_an_image_is_poisoned_clean_or_neither(simple):
     assert explain_pixels(simple, made(2.5), coarse=True)["verdict"] == "poisoned"
     nothing = explain_pixels(simple, None)
     assert nothing["verdict"] == "cannot tell" and nothing["score"] is None and "grey" in nothing["sentence"]
-    assert explain_pixels(simple, made(1e9))["score"] == 2  # no signal counts beyond 4 deviations
+    for far, score in ((1e9, 2), (-1e9, -6)):  # no signal counts beyond 4 deviations
+        assert explain_pixels(simple, made(far))["score"] == score
 
 
 def test_a_set_is_poisoned_when_more_images_are_than_chance_explains(simple):

@@ -172,6 +172,18 @@ def test_closed_form_of_the_encoder_attack(linear_victim):
     assert close(towards_zero, to_pixels(victim, 2 * z0 / z0[0].numel()))
 
 
+def test_a_loss_mask_counts_pixels_of_what_the_diffusion_attack_generates(victim):
+    images, mask = images_of(1), torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    victim = replace(victim, loss_mask=mask, chain_steps=1)
+    with torch.no_grad():
+        latents = victim.model.encode(images)
+        noise = torch.randn(latents.shape[1:], generator=own_generators(images)[0])
+        error = (image_to_image(victim, latents, noise[None]) - victim.target).square()
+        value = DA.objective(victim, latents, own_generators(images))
+    assert value.item() == pytest.approx(error[..., :32].mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("poison", [ADM, SDS, EA])
 def test_a_loss_mask_attacks_its_cells_and_nothing_else(linear_victim, poison):
     x, mask = images_of(2, 32).double(), torch.zeros(2, 1, 32, 32)
@@ -285,16 +297,19 @@ def test_checkpointing_the_chain_changes_no_gradient(model, victim, monkeypatch)
     assert torch.allclose(checkpointed, plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
 
 
-@pytest.mark.parametrize("folder", ["tiny_model", "tiny_velocity_model", "tiny_sdxl"])
-def test_the_chain_is_diffusers_image_to_image(request, folder):
+@pytest.mark.parametrize("folder, chain_steps, strength, steps", [
+    *((folder, 4, 0.8, 5) for folder in ("tiny_model", "tiny_velocity_model", "tiny_sdxl")),
+    ("tiny_model", 4, 0.7, 6), ("tiny_model", 3, 0.55, 5)])  # of 5.7 and 5.5 steps, the nearest
+def test_the_chain_is_diffusers_image_to_image(request, folder, chain_steps, strength, steps):
     folder = str(request.getfixturevalue(folder))
-    victim = victim_of(load_model(folder), chain_steps=4, strength=0.8, guidance_scale=3.0)
+    victim = victim_of(load_model(folder), chain_steps=chain_steps, strength=strength, guidance_scale=3.0)
     pipeline = AutoPipelineForImage2Image.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    theirs = pipeline(["a photo"] * 2, image=latents, strength=0.8, num_inference_steps=5, guidance_scale=3.0,
-                      generator=torch.Generator().manual_seed(4), output_type="pt").images
+    theirs = pipeline(["a photo"] * 2, image=latents, strength=chain_steps / steps, num_inference_steps=steps,
+                      guidance_scale=3.0, generator=torch.Generator().manual_seed(4),
+                      output_type="pt").images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         ours = image_to_image(victim, latents, noise)
@@ -332,6 +347,13 @@ def test_the_target_pattern_has_the_highest_contrast():
     pattern = target_pattern(96, 64)
     assert pattern.shape == (1, 3, 96, 64) and set(pattern.unique().tolist()) == {0.0, 1.0}
     assert 0.4 < pattern.mean() < 0.6
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_the_target_pattern_mirrored_is_its_negative(dim):
+    """Rings are their own mirror image, but mirrored squares of the checkerboard have the other color."""
+    pattern = target_pattern(96, 64)
+    assert (pattern != pattern.flip(dim)).float().mean() > 0.95
 
 
 def test_the_encoder_carries_any_cotangent_at_its_true_scale(model, victim):
@@ -386,6 +408,15 @@ def test_timesteps_fill_the_half_open_range_and_the_noise_is_normal():
     assert draw(latents.bfloat16(), [generator], 0, 10)[0].dtype == torch.bfloat16
 
 
+def test_the_measured_objective_is_the_mean_over_its_draws(victim):
+    images, generators = images_of(2), own_generators(images_of(2))
+    with torch.no_grad():
+        latents = victim.model.encode(images)
+        each = [ADM.objective(victim, latents, generators) for _ in range(3)]
+    found = measure_objective(ADM, victim, images, own_generators(images), draws=3)
+    assert torch.allclose(found, torch.stack(each).mean(0))
+
+
 def test_the_objective_repeats_with_equal_generators(victim):
     images = images_of(1)
     first, second = (measure_objective(ADM, victim, images, own_generators(images), draws=2)
@@ -402,6 +433,10 @@ def test_a_batch_is_as_good_as_its_images_alone(tiny_model):
                    generators=own_generators(images))
     together, alone = attacked(images), torch.cat([attacked(image) for image in images.split(1)])
     assert torch.equal(together, alone) and not torch.equal(together, images)
+
+
+def test_adm_and_ea_start_at_random_and_the_others_at_the_image():
+    assert [name for name, poison in POISONS.items() if poison.random_start] == ["adm+", "adm-", "ea"]
 
 
 def test_unknown_poisons_list_the_choices():

@@ -170,8 +170,45 @@ def test_regen_is_image_to_image_of_each_image_alone():
     stronger = regen(images, pipeline, generators=generators(2), strength=0.5)
     assert (stronger - images).square().mean() > 1.5 * (result - images).square().mean()
     assert regen(images[..., :100, :70], pipeline, generators=generators(2)).shape == (2, 3, 100, 70)
-    with pytest.raises(InputError, match="no step"):
+    with pytest.raises(InputError, match="no denoising step"):
         regen(images, pipeline, generators=generators(2), strength=0.01)
+
+
+class Recorder:
+    """A pipeline that returns the image it is given and keeps what it is called with."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __call__(self, prompt=None, **settings):
+        self.seen = {"prompt": prompt, **settings}
+        return SimpleNamespace(images=settings["image"])
+
+
+def test_regen_passes_its_settings_on():
+    pipeline = Recorder(vae_scale_factor=8)
+    regen(torch.zeros(2, 3, 8, 8), pipeline, generators=generators(2), strength=0.5, steps=4,
+          guidance_scale=3.0, prompt="a star")
+    assert pipeline.seen.items() >= {"prompt": ["a star"] * 2, "strength": 0.5, "num_inference_steps": 4,
+                                     "guidance_scale": 3.0}.items()
+
+
+def test_pdmpure_passes_the_settings_of_each_deepfloyd_stage_on():
+    second = Recorder(unet=SimpleNamespace(config=SimpleNamespace(sample_size=8)))
+    upscaler = Recorder()
+    pdmpure_if(torch.zeros(2, 3, 8, 8), second, upscaler, generators=generators(2), strength=0.5, steps=9,
+               guidance_scale=3.0, noise_level=77, prompt="a star", upscale_steps=6,
+               upscale_guidance_scale=2.0, upscale_noise_level=5)
+    assert second.seen.items() >= {"prompt": ["a star"] * 2, "strength": 0.5, "num_inference_steps": 9,
+                                   "guidance_scale": 3.0, "noise_level": 77}.items()
+    assert upscaler.seen.items() >= {"prompt": ["a star"] * 2, "num_inference_steps": 6,
+                                     "guidance_scale": 2.0, "noise_level": 5}.items()
+
+
+@pytest.mark.parametrize("strength", [0.01, 0, 1.5])
+def test_pdmpure_refuses_a_strength_without_a_step_before_deepfloyd_runs(strength):
+    with pytest.raises(InputError, match=f"--strength {strength} of --steps 10 leaves no denoising step"):
+        pdmpure_if(torch.zeros(1, 3, 8, 8), None, None, generators=generators(1), strength=strength, steps=10)
 
 
 @pytest.fixture(scope="module")

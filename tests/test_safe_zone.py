@@ -191,6 +191,20 @@ def test_a_density_keeps_its_shape_inside_the_zone():
     assert pool.min() >= kept.min() and pool.median().item() == pytest.approx(kept.median().item(), abs=0.02)
 
 
+def test_what_replaces_the_numbers_of_a_density_depends_on_the_generator_alone():
+    zone, u = SafeZone.paper(512, SCHEDULERS["flow"]), torch.linspace(0, 0.999, 200)
+    first, again, other = (zone.restrict(SCHEDULERS["flow"], 100, u,
+                                         generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_numbers_of_a_density_are_left_as_they_are():
+    zone, u = SafeZone.paper(512, SCHEDULERS["flow"]), torch.linspace(0, 0.999, 200).flip(0)
+    before = u.clone()
+    assert not torch.equal(zone.restrict(SCHEDULERS["flow"], 100, u), before[:100])
+    assert torch.equal(u, before)
+
+
 def test_a_density_that_never_reaches_the_zone_is_refused():
     zone, scheduler = SafeZone.paper(512, SCHEDULERS["flow"]), SCHEDULERS["flow"]
     with pytest.raises(InputError, match="draws no timestep inside"):
@@ -217,6 +231,13 @@ def test_class_images_get_all_timesteps(name):
     for u in (None, torch.rand):
         ratio = snr_of(name, scheduler, zone.timesteps(scheduler, 2000, u, prior_preservation=True))
         assert ratio[:1000].max() < 0.3825 and ratio[1000:].max() > 1
+
+
+def test_class_images_get_all_timesteps_whatever_the_distribution():
+    zone = SafeZone(t_distribution="power", t_power=50.0)
+    drawn = zone.timesteps(DDPM, 2000, prior_preservation=True, generator=torch.Generator().manual_seed(0))
+    own, of_class = drawn.double().split(1000)
+    assert own.mean() > 950 and of_class.mean().item() == pytest.approx(499.5, abs=40)
 
 
 def test_a_scheduler_that_ends_before_the_papers_threshold_has_no_timestep_for_it():
@@ -304,7 +325,7 @@ def test_class_images_count_everywhere_and_by_their_weight():
     loss = SafeZone().loss(prediction, target, mask, prior_preservation=True, prior_loss_weight=0.5)
     assert torch.allclose(loss, expected)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)  # as Diffusers has them
-    both = SafeZone().loss(prediction, target, mask.repeat(2, 1, 1, 1), weights, prior_preservation=True)
+    both = SafeZone().loss(prediction, target, torch.cat([mask, 1 - mask]), weights, prior_preservation=True)
     weighted = error * weights
     assert torch.allclose(both, (weighted[:2] * mask).mean() + weighted[2:].mean())
 

@@ -1,5 +1,7 @@
 """Statistics against closed forms."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,13 +62,18 @@ def test_the_bootstrap_resamples_whole_rows():
     assert found["low"] == pytest.approx(2) and found["high"] == pytest.approx(2)
 
 
+def test_draws_of_a_bootstrap_without_a_value_do_not_count():
+    found = bootstrap(np.arange(4.0), lambda values: values.mean() if values.mean() >= 0.5 else math.nan)
+    assert 0.5 <= found["low"] < found["value"] == 1.5 < found["high"] <= 3
+
+
 def test_shape_statistics_have_their_closed_forms():
     rng = np.random.default_rng(0)
     gauss, uniform, two = rng.normal(size=400_000), rng.uniform(size=400_000), np.tile([-3.0, 3.0], 50)
     for values, kurtosis, coefficient in ((gauss, 0, 1 / 3), (uniform, -1.2, 5 / 9), (two, -2, 1)):
         assert excess_kurtosis(values) == pytest.approx(kurtosis, abs=0.03)
         assert bimodality(values) == pytest.approx(coefficient, abs=0.01)
-    skewed = rng.exponential(size=400_000)  # skewness 2, kurtosis 9
+    skewed = 3 * rng.exponential(size=400_000)  # skewness 2, kurtosis 9, at any scale
     assert bimodality(skewed) == pytest.approx(5 / 9, abs=0.05)
 
 
@@ -87,13 +94,14 @@ def test_mass_inside_a_mask():
     assert torch.allclose(share, torch.tensor([[0.25, 0.25, 0.25], [0.25, 0.25, 28 / 64]]))
 
 
-@pytest.mark.parametrize("cycles", [1, 3, 8])
-def test_a_wave_has_its_power_in_its_own_band(cycles):
-    x = torch.arange(16) / 16
-    wave = torch.cos(2 * torch.pi * cycles * x).expand(2, 4, 16, 16) + 7
+@pytest.mark.parametrize("cycles, down, band", [(1, 0, 0), (3, 0, 2), (4, 0, 3), (8, 0, 7), (2, 1, 2)])
+def test_a_wave_has_its_power_in_its_own_band(cycles, down, band):
+    """A band ends at whole cycles: the 2.2 of a slanted wave are in the third."""
+    y, x = torch.meshgrid(torch.arange(16) / 16, torch.arange(16) / 16, indexing="ij")
+    wave = torch.cos(2 * torch.pi * (cycles * x + down * y)).expand(2, 4, 16, 16) + 7
     spectrum = radial_spectrum(wave)
     assert spectrum.shape == (2, 8)
-    assert (spectrum.argmax(1) == cycles - 1).all() and (spectrum > 1e-9).sum() == 2
+    assert (spectrum.argmax(1) == band).all() and (spectrum > 1e-9).sum() == 2
     assert torch.allclose(high_frequency_share(wave), torch.full((2,), float(cycles > 4)).double(), atol=1e-9)
 
 

@@ -1,5 +1,6 @@
 """The plan of a table: which cells are its own, whether they need masks, and what they cost."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_a_model_is_known_by_its_files_not_by_its_name_alone(tmp_path):
     assert table(model=str(changed.parents[1])).record["model"] != first.record["model"]
 
 
+@pytest.mark.parametrize("settings, changes, kept", [
+    ({}, {"networks": Networks("d", "other")}, 3), ({}, {"networks": Networks("other", "c", "i")}, 3),
+    ({"guidance_scale": 2.0}, {}, 2), ({"num_inference_steps": 3}, {}, 2), ({"images_per_prompt": 1}, {}, 2),
+    ({}, {"given": {"prompts": ["a {}"]}}, 2), ({"learning_rate": 1.0}, {}, 1), ({"steps": 20}, {}, 1),
+    ({"train_batch_size": 1}, {}, 1), ({}, {"given": {"initializer_token": "toy"}}, 1),
+    ({}, {"given": {"method": "lora"}}, 1), ({"resolution": 128}, {}, 0), ({}, {"dataset": "other"}, 0)])
+def test_a_setting_changes_its_own_stage_and_those_after_it(settings, changes, kept):
+    """The stages are the concept's images, what is learned of them, and what is generated."""
+    one, cell = table(), Cell("ea", "nominal", STAR, 0)
+    other = table(settings=replace(one.settings, **settings), **changes)
+    places = [(each.home(STAR), each.learned(cell), each.generated(cell)) for each in (one, other)]
+    assert [mine == its for mine, its in zip(*places, strict=True)] == [True] * kept + [False] * (3 - kept)
+    assert one.key() != other.key()
+
+
 @pytest.mark.parametrize("data, defences, needed", [
     (["clean", "ea"], ["nominal", "regen"], False), (["clean"], ["nominal", "szt"], True),
     (["ea szt"], ["nominal"], True)])
@@ -67,7 +83,7 @@ def test_an_ablation_takes_cells_of_its_data_where_its_own_columns_are_trained(t
 
 
 def test_passes_count_a_poison_and_a_purifier_once_for_all_seeds():
-    one, concepts = table(), read_concepts("pocket", names=[STAR])
+    one, concepts = table(), read_concepts("pocket", names=[STAR, "red-dotted-heart"])
 
     def cost(data: str, defence: str, *seeds: int) -> dict[str, int]:
         return passes(one, [Cell(data, defence, STAR, seed) for seed in seeds], concepts)
@@ -77,6 +93,8 @@ def test_passes_count_a_poison_and_a_purifier_once_for_all_seeds():
     # 5 images of 100 steps of 3 passes; 6 passes for each purified image.
     assert cost("adm+", "regen", 0, 1) == {"poison": 1500, "purify": 30, "train": 240, "generate": 1600}
     assert cost("ea szt", "szt", 0)["poison"] == 2 * cost("ea", "szt", 0)["poison"] == 1000
+    of_both = passes(one, [Cell("adm+", "regen", name, 0) for name in concepts], concepts)
+    assert of_both == {"poison": 3000, "purify": 60, "train": 240, "generate": 1600}
     assert passes(one, [], concepts) == {}
 
 

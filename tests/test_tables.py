@@ -20,6 +20,7 @@ from szt_utils.tables import (
     recovered_share,
     run_index,
     share_text,
+    shared_cells,
     write_table,
 )
 
@@ -106,7 +107,7 @@ def test_a_run_is_recorded_once(tmp_path):
     assert json.loads((folder / "run.json").read_text()) == runs
     for content in ('{"steps": 200}', "[{", "null"):
         (folder / "run.json").write_text(content)
-        with pytest.raises(InputError, match="The list of runs '.*run.json' is"):
+        with pytest.raises(InputError, match="The list of runs '.*run.json'.* is"):
             run_index(folder, runs[0])
         assert (folder / "run.json").read_text() == content
 
@@ -137,6 +138,21 @@ def test_the_average_over_poisons_needs_all_that_have_cells():
     assert found["szt"] == (pytest.approx(0.65), None, 2)
     assert poison_average([c for c in cells if c.data != "ea"], POISONS, DEFENCES, "dino") == {}
     assert poison_average(cells, POISONS, DEFENCES, "fid") == {}
+
+
+def test_a_defence_with_more_concepts_than_the_first_is_averaged_over_those_of_the_first():
+    cells = [cell(data, "nominal", 0.3) for data in POISONS]
+    cells += [cell(data, "szt", value, concept) for data in POISONS
+              for concept, value in (("c", 0.5), ("another", 0.9))]
+    found = poison_average(cells, POISONS, DEFENCES, "dino")
+    assert found == {"nominal": (0.3, None, 2), "szt": (0.5, None, 2)}
+
+
+def test_cells_are_shared_where_every_place_has_the_metric():
+    places = [("clean", "nominal"), ("ea", "nominal")]
+    cells = [cell(*place, 0.5, "whole") for place in places]
+    other = Cell("ea", "nominal", "half", 0, {"fid": 1.0})
+    assert shared_cells([*cells, cell("clean", "nominal", 0.5, "half"), other], "dino", places) == cells
 
 
 def test_a_poison_that_took_nothing_has_nothing_to_recover():
@@ -182,6 +198,19 @@ def test_a_recovered_share_has_an_interval_over_concepts():
     assert recovered_share(vain, ["ea"], "szt", "dino") is None
     assert share_text(recovered_share(cells((0.8, 0.4, 0.6)), ["ea"], "szt", "dino")) == "50%"
     assert recovered_share(cells((0.8, 0.4, 0.6)), ["ea"], "jpeg", "dino") is None and share_text(None) == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_recovered_share_leaves_out_draws_without_damage():
+    cells = [cell(*place, value, concept)
+             for concept, values in (("a", (1.0, 0.0, 0.5)), ("b", (1.0, 0.0, 0.5)), ("c", (1.0, 0.0, 0.5)),
+                                     ("spared", (0.0, 0.0, 0.5)))
+             for place, value in zip((("clean", "nominal"), ("ea", "nominal"), ("ea", "szt")), values,
+                                     strict=True)]
+    share = recovered_share(cells, ["ea"], "szt", "dino")
+    assert share["value"] == pytest.approx(2 / 3)
+    # .5 over the mean damage, which is 1 at most and 1/4 at least where it is not 0.
+    assert share["low"] == pytest.approx(1 / 2) and share["high"] == pytest.approx(2)
 
 
 def test_only_similarity_and_attributes_have_recovered_shares():
