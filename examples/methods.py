@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import Score, Train, make_table, score_token, training_entries
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from table_plan import CellSettings, Flags, Table
 
 from szt_utils import pocket
 from szt_utils.arguments import directory, number, script_parser, seed
-from szt_utils.cells import Score, Train, make_table, score_token, training_entries
 from szt_utils.datasets import DatasetConcept, read_concepts
 from szt_utils.devices import best_device
 from szt_utils.embeddings import NewRows, add_placeholder, train_rows
@@ -40,7 +41,6 @@ from szt_utils.models import Model, expand, load_model, residual, tokenize
 from szt_utils.pocket.scenes import attributes_of, draw_scene
 from szt_utils.safe_zone import PAPER_T_MIN
 from szt_utils.settings import ConceptSettings
-from szt_utils.table_plan import CellSettings, Flags, Table
 from szt_utils.tables import Cell
 
 CONCEPTS = list(pocket.NOVEL_CONCEPTS)[:5]

@@ -20,15 +20,16 @@ import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from cells import make_table
+from table_plan import CellSettings, Table
+
 from szt_utils import pocket
 from szt_utils.arguments import directory, number, script_parser, seed, user_path
 from szt_utils.captions import read_prompt_templates
-from szt_utils.cells import make_table
 from szt_utils.datasets import READERS, read_concepts
 from szt_utils.errors import InputError, exit_on_input_error
 from szt_utils.metrics import METRICS, Networks
 from szt_utils.notices import notice
-from szt_utils.table_plan import CellSettings, Table
 from szt_utils.tables import read_runs
 
 MASKED = {"loss_mask_dir": "masks"}  # in the concept's folder

@@ -11,20 +11,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cells
 import pytest
 from conftest import ROOT
 from PIL import Image
+from table_plan import Table
 
 import poison_images
 import purify_images
-from szt_utils import cells, pocket
+from szt_utils import pocket
 from szt_utils.arguments import command_line
 from szt_utils.datasets import read_concepts
 from szt_utils.errors import InputError
 from szt_utils.images import save_png
 from szt_utils.poisoning import PoisonSettings
 from szt_utils.purifying import PurifySettings
-from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
@@ -287,7 +288,7 @@ def test_a_poison_that_fails_does_not_keep_others_from_being_made(tmp_path, monk
 
 
 def test_a_process_waits_for_the_others_before_it_fails(tmp_path):
-    code = ("import os, pathlib, sys, time; from szt_utils.cells import wait_for_others\n"
+    code = ("import os, pathlib, sys, time; from cells import wait_for_others\n"
             "file, rank = pathlib.Path(sys.argv[1]), os.environ['RANK']\n"
             "time.sleep(2 * int(rank)); file.touch() if rank == '1' else None\n"
             "wait_for_others(2); assert file.exists()")
@@ -295,7 +296,8 @@ def test_a_process_waits_for_the_others_before_it_fails(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], cwd=ROOT, env={
-        **os.environ, "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        **os.environ, "PYTHONPATH": str(ROOT / "examples"), "RANK": rank, "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         for rank in ("0", "1")]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
+from table_plan import Table
 
 from szt_utils import pocket
 from szt_utils.fingerprint import identity
 from szt_utils.notices import notice
-from szt_utils.table_plan import Table
 from szt_utils.tables import Cell, append_cell, read_cells, run_index
 
 TABLE1 = runpy.run_path(str(ROOT / "examples" / "table1.py"))
@@ -156,7 +156,7 @@ def test_the_committed_cells_of_an_earlier_version_give_its_tables(tmp_path, cap
     """No cell is computed again, and the tables are the same to the last byte."""
     assert table("--output_dir", RESULTS).finished() == []  # its models were others
     monkeypatch.setattr(Table, "finished", lambda table: read_cells(table.output_dir))
-    monkeypatch.setattr("szt_utils.cells.check_purifier", lambda *_: None)
+    monkeypatch.setattr("cells.check_purifier", lambda *_: None)
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     shutil.copy(RESULTS / "run.json", tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from table_plan import CellSettings, Table, passes, plan
 
 from szt_utils.datasets import read_concepts
 from szt_utils.metrics import Networks
-from szt_utils.table_plan import CellSettings, Table, passes, plan
 from szt_utils.tables import Cell, append_cell
 
 ROWS = {"clean": {}, "adm+": {"method": "adm+"}, "ea": {"method": "ea"},

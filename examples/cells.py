@@ -24,27 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table_plan import POCKET_SECONDS, Flags, Table, passes, plan
 
-from .arguments import command_line
-from .datasets import DatasetConcept, write_images
-from .devices import best_device, dtype_of
-from .embeddings import load_into
-from .errors import InputError
-from .evaluation import evaluate_token
-from .files import atomic_path, write_json
-from .folder_run import provenance
-from .generation import load_pipeline
-from .images import contact_sheet, list_images, read_image
-from .metrics import SCORES, SET_METRICS
-from .notices import notice
-from .poisoning import PoisonSettings, poison_folder
-from .purifying import PurifySettings, purify_folder
-from .table_plan import POCKET_SECONDS, Flags, Table, passes, plan
-from .tables import OF_PURIFIER, Cell, append_cell, read_cells, read_runs, run_index, write_table
+from szt_utils.arguments import command_line
+from szt_utils.datasets import DatasetConcept, write_images
+from szt_utils.devices import best_device, dtype_of
+from szt_utils.embeddings import load_into
+from szt_utils.errors import InputError
+from szt_utils.evaluation import evaluate_token
+from szt_utils.files import atomic_path, write_json
+from szt_utils.folder_run import provenance
+from szt_utils.generation import load_pipeline
+from szt_utils.images import contact_sheet, list_images, read_image
+from szt_utils.metrics import SCORES, SET_METRICS
+from szt_utils.notices import notice
+from szt_utils.poisoning import PoisonSettings, poison_folder
+from szt_utils.purifying import PurifySettings, purify_folder
+from szt_utils.tables import OF_PURIFIER, Cell, append_cell, read_cells, read_runs, run_index, write_table
 
 __all__ = ["Score", "Train", "make_cells", "make_table", "score", "score_token", "train", "training_entries"]
 
-# Beside this package, in a checkout and when installed.
 TRAINING = Path(__file__).resolve().parent.parent / "textual_inversion_szt.py"
 BATCH_SIZE = 5  # images poisoned or purified together
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .datasets import DatasetConcept
-from .fingerprint import identity
-from .metrics import Networks
-from .poisoning import PoisonSettings
-from .tables import Cell, read_cells, settings_key
+from szt_utils.datasets import DatasetConcept
+from szt_utils.fingerprint import identity
+from szt_utils.metrics import Networks
+from szt_utils.poisoning import PoisonSettings
+from szt_utils.tables import Cell, read_cells, settings_key
 
 __all__ = ["POCKET_SECONDS", "CellSettings", "Flags", "Table", "passes", "plan"]
 
