@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, exact, found by name, refused when damaged, set aside when of another run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +23,10 @@ def save(folder, step, value=1.0, **options):
     common = {"step": step, "rows": torch.full((1, 4), value), "fingerprint": FINGERPRINT}
     save_checkpoint(folder, step, common, {"random": {"cpu": torch.get_rng_state()}}, **options)
     return folder / f"checkpoint-{step}"
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_common_and_every_ranks_own_come_back(tmp_path):
@@ -76,10 +82,6 @@ def test_pruning_keeps_the_newest(tmp_path):
 
 def test_a_save_cut_short_leaves_the_old_checkpoint_and_the_next_save_cleans_up(tmp_path):
     folder = save(tmp_path, 1, 1.0)
-
-    def killed():
-        raise KeyboardInterrupt
-
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 1, 2.0, barrier=killed)
@@ -102,6 +104,28 @@ def test_a_new_run_sets_an_earlier_runs_checkpoints_and_records_aside(tmp_path):
     assert set_aside(tmp_path, 0) is None
     save(tmp_path, 1)
     assert set_aside(tmp_path, 0) == tmp_path / "earlier-2", "nothing that was set aside is replaced"
+
+
+def test_a_move_that_is_cut_short_has_begun_with_the_newest_checkpoint(tmp_path, monkeypatch):
+    """What is left is never taken for the newest of the run that resumes."""
+    for step in (2, 4, 10):
+        save(tmp_path, step)
+    rename = Path.rename
+
+    def once(path, target):
+        monkeypatch.setattr(Path, "rename", killed)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside(tmp_path, 0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_images_of_a_checkpoint_without_their_hashes_have_none(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    save_checkpoint(tmp_path, 1, {"step": 1, "fingerprint": {"images": ["a.png", "b.png"]}}, {})
+    assert load_shared_state(folder)["fingerprint"]["images"] == {"a.png": None, "b.png": None}
 
 
 def test_a_run_resumed_from_an_older_checkpoint_sets_the_later_ones_aside_only(tmp_path):

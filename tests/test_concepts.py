@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import SCRIPT, flags, run_here, run_script, two_ranks
 
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
-from szt_utils.concepts import Group, _seeded
+from szt_utils.concepts import Concept, Group, _seeded, groups
 from szt_utils.embedding_files import load_embedding
 from szt_utils.files import read_stats
 from szt_utils.pocket import write_concept
@@ -169,6 +170,29 @@ def test_a_group_that_begins_does_not_go_on_with_the_scale_of_another():
     run = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), first_scaler_state=first)
     Group.load_state(SimpleNamespace(step=0, run=run), None, None)
     assert scaler.get_scale() == 8
+
+
+def test_a_group_that_resumes_goes_on_with_the_scale_of_its_checkpoint():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    checkpoint = {"optimizer": {"state": {}}, "lr_scheduler": {},
+                  "scaler": {**scaler.state_dict(), "scale": 2.0}}
+    group = SimpleNamespace(
+        step=3, run=SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler)),
+        concepts=[SimpleNamespace(checkpoint=checkpoint, checkpoint_folder=Path("checkpoint-3"))])
+    ignoring = SimpleNamespace(load_state_dict=lambda state: None)
+    Group.load_state(group, ignoring, ignoring)
+    assert scaler.get_scale() == 2
+
+
+def test_concepts_at_one_step_share_a_group_up_to_its_size():
+    concepts = [SimpleNamespace(step=step) for step in (3, 0, 0, 0)]
+    assert [[concept.step for concept in group] for group in groups(concepts, 2)] == [[0, 0], [0], [3]]
+
+
+def test_every_error_is_weighted_by_its_own_timestep():
+    concept = SimpleNamespace(snr_weights=torch.tensor([1.0, 2.0, 3.0]))
+    weighed = Concept.weigh(concept, torch.ones(2, 1, 1, 1), torch.tensor([2, 0]))
+    assert weighed.flatten().tolist() == [3, 1]
 
 
 def test_a_checkpoint_whose_steps_a_scaler_has_skipped_goes_on(tiny_model, entries, tmp_path):

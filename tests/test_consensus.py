@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from szt_utils.consensus import Candidates, centrality, choose_masks, pairwise_iou
+from szt_utils.consensus import Candidates, candidate_masks, centrality, choose_masks, pairwise_iou
+from szt_utils.segment import EmbeddedImage
 
 
 def boxes(*corners, side: int = 9) -> torch.Tensor:
@@ -29,6 +31,61 @@ def test_centrality_is_highest_in_the_center_and_negative_along_the_edge():
     assert center == 1
     assert corner == pytest.approx(-1 / 32)  # one of 32 pixels of the edge
     assert whole == pytest.approx(sum(8 * r * (1 - r / 4) for r in range(1, 5)) / 81 + 1 / 81 - 1)
+
+
+class Squares:
+    """A segmenter whose first two masks of a click are squares around it, and whose third is empty.
+
+    Both squares are equal; the model is sure of the `stable` one, and its score of the other is higher.
+    """
+
+    def __init__(self, stable: int = 0):
+        self.stable, self.clicks = stable, []
+
+    def decode(self, embedded, points, labels, boxes, multimask):
+        assert labels.tolist() == [[1]] * len(points) and boxes is None and multimask
+        self.clicks += points[:, 0].tolist()
+        y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+        cells = points[:, 0, :, None, None] / 4  # the model's input has 64 pixels
+        near = 3 - torch.maximum((x - cells[:, 0]).abs(), (y - cells[:, 1]).abs())
+        logits = torch.stack([near, near / 10, -torch.ones_like(near)], 1)
+        scores = torch.tensor([0.5, 0.6, 1.0]).repeat(len(points), 1)
+        order = [0, 1, 2] if self.stable == 0 else [1, 0, 2]
+        return logits[:, order], scores[:, order]
+
+
+@pytest.fixture
+def embedded():
+    """An image of 128 x 128 pixels in a model's input of 64, with random features."""
+    features = torch.rand(5, 16, 16, generator=torch.Generator().manual_seed(0))
+    return EmbeddedImage(Image.new("RGB", (128, 128)), (128, 128), (64, 64), 64, None, features)
+
+
+def test_clicks_are_the_centers_of_a_grids_cells(embedded):
+    segmenter = Squares()
+    candidate_masks(segmenter, embedded, grid=4, batch_size=3)
+    assert segmenter.clicks == [[x, y] for y in (8, 24, 40, 56) for x in (8, 24, 40, 56)]
+
+
+def test_no_more_candidates_than_asked_for_and_the_best_of_them(embedded):
+    every, few = (candidate_masks(Squares(), embedded, grid=4, most=most) for most in (40, 3))
+    assert len(every.masks) == 16 and torch.equal(few.masks, every.masks[:3])
+    assert (every.merit.diff() <= 0).all()
+
+
+def test_the_features_of_a_mask_are_its_mean_less_that_of_the_image(embedded):
+    found = candidate_masks(Squares(), embedded, grid=3)
+    assert len(found.masks) == 9
+    for mask, features in zip(found.masks, found.features, strict=True):
+        expected = embedded.features[:, mask].mean(1) - embedded.features.mean((1, 2))
+        assert torch.allclose(features, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stable", [0, 1])
+def test_of_two_equal_masks_the_stable_one_is_kept(embedded, stable):
+    """The other one's score is higher, and its logits are a tenth."""
+    found = candidate_masks(Squares(stable), embedded, grid=1)
+    assert len(found.logits) == 1 and found.logits.max() > 2
 
 
 def image(features: list[list[float]], merit: list[float]) -> Candidates:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from szt_utils.embedding_files import (
     ANY_ENCODER,
     MEGABYTES,
+    embedding_paths,
     load_embedding,
     read_embedding,
     save_embedding,
@@ -106,6 +107,32 @@ def test_what_else_a_file_holds_is_ignored_where_tools_ignore_it(pipeline, tmp_p
               tmp_path / "c.safetensors")
     load_into(pipeline, tmp_path / "c.safetensors")
     assert torch.equal(loaded(pipeline, "<c>")[1], rows(24))
+
+
+def test_files_of_stable_diffusion_3_with_rows_of_t5(tiny_sd3, tmp_path):
+    content = {"clip_l": rows(32), "clip_g": rows(24), "t5xxl": rows(64)}
+    save_rows(tmp_path / "c.safetensors", content)
+    pipeline = AutoPipelineForText2Image.from_pretrained(tiny_sd3)
+    assert load_into(pipeline, tmp_path / "c.safetensors") == "<c>"
+    for suffix, expected in zip(("", "_2", "_3"), content.values(), strict=True):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{suffix}") for part in ("tokenizer", "text_encoder"))
+        ids = tokenizer.convert_tokens_to_ids(["<c>", "<c>_1"])
+        assert torch.equal(encoder.get_input_embeddings().weight[ids], expected)
+
+
+# --- Where they lie
+
+def test_the_second_file_is_that_of_the_same_step(tmp_path):
+    names = ["learned_embeds-steps-2.safetensors", "learned_embeds_2-steps-2.safetensors"]
+    for name in (*names, "learned_embeds.safetensors", "learned_embeds_2.safetensors"):
+        (tmp_path / name).touch()
+    assert embedding_paths(tmp_path / names[0]) == [tmp_path / name for name in names]
+
+
+def test_the_safetensors_file_of_a_folder_comes_before_another(tmp_path):
+    for suffix in ("bin", "safetensors"):
+        (tmp_path / f"learned_embeds.{suffix}").touch()
+    assert embedding_paths(tmp_path) == [tmp_path / "learned_embeds.safetensors"]
 
 
 # --- What does not fit

@@ -1,6 +1,8 @@
 """Embeddings: rows alone train as in the whole matrix, tokens work at inference, files load elsewhere."""
 
 import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +12,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from szt_utils.embedding_files import load_embedding, safe_file_name, save_embedding
 from szt_utils.embeddings import (
     NewRows,
+    add_embedding,
     add_placeholder,
+    add_tokens,
+    check_room,
     join_rows,
     ordinary_embeddings,
     ordinary_words_with,
     placeholder_prompt,
     take_rows,
     train_rows,
+    with_all_vectors,
 )
 from szt_utils.errors import InputError
+from szt_utils.notices import notice
 
 
 @pytest.fixture
@@ -106,6 +113,12 @@ def test_the_optimizer_of_all_rows_is_that_of_each():
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_rows_that_are_taken_do_not_hold_all_in_memory():
+    state = {"state": {0: {"exp_avg": torch.zeros(8, 4)}}, "param_groups": []}
+    taken = take_rows(state, slice(2, 3))["state"][0]["exp_avg"]
+    assert taken.untyped_storage().nbytes() == taken.nbytes
+
+
 @pytest.mark.parametrize("placeholder, initializer, message", [
     ("star", "ring", "already contains the token 'star'"), ("<|endoftext|>", "ring", "already contains"),
     ("<Star>", "star", "capital letters.*use '<star>'"), ("two words", "star", "one word"),
@@ -126,11 +139,45 @@ def test_a_token_that_was_added_before_is_refused(parts):
             add_placeholder(*parts, placeholder, "star")
 
 
+def check_caption(tokenizer, words: int) -> None:
+    """`check_room` of two vectors at the end of a caption with this many words before them."""
+    add_tokens(tokenizer, "<new>", "star", 2)
+    check_room([tokenizer], "<new>", 2, {Path("a.png"): ("star " * words + "{}",)})
+
+
+def test_a_caption_that_fills_all_tokens_is_not_cut_off(parts, capsys):
+    """Of 24, one is the text's start and one its end."""
+    notice.cache_clear()
+    check_caption(parts[0], 20)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words, room", [(21, 1), (22, 0)])
+def test_vectors_in_place_of_the_texts_end_have_no_room(parts, words, room):
+    with pytest.raises(InputError, match=f"24 tokens has room for {room} at most"):
+        check_caption(parts[0], words)
+
+
 def test_bare_placeholders_inside_ordinary_words(parts):
     vocabulary = list(parts[0].get_vocab())
     assert "risks" in ordinary_words_with("sks", vocabulary)
     assert {"striped", "stripes"} & set(ordinary_words_with("stripe", vocabulary)) == {"striped"}
     assert ordinary_words_with("<sks>", vocabulary) == ordinary_words_with("zqx", vocabulary) == []
+
+
+def test_a_token_with_its_further_vectors_stays_as_it_is():
+    tokenizer = SimpleNamespace(get_added_vocab=lambda: {"<new>": 1, "<new>_1": 2})
+    assert with_all_vectors(tokenizer, "a <new>") == "a <new> <new>_1"
+    assert with_all_vectors(tokenizer, "a <new> <new>_1") == "a <new> <new>_1"
+    assert with_all_vectors(tokenizer, "<new>", within="a <new> <new>_1") == "<new>"
+
+
+def test_a_text_encoder_with_a_learned_embedding_is_frozen(parts, tmp_path):
+    tokenizer, text_encoder = parts
+    save_embedding(tmp_path / "a.safetensors", "<new>", torch.ones(1, 32))
+    assert text_encoder.get_input_embeddings().weight.requires_grad
+    add_embedding([tokenizer], [text_encoder], tmp_path / "a.safetensors")
+    assert not any(parameter.requires_grad for parameter in text_encoder.parameters())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -196,6 +196,12 @@ def test_the_config_of_a_t_min_given_by_hand_keeps_its_own_zone(export, trainer,
     assert check_folder(folder, trainer, model, resolution=128, t_min=t_min) == []
 
 
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_a_t_min_that_no_timestep_reaches_is_refused(model):
+    with pytest.raises(InputError, match="t_min is 1000"):
+        plan_for("data", model, t_min=1000)
+
+
 def test_without_masks_no_config_asks_for_them(export):
     folder = export("kohya", "sdxl", loss_mask_dir=None)
     assert "masked_loss" not in (folder / "config.toml").read_text()
@@ -249,6 +255,7 @@ def test_files_of_an_image_that_is_gone_from_the_folder_are_named(images, masks,
     export_folder(settings, tmp_path / "out")
     (source / "b.png").unlink()
     (own / "b.png").unlink()
+    Image.new("RGB", (4, 4)).save(tmp_path / "out" / "images" / ".thumbnail.png")  # no trainer reads it
     export_folder(settings, tmp_path / "out")
     assert "that are not in --image_dir (2), such as 'images/b.png'" in capsys.readouterr().err
     (tmp_path / "out" / "images" / "b.png").unlink()

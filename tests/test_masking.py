@@ -18,6 +18,7 @@ from szt_utils.masking import (
     MaskJob,
     Masks,
     area_warning,
+    is_foreign,
     mask_folder,
     masked,
     read_jobs,
@@ -181,6 +182,29 @@ def test_a_mask_of_one_pixel_is_small_and_not_black(folder):
     record, _ = masked(read_jobs(folder["image_dir"])[0], speck, "ui", {}, 0.5)
     assert record["area"] == pytest.approx(1 / 512**2, rel=1e-3)
     assert "covers 0.0% of the image" in area_warning(record)
+
+
+@pytest.mark.parametrize("area, is_typical", [(0.0199, False), (0.02, True), (0.8, True), (0.801, False)])
+def test_the_areas_of_masks_that_are_warned_about(area, is_typical):
+    expected = None if is_typical else f"a.png: the mask covers {area:.1%} of the image"
+    assert area_warning({"area": area, "source": "a.png"}) == expected
+
+
+def test_a_mask_of_a_box_has_no_clicks(folder):
+    """The page would show a mask of its points alone."""
+    job, _ = read_jobs(folder["image_dir"])
+    prompt = {"include": [[64, 64]], "box": [1, 1, 90, 90]}
+    with Masks(settings(**folder, ui=True)) as masks:
+        masks.begin()
+        masks.save_image(*masked(job, torch.ones(128, 128, dtype=torch.bool), "points_file", prompt, 0.5))
+        assert masks.read(job).mask is not None and masks.read(job).clicks == {}
+
+
+@pytest.mark.parametrize("given, is_asked", [({}, True), ({"sam_checkpoint": "sam.pth"}, False),
+                                             ({"sam_model": "org/sam"}, False)])
+def test_only_the_bundled_model_can_know_images_too_little(monkeypatch, given, is_asked):
+    monkeypatch.setattr("szt_utils.masking.is_unfamiliar", lambda features: True)
+    assert is_foreign(settings(**given), object(), []) == is_asked
 
 
 def test_a_mask_that_was_changed_by_hand_is_kept_by_every_way(folder, tmp_path, capsys):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from szt_utils.errors import InputError
 from szt_utils.files import write_json
 from szt_utils.models import (
+    check_length,
     evaluating,
     expand,
     find_family,
@@ -35,7 +36,7 @@ from szt_utils.models import (
     residual,
     tokenize,
 )
-from szt_utils.models.parts import load_part
+from szt_utils.models.parts import file_precision, load_part
 
 FAMILIES = {"epsilon": "Stable Diffusion", "velocity": "Stable Diffusion", "terminal": "Stable Diffusion",
             "sdxl": "SDXL", "sd3": "Stable Diffusion 3", "flux": "FLUX"}
@@ -294,6 +295,27 @@ def test_a_pipeline_gives_the_condition_that_the_model_computes(model, name):
         assert torch.allclose(condition["pooled"], encoded[1 if name == "flux" else 2], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["epsilon", "sdxl"], indirect=True)
+def test_skipped_layers_of_the_text_encoders_are_those_of_the_pipeline(model):
+    states = []
+    for clip_skip in (None, 1):
+        model.clip_skip = clip_skip or 0
+        with torch.no_grad():
+            states.append(model.condition(tokenize(model, "a photo of a star"))["states"])
+            encoded = model.pipeline().encode_prompt(
+                "a photo of a star", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False,
+                clip_skip=clip_skip)
+        assert torch.allclose(states[-1], encoded[0], atol=1e-5)
+    assert not torch.allclose(*states, atol=1e-3)
+
+
+def test_a_prompt_may_fill_all_tokens(tiny_model):
+    model = load_model(str(tiny_model))
+    check_length(model, "star " * 22)  # with the start and the end of the text, 24
+    with pytest.raises(InputError, match="has more than the 24 tokens that the model takes"):
+        check_length(model, "star " * 23)
+
+
 # --- SDXL
 
 def test_sdxl_is_told_the_sizes_and_by_default_those_of_an_image_that_was_not_cropped(folders, monkeypatch):
@@ -317,6 +339,18 @@ def test_sdxl_is_told_the_sizes_and_by_default_those_of_an_image_that_was_not_cr
     assert not torch.allclose(plain[2], other[2], atol=1e-5)
 
 
+@pytest.mark.parametrize("is_zero", [True, False])
+def test_sdxl_is_guided_against_zeros_where_its_pipeline_says_so(folders, tmp_path, is_zero):
+    copy = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    index = json.loads((copy / "model_index.json").read_text())
+    write_json(copy / "model_index.json", {**index, "force_zeros_for_empty_prompt": is_zero})
+    model = load_model(str(copy))
+    with torch.no_grad():
+        condition = model.condition(tokenize(model, ""))
+    for name, value in model.unprompted(condition).items():
+        assert torch.equal(value, torch.zeros_like(value) if is_zero else condition[name]), name
+
+
 def test_a_vae_that_overflows_in_half_precision_stays_in_float32(folders, tmp_path):
     assert load_model(str(folders["sdxl"]), dtype=torch.float16).vae.dtype == torch.float32
     assert load_model(str(folders["epsilon"]), dtype=torch.float16).vae.dtype == torch.float16
@@ -325,6 +359,14 @@ def test_a_vae_that_overflows_in_half_precision_stays_in_float32(folders, tmp_pa
     vae.register_to_config(force_upcast=False)
     vae.save_pretrained(copy / "vae")
     assert load_model(str(copy), dtype=torch.float16).vae.dtype == torch.float16
+
+
+# --- Rectified flow
+
+@pytest.mark.parametrize("name", FLOW, indirect=True)
+def test_the_noise_of_a_timestep_is_exact_in_half_precision(folders, name):
+    model, timesteps = load_model(str(folders[name]), dtype=torch.bfloat16), torch.tensor([0, 499, 617, 999])
+    assert torch.allclose(model.sigmas(timesteps), (timesteps + 1) / 1000, atol=1e-7)
 
 
 # --- Quantized networks
@@ -385,6 +427,16 @@ def test_a_perfect_prediction_has_no_loss_and_half_precision_gives_float32():
     assert error.dtype == torch.float32 and not error.any()
     error = loss(Oracle(noise + 2), latents, noise, torch.tensor([0, 999]), {})
     assert torch.allclose(error, torch.full_like(error, 4), atol=0.1)
+
+
+# --- The precision of files
+
+def test_the_precision_of_a_variant_is_that_of_its_own_files(tmp_path):
+    (tmp_path / "unet").mkdir()
+    for suffix, dtype in (("", torch.float32), (".fp16", torch.float16)):
+        save_file({"weight": torch.ones(1, dtype=dtype)}, tmp_path / "unet" / f"model{suffix}.safetensors")
+    assert file_precision(str(tmp_path))["unet"] == torch.float32
+    assert file_precision(str(tmp_path), variant="fp16")["unet"] == torch.float16
 
 
 # --- Folders that cannot be used

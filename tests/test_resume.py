@@ -116,6 +116,17 @@ def test_an_image_or_mask_that_changed_came_or_went_is_refused(tiny_model, half_
     resume(tiny_model, half_run)  # the old content is welcome back
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_an_optimizers_state_of_another_shape_is_refused(tiny_model, half_run, tmp_path, name):
+    copy = shutil.copytree(half_run, tmp_path / "copy")
+    path = copy / "out" / "checkpoint-1" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0][name] = torch.zeros(2, 32)
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="its optimizer's state has another shape"):
+        resume(tiny_model, copy)
+
+
 def test_other_weights_of_the_same_shape_are_refused(tiny_model, tiny_velocity_model, half_run):
     with pytest.raises(SystemExit, match="the hash of the model's weights was"):
         resume(tiny_velocity_model, half_run)
@@ -135,8 +146,10 @@ def test_more_steps_are_welcome_and_said(tiny_model, half_run, capsys):
     shutil.rmtree(half_run / "out" / "checkpoint-2", ignore_errors=True)
 
 
-def test_a_run_without_a_seed_keeps_the_one_that_it_drew(tiny_model, concept_folder, tmp_path):
-    run_here(flags(tiny_model, concept_folder[0], tmp_path, seed=None, checkpointing_steps=1,
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_run_without_a_seed_keeps_that_of_its_checkpoint(tiny_model, concept_folder, tmp_path, seed):
+    """One that was drawn, and one that counts as false."""
+    run_here(flags(tiny_model, concept_folder[0], tmp_path, seed=seed, checkpointing_steps=1,
                    max_train_steps=1))
     seed = read_json(tmp_path / "options.json")["seed"]
     run_here(flags(tiny_model, concept_folder[0], tmp_path, seed=None, resume_from_checkpoint="latest"))
@@ -169,19 +182,23 @@ def test_what_an_earlier_run_left_is_not_loaded_with_a_new_embedding(tiny_model,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny_model, concept_folder, tmp_path,
                                                                 at_step, number, capsys):
+    """From which also the schedule of its learning rate continues."""
+    schedule = dict(lr_scheduler="cosine", lr_warmup_steps=2)
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     at_step(3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as caught:
-        run_here(flags(tiny_model, concept_folder[0], tmp_path / "out"))
+        run_here(flags(tiny_model, concept_folder[0], tmp_path / "out", **schedule))
     assert caught.value.code == 128 + number
     assert "--resume_from_checkpoint latest." in capsys.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     assert not (tmp_path / "out" / "learned_embeds.safetensors").exists(), "it has not been learned yet"
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
-    run_here(flags(tiny_model, concept_folder[0], tmp_path / "out", resume_from_checkpoint="latest"))
-    run_here(flags(tiny_model, concept_folder[0], tmp_path / "whole"))
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "out", **schedule,
+                   resume_from_checkpoint="latest"))
+    run_here(flags(tiny_model, concept_folder[0], tmp_path / "whole", **schedule))
     assert torch.equal(embedding(tmp_path / "out"), embedding(tmp_path / "whole"))
-    assert [record["step"] for record in read_stats(tmp_path / "out" / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
+    ours, whole = (read_stats(tmp_path / name / "stats.jsonl") for name in ("out", "whole"))
+    assert ours == whole and [record["step"] for record in ours] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])

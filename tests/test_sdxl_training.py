@@ -154,7 +154,8 @@ def test_concepts_share_batches_and_end_where_they_would_alone(sdxl, concept_fol
             assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-def test_two_ranks_agree(sdxl, concept_folder, tmp_path):
+def test_two_ranks_train_both_embeddings(sdxl, concept_folder, tmp_path):
+    """A test of `Run.step` in test_textual_inversion_szt says that they average gradients."""
     two_ranks(*flags(sdxl, concept_folder[0], tmp_path, max_train_steps=2, train_batch_size=2))
     assert all(rows.isfinite().all() for rows in both(tmp_path))
 

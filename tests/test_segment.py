@@ -11,7 +11,7 @@ from szt_utils import pocket
 from szt_utils.errors import InputError
 from szt_utils.sam_checkpoint import sam_from_state
 from szt_utils.sam_prompts import SamPrompt
-from szt_utils.segment import SamCheckpoint, SamModel, load_segmenter, segment
+from szt_utils.segment import EmbeddedImage, SamCheckpoint, SamModel, load_segmenter, segment
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,22 @@ def test_equals_the_packages_own_predictor(pocket_sam, scene):
     masks, _, _ = predictor.predict(box=np.array([20, 10, 120, 80]), multimask_output=False)
     mask, _ = segment(pocket_sam, pocket_sam.embed(image), SamPrompt(box=(20, 10, 120, 80)))
     assert np.array_equal(mask.numpy(), masks[0])
+
+
+@pytest.mark.parametrize("prompt, is_ambiguous", [
+    (SamPrompt(include=((1, 1),)), True), (SamPrompt(include=((1, 1), (2, 2))), False),
+    (SamPrompt(include=((1, 1),), exclude=((2, 2),)), False), (SamPrompt(box=(0, 0, 3, 3)), False),
+    (SamPrompt(include=((1, 1),), box=(0, 0, 3, 3)), False)])
+def test_only_a_single_point_without_a_box_asks_for_three_masks(prompt, is_ambiguous):
+    asked = []
+
+    class Segmenter:
+        def decode(self, embedded, points, labels, boxes, multimask):
+            asked.append(multimask)
+            return torch.ones(1, 1, 4, 4), torch.ones(1, 1)
+
+    segment(Segmenter(), EmbeddedImage(None, (4, 4), (4, 4), 4, None, None), prompt)
+    assert asked == [is_ambiguous]
 
 
 def test_the_size_of_published_checkpoints_is_inferred():

@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from upstream import upstream
 
+import szt_utils
+import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.files import read_stats
 from szt_utils.models import load_model
@@ -139,7 +141,8 @@ def test_killed_at_a_random_moment_and_resumed_ends_at_the_same_place(tiny_model
     assert len(list_checkpoints(killed)) == 2
 
 
-def test_two_ranks_draw_different_noise_agree_and_resume_exactly(tiny_model, concept_folder, tmp_path):
+def test_two_ranks_draw_different_noise_and_resume_exactly(tiny_model, concept_folder, tmp_path):
+    """The embedding is that of rank 0; a test of `Run.step` below says that the ranks average gradients."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     changes = dict(train_batch_size=2, checkpointing_steps=3, max_train_steps=6)
     two_ranks(*flags(tiny_model, concept_folder[0], whole, **changes))
@@ -150,7 +153,6 @@ def test_two_ranks_draw_different_noise_agree_and_resume_exactly(tiny_model, con
     two_ranks(*flags(tiny_model, concept_folder[0], halves, **{**changes, "max_train_steps": 3}))
     two_ranks(*flags(tiny_model, concept_folder[0], halves, **changes, resume_from_checkpoint="latest"))
     assert torch.equal(embedding(halves), embedding(whole))
-    # One process sees other noise: were both ranks to draw the same, the mean gradient would be one rank's.
     single = tmp_path / "single"
     run_script(SCRIPT, *flags(tiny_model, concept_folder[0], single, **changes))
     assert not torch.allclose(embedding(single), embedding(whole), atol=1e-5)
@@ -254,7 +256,90 @@ def test_wandb_counts_by_itself():
     assert calls == {"wandb": ({"loss": 1.0, "step": 7}, {}), "tensorboard": ({"loss": 1.0}, {"step": 7})}
 
 
-def test_clip_skip_trains_and_validates_with_the_last_layer_skipped(tiny_model, concept_folder, tmp_path):
+@pytest.fixture
+def two_rank_run():
+    """A run whose other rank has a gradient of three everywhere, without any process of its own."""
+    run = Run.__new__(Run)
+    run.num_ranks, run.device = 2, "cpu"
+    run.accelerator = SimpleNamespace(
+        prepare=lambda optimizer: optimizer,
+        reduce=lambda own, how: {"mean": (own + 3) / 2, "sum": own + 3}[how])
+    return run
+
+
+def step_once(run, was_skipped: bool = False) -> tuple[torch.nn.Parameter, int]:
+    """Rows that began at 0 with a gradient of 1, after a step, and how often the schedule stepped."""
+    rows = torch.nn.Parameter(torch.zeros(1, 2))
+    rows.grad = torch.ones(1, 2)
+    optimizer, scheduled = torch.optim.SGD([rows], lr=1.0), []
+    optimizer.step_was_skipped = was_skipped
+    run.step(optimizer, SimpleNamespace(step=lambda: scheduled.append(1)), [rows])
+    return rows, len(scheduled)
+
+
+def test_a_step_averages_the_gradients_of_the_ranks(two_rank_run):
+    rows, _ = step_once(two_rank_run)
+    assert (rows == -2).all() and rows.grad is None
+
+
+@pytest.mark.parametrize("was_skipped", [False, True])
+def test_the_schedule_waits_for_a_step_that_the_loss_scaler_skips(two_rank_run, was_skipped):
+    assert step_once(two_rank_run, was_skipped)[1] == (not was_skipped)
+
+
+@pytest.mark.parametrize("own, other_asks, meanwhile, is_stopping, stopped", [
+    (None, False, None, False, None), (signal.SIGINT, False, None, True, signal.SIGINT),
+    (None, True, None, True, signal.SIGTERM), (None, False, signal.SIGINT, False, signal.SIGINT)],
+    ids=["none asks", "this rank asks", "the other asks", "a signal that the other does not know of"])
+def test_ranks_stop_after_the_same_step(two_rank_run, own, other_asks, meanwhile, is_stopping, stopped):
+    def reduce(flag, how):
+        two_rank_run.stopped = two_rank_run.stopped or meanwhile
+        return flag + other_asks
+
+    two_rank_run.stopped, two_rank_run.accelerator.reduce = own, reduce
+    assert two_rank_run.stopping() == is_stopping and two_rank_run.stopped == stopped
+
+
+def test_the_optimizer_and_its_schedule_have_the_settings_of_the_flags(two_rank_run):
+    two_rank_run.settings = SimpleNamespace(
+        learning_rate=0.5, adam_beta1=0.1, adam_beta2=0.2, adam_weight_decay=0.3, adam_epsilon=0.4,
+        lr_scheduler="cosine_with_restarts", lr_warmup_steps=0, max_train_steps=8, lr_num_cycles=2)
+    optimizer, schedule = two_rank_run.make_optimizer([torch.nn.Parameter(torch.zeros(1, 2))])
+    expected = {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3, "eps": 0.4}
+    assert expected.items() <= optimizer.defaults.items()
+    rates = []
+    for _ in range(8):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx(rates[4:]) and rates[0] == 0.5 > rates[1]
+
+
+SOME_FLAGS = ["--pretrained_model_name_or_path", "model", "--placeholder_token", "<s>", "--initializer_token",
+              "star"]
+
+
+@pytest.mark.parametrize("given, asked", [
+    ([], (None, "image", None)),
+    (["--dataset_config_name", "big", "--image_column", "photo", "--caption_column", "text",
+      "--caption_mode", "file"], ("big", "photo", "text"))])
+def test_the_columns_of_a_data_set_are_those_of_the_flags(monkeypatch, given, asked):
+    monkeypatch.setattr("szt_utils.hub_datasets.dataset_folder", lambda *wanted: wanted)
+    arguments = [*SOME_FLAGS, "--dataset_name", "org/set", *given]
+    _, (concept,) = textual_inversion_szt.read_settings(textual_inversion_szt.parse_args(arguments),
+                                                        arguments)
+    assert concept.train_data_dir == str(("org/set", *asked))
+
+
+def test_a_script_of_another_version_than_the_library_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(szt_utils, "__version__", "9.8")
+    monkeypatch.setattr(textual_inversion_szt, "train", lambda *_: None)
+    textual_inversion_szt.main([*SOME_FLAGS, "--train_data_dir", "images"])
+    assert "but the installed szt_utils of version 9.8" in capsys.readouterr().err
+
+
+def test_clip_skip_changes_training_and_validation(tiny_model, concept_folder, tmp_path):
+    """test_models compares the layer with the pipeline's; here, both need only be others."""
     options = dict(validation_prompt=f"a {TOKEN}", validation_steps=2, num_validation_images=1,
                    max_train_steps=2)
     for skipped in (0, 1):
@@ -292,7 +377,7 @@ def test_snr_gamma_weights_the_loss_of_each_timestep(tiny_velocity_model, concep
 
 def test_no_tracker_is_a_choice(tiny_model, concept_folder, tmp_path, capsys):
     run_here(flags(tiny_model, concept_folder[0], tmp_path, report_to="none", max_train_steps=1))
-    assert "no tracker" not in capsys.readouterr().out and not (tmp_path / "logs").exists()
+    assert "No tracker" not in capsys.readouterr().out and not (tmp_path / "logs").exists()
     assert len(read_stats(tmp_path / "stats.jsonl")) == 1
 
 

@@ -80,6 +80,13 @@ def test_an_image_gets_the_bucket_of_the_nearest_aspect():
     assert nearest_bucket((9000, 10), sizes) == (1024, 256)
 
 
+@pytest.mark.parametrize("width, nearest", [(1400, 512), (1430, 1024)])
+def test_the_nearest_aspect_is_that_of_the_smallest_ratio(width, nearest):
+    """Between 1 and 2, the bounds meet at the root of 2."""
+    assert nearest_bucket((width, 1000), [(512, 512), (1024, 512)]) == (nearest, 512)
+    assert nearest_bucket((1000, width), [(512, 512), (512, 1024)]) == (512, nearest)
+
+
 def test_sizes_that_a_trainer_keeps_though_they_are_no_buckets():
     for name, kept in (("ai-toolkit", True), ("musubi", True), ("kohya", False)):
         assert TRAINERS[name].keeps((480, 512), 512, "sdxl") == kept
