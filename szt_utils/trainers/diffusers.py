@@ -9,7 +9,7 @@ from typing import Any
 from ..image_formats import SUFFIXES
 from .buckets import square
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, read_size
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, range_findings, read_size
 
 __all__ = ["DIFFUSERS"]
 
@@ -74,7 +74,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
                f"--t_min {plan.zone.t_min}.")
     else:
         high = config.number("t_max", plan.family.num_timesteps)
-        yield from check_range(plan, config.number("t_min", 0), high, ("--t_min", "--t_max"))
+        yield from range_findings(plan, config.number("t_min", 0), high, ("--t_min", "--t_max"))
     if not config.flag("szt") and not config.settings.get("loss_mask_dir"):
         yield "--loss_mask_dir is not set, so the masks are not used."
     for name in ("mask_dilation", "jpeg_quality"):

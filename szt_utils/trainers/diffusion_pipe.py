@@ -14,8 +14,8 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
-    check_share,
     flux_shift,
+    share_findings,
     share_in_zone,
 )
 
@@ -97,7 +97,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
             sampling = model.get("timestep_sample_method", "logit_normal")
             default = flux_shift(plan.resolution) if config.flag("flux_shift", among=model) else 1
             scale = config.number("sigmoid_scale", 1, model) if sampling == "logit_normal" else None
-            yield from check_share(plan, config.number("shift", default, model), scale,
+            yield from share_findings(plan, config.number("shift", default, model), scale,
                                    _sampling(plan))
 
 

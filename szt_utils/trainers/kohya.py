@@ -15,10 +15,10 @@ from .trainer import (
     Source,
     Trainer,
     any_case,
-    check_range,
-    check_share,
     flux_shift,
+    range_findings,
     read_size,
+    share_findings,
     share_in_zone,
 )
 
@@ -110,7 +110,7 @@ def _sources(plan: Plan, config: Config) -> list[Source]:
 def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_data(config)
     if plan.family.name in _HAS_RANGE:
-        yield from check_range(plan, config.number("min_timestep", 0),
+        yield from range_findings(plan, config.number("min_timestep", 0),
                                config.number("max_timestep", plan.family.num_timesteps),
                                ("min_timestep", "max_timestep"))
         return
@@ -120,7 +120,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     given = config.number("discrete_flow_shift", 3)
     shifts = {"sigma": given, "shift": given, "flux_shift": flux_shift(plan.resolution)}
     scale = None if sampling in ("sigma", "uniform") else config.number("sigmoid_scale", 1)
-    yield from check_share(plan, shifts.get(sampling, 1), scale, _sampling(plan))
+    yield from share_findings(plan, shifts.get(sampling, 1), scale, _sampling(plan))
 
 
 def _check_data(config: Config) -> Iterator[str]:

@@ -13,7 +13,7 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
-    check_range,
+    range_findings,
     read_size,
     shifted,
 )
@@ -72,7 +72,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
             yield "bucket_no_upscale is not true, so images are resized again; set it to true."
     low, high = config.number("min_timestep", 0), config.number("max_timestep", steps)
     if settings.get("timestep_sampling", "sigma") != "sigma":
-        yield from check_range(plan, low, high, ("min_timestep", "max_timestep"))
+        yield from range_findings(plan, low, high, ("min_timestep", "max_timestep"))
         return
     shift = config.number("discrete_flow_shift", 1)
     reached = steps * shifted(1 - (high - 1) / steps, shift) if shift > 0 else 0

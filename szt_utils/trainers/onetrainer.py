@@ -14,7 +14,7 @@ from .trainer import (
     Plan,
     Source,
     Trainer,
-    check_range,
+    range_findings,
     read_size,
     shifted,
 )
@@ -90,7 +90,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
                f"{'' if 'unmasked_weight' in settings else ' (it is 0.1 unless it is set)'}.")
     steps = plan.family.num_timesteps
     low = config.number("min_noising_strength", 0)
-    found = list(check_range(plan, low, config.number("max_noising_strength", 1),
+    found = list(range_findings(plan, low, config.number("max_noising_strength", 1),
                              ("min_noising_strength", "max_noising_strength"), steps))
     yield from found
     if config.flag("dynamic_timestep_shifting"):

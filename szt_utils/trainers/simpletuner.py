@@ -7,7 +7,7 @@ from typing import Any
 
 from .buckets import rounded_buckets
 from .config_files import Config
-from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, check_range, read_size
+from .trainer import LEARNING_RATE, MAX_TRAIN_STEPS, RANK, Plan, Source, Trainer, range_findings, read_size
 
 __all__ = ["SIMPLETUNER"]
 
@@ -128,7 +128,7 @@ def _check_timesteps(plan: Plan, config: Config) -> Iterator[str]:
                f"poisons act; set it to range, timestep_bias_begin to {t_min} and timestep_bias_multiplier "
                f"to {_WEIGHT:g}.")
         return
-    yield from check_range(plan, config.number("timestep_bias_begin", 0),
+    yield from range_findings(plan, config.number("timestep_bias_begin", 0),
                            config.number("timestep_bias_end", plan.family.num_timesteps),
                            ("timestep_bias_begin", "timestep_bias_end"))
     weight = config.number("timestep_bias_multiplier", 1)

@@ -22,7 +22,8 @@ from .config_files import Config
 from .family import Family
 
 __all__ = ["LEARNING_RATE", "MAX_TRAIN_STEPS", "RANK", "SIGMOID_SCALE", "Plan", "Source", "Trainer",
-           "any_case", "check_range", "check_share", "flux_shift", "read_size", "share_in_zone", "shifted"]
+           "any_case", "flux_shift", "range_findings", "read_size", "share_findings", "share_in_zone",
+           "shifted"]
 
 # Of the LoRA in the config files: a start, not a recommendation.
 RANK = 16
@@ -179,7 +180,7 @@ def read_size(value: Any) -> tuple[float, float] | None:
     return (sides[0], sides[-1]) if all(64 <= side <= 2**16 for side in sides) else None
 
 
-def check_range(plan: Plan, low: float, high: float, names: tuple[str, str],
+def range_findings(plan: Plan, low: float, high: float, names: tuple[str, str],
                 scale: float = 1) -> Iterator[str]:
     """Findings about a range of timesteps [low, high), in units of `scale` timesteps."""
     t_min = plan.zone.t_min
@@ -214,7 +215,7 @@ def share_in_zone(plan: Plan, shift: float = 1, sigmoid_scale: float | None = No
     return 0.5 * math.erfc(math.log(x / (1 - x)) / (sigmoid_scale * math.sqrt(2)))
 
 
-def check_share(plan: Plan, shift: float, sigmoid_scale: float | None, advice: str) -> Iterator[str]:
+def share_findings(plan: Plan, shift: float, sigmoid_scale: float | None, advice: str) -> Iterator[str]:
     """The finding that too few draws are in the safe zone, for trainers that have no range of timesteps."""
     if shift <= 0 or (sigmoid_scale is not None and sigmoid_scale <= 0):
         raise InputError("The shift and the sigmoid scale in the config must be above 0.")
