@@ -234,8 +234,9 @@ def _find_all_masks(args: Any) -> dict[Path | str, Path]:
     concepts = getattr(args, "concepts_list", None)
     folders = [each["instance_data_dir"] for each in concepts] if isinstance(concepts, list) else [
         getattr(args, name) for name in ("instance_data_dir", "train_data_dir") if getattr(args, name, None)]
-    if not folders and Path(getattr(args, "dataset_name", None) or "").is_dir():
-        folders = [args.dataset_name]
+    dataset = getattr(args, "dataset_name", None)
+    if not folders and dataset and Path(dataset).is_dir():
+        folders = [dataset]
     if not folders:
         raise InputError("--loss_mask_dir needs images in a local folder, whose names the masks have.")
     paths = [path for folder in folders for path in list_images(folder, recursive=True)]

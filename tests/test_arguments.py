@@ -1,8 +1,10 @@
 """Numbers on a command line: what is taken, and the sentence for what is not."""
 
 import io
+import math
 import os
 import sys
+import warnings
 from argparse import ArgumentTypeError
 
 import pytest
@@ -39,7 +41,8 @@ def test_the_ends_of_a_range_belong_to_it(kind, options, text, value):
     (float, dict(lowest=0), "inf", "'inf' is not a number"),
     (float, dict(lowest=0), "one", "'one' is not a number"),
     (int, dict(lowest=1), "1" + "0" * 20, "1" + "0" * 20 + " is too large; the most is 2147483647"),
-    (float, dict(lowest=0), "1e37", "1e37 is too large; the most is 1e+36")])
+    (float, dict(lowest=0), "1e37", "1e37 is too large; the most is 1e+36"),
+    (float, dict(lowest=-math.inf), "-1e37", "-1e37 is too large; the most is 1e+36")])
 def test_the_rest_is_told_in_a_sentence(kind, options, text, message):
     with pytest.raises(ArgumentTypeError) as caught:
         number(kind, **options)(text)
@@ -81,6 +84,19 @@ def test_a_terminal_of_another_encoding_is_no_error(monkeypatch):
     script_parser("doc")
     print("\u732b", flush=True)
     assert stream.buffer.getvalue() == b"\\u732b\n"
+
+
+def test_the_libraries_are_as_loud_as_the_user_has_asked_for(monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "info")
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    for given, is_shown in ((["default"], True), ([], False)):
+        monkeypatch.setattr(sys, "warnoptions", given)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            script_parser("doc")
+            warnings.warn("of another author", FutureWarning, stacklevel=1)
+        assert bool(caught) == is_shown
+    assert (os.environ["DIFFUSERS_VERBOSITY"], os.environ["TRANSFORMERS_VERBOSITY"]) == ("info", "error")
 
 
 def test_the_help_of_the_training_names_every_default():

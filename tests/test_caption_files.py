@@ -14,7 +14,7 @@ def test_a_text_file_wins_over_metadata_and_an_empty_caption_is_none(tmp_path):
     images = [tmp_path / name for name in ("a.jpg", "b.png", "c.png", "d.png")]
     (tmp_path / "a.txt").write_text("\ufefftwo\r\n lines ", encoding="utf-8")
     (tmp_path / "c.txt").write_text(" \n")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "no"}\n\n'
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "no"}\n \n'
                                              '{"file_name": "b.png", "text": "listed\u2028too", "m": 1}\n',
                                              encoding="utf-8")
     assert read_captions(tmp_path, images) == {images[0]: "two lines", images[1]: "listed too"}

@@ -7,7 +7,7 @@ import torch
 from conftest import TOKEN, embedding, flags, run_here
 
 from szt_utils.caption_files import caption_templates
-from szt_utils.captions import OBJECT_TEMPLATES
+from szt_utils.captions import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from szt_utils.errors import InputError
 from szt_utils.images import list_images
 from szt_utils.notices import notice
@@ -19,10 +19,10 @@ def folder(concept_folder, tmp_path):
     return shutil.copytree(concept_folder[0], tmp_path / "images")
 
 
-def captions_of(folder, mode, *texts):
+def captions_of(folder, mode, *texts, **more):
     for path, text in zip(list_images(folder), texts, strict=False):
         path.with_suffix(".txt").write_text(text)
-    settings = ConceptSettings(str(folder), TOKEN, "star", caption_mode=mode)
+    settings = ConceptSettings(str(folder), TOKEN, "star", caption_mode=mode, **more)
     return caption_templates(settings, list_images(folder))
 
 
@@ -30,15 +30,16 @@ def test_templates_are_upstreams_files_the_images_own_and_both_half_of_each(fold
     texts = ["a {} at sea", "my Star, in fog", f"a {TOKEN}  and\na star", "star", "{} {}"]
     own = ["a {} at sea", "my {}, in fog", "a {} and a star", "{}", "{} {}"]
     assert captions_of(folder, "template") == [OBJECT_TEMPLATES] * 5
+    assert captions_of(folder, "template", learnable_property="style") == [STYLE_TEMPLATES] * 5
     assert captions_of(folder, "file", *texts) == [(text,) for text in own]
     for each, text in zip(captions_of(folder, "both", *texts), own, strict=True):
-        assert each.count(text) == len(OBJECT_TEMPLATES) == len(each) / 2
-        assert set(OBJECT_TEMPLATES) < set(each)
+        assert each == (text,) * len(OBJECT_TEMPLATES) + OBJECT_TEMPLATES  # a random draw is an index
 
 
 def test_a_missing_caption_and_one_without_a_place_are_named(folder):
-    with pytest.raises(InputError, match="has no caption: write '.*txt', or leave out --caption_mode file"):
-        captions_of(folder, "file", "a {}")
+    for mode in ("file", "both"):
+        with pytest.raises(InputError, match=f"has no caption: write '.*txt', or leave out .*mode {mode}"):
+            captions_of(folder, mode, "a {}")
     with pytest.raises(InputError, match="has no place for the placeholder: write {}, or the word 'star'"):
         captions_of(folder, "both", *["a starfish"] * 5)
 

@@ -32,7 +32,8 @@ def test_a_prompts_file_is_read_without_comments_and_in_dreambooths_notation(tmp
     path = tmp_path / "prompts.txt"
     path.write_text("# places\n\n a {} on sand \na {0} {1} in the sky\n")
     assert read_prompt_templates(path) == ["a {} on sand", "a {} in the sky"]
-    for content, message in (("a {} here\nno place", "Line 2"), ("# none", "holds no prompt")):
+    for content, message in (("a {} here\nno place", "Line 2"), ("a {} and a {}", "Line 1"),
+                             ("a {} {here}", "Line 1"), ("# none", "holds no prompt")):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             read_prompt_templates(path)

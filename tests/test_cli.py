@@ -17,6 +17,7 @@ import szt_utils.journal
 import textual_inversion_szt
 from szt_utils.files import read_stats
 from szt_utils.safe_zone import SafeZone
+from szt_utils.settings import ConceptSettings
 from szt_utils.training_images import TrainingImages
 from szt_utils.training_run import Run
 
@@ -183,6 +184,37 @@ def test_a_mask_below_a_latent_cell_needs_dilation(tiny_model, images, masks, be
     assert str(masks / "a.png") in message and "after cropping" in message
 
 
+def test_each_image_has_its_own_mask_and_a_mirrored_one_its_mirror_image(images, masks):
+    for i, path in enumerate(sorted(masks.iterdir())):
+        mask = np.zeros((128, 128), np.uint8)
+        mask[:64, 32 * i:] = 255
+        Image.fromarray(mask).save(path)
+    for folder in (images, masks):
+        sorted(folder.iterdir())[4].unlink()
+    settings = ConceptSettings(str(images), "<star>", "star", loss_mask_dir=str(masks))
+    prepare = functools.partial(textual_inversion_szt.prepare, SafeZone(), 64, False)
+    found = TrainingImages(settings, SafeZone(), prepare).latent_masks((4, 4))
+    assert found.shape == (4, 2, 1, 4, 4)
+    for i, (mask, mirrored) in enumerate(found[:, :, 0]):
+        expected = torch.zeros(4, 4)
+        expected[:2, i:] = 1
+        assert torch.equal(mask, expected) and torch.equal(mirrored, expected.flip(-1))
+
+
+@pytest.mark.parametrize("center_crop, conditioning, crops", [
+    (True, "crop", [[0, 16], [68, 0]]), (True, "upstream", [[0, 0]] * 2), (False, "crop", [[0, 0]] * 2)])
+@pytest.mark.parametrize("resolution", [64, 32])
+def test_the_sizes_that_sdxl_is_told(tmp_path, center_crop, conditioning, crops, resolution):
+    """Height, width, and top and left of the crop, which is counted in pixels after the resizing."""
+    for name, size in (("a.png", (96, 64)), ("b.png", (64, 200))):
+        Image.new("RGB", size).save(tmp_path / name)
+    settings = ConceptSettings(str(tmp_path), "<star>", "star", center_crop=center_crop)
+    prepare = functools.partial(textual_inversion_szt.prepare, SafeZone(), resolution, center_crop)
+    found = TrainingImages(settings, SafeZone(), prepare).sizes(resolution, conditioning).tolist()
+    assert found == [[*size, *(edge * resolution // 64 for edge in crop)]
+                     for size, crop in zip(([64, 96], [200, 64]), crops, strict=True)]
+
+
 # --- Options
 
 @pytest.mark.parametrize("changes, flag", [
@@ -192,7 +224,13 @@ def test_a_mask_below_a_latent_cell_needs_dilation(tiny_model, images, masks, be
     (dict(jpeg_quality=101), "--jpeg_quality"),
     (dict(jpeg_quality="high"), "--jpeg_quality"), (dict(num_vectors=0), "--num_vectors"),
     (dict(mask_dilation=4), "--mask_dilation: needs --loss_mask_dir"),
+    (dict(mask_dilation=0), "--mask_dilation: needs --loss_mask_dir"),
     (dict(mask_mode="latent"), "--mask_mode: needs"),
+    (dict(mask_normalization="area"), "--mask_normalization: needs --loss_mask_dir"),
+    (dict(t_width=50), "--t_width: needs --t_distribution tanh"),
+    (dict(offload=True, no_cache_latents=True), "--offload: cannot be combined with --no_cache_latents"),
+    (dict(offload=True, quantize="4bit"), "--offload: cannot be combined with --no_cache_latents"),
+    (dict(dataset_name="set"), "--dataset_name: cannot be combined with --train_data_dir"),
     (dict(t_power=3), "--t_power: needs --t_distribution power"),
     (dict(t_center=400, t_distribution="power"), "--t_center: needs --t_distribution tanh"),
     (dict(image_column="picture"), "--image_column: needs --dataset_name"),

@@ -16,12 +16,12 @@ def compare():
     return runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "compare_tables.py"))
 
 
-def write(folder, values, concepts=("one", "two")):
+def write(folder, values, concepts=("one", "two"), seed=0, metric="dino"):
     """Cells of ADM+, whose defences have the values, and clean ones of 0.6."""
     for concept in concepts:
         for defence, value in values.items():
-            append_cell(folder, Cell("adm+", defence, concept, 0, {"dino": value}))
-            append_cell(folder, Cell("clean", defence, concept, 0, {"dino": 0.6}))
+            append_cell(folder, Cell("adm+", defence, concept, seed, {metric: value}))
+            append_cell(folder, Cell("clean", defence, concept, seed, {metric: 0.6}))
 
 
 def test_the_papers_own_table_agrees_with_itself_and_its_reverse_does_not(compare):
@@ -65,6 +65,30 @@ def test_a_defence_that_lacks_a_shared_cell_is_left_out(compare, tmp_path):
     first, second = compare["read_folders"]([tmp_path / "a", tmp_path / "b"]).values()
     assert first["poisons"] == pytest.approx({"nominal": 0.2, "szt": 0.6})
     assert second["poisons"] == pytest.approx({"nominal": 0.2}) and list(second["clean"]) == ["nominal"]
+
+
+def test_only_seeds_that_all_data_of_all_folders_have_count(compare, tmp_path):
+    for name in "ab":
+        write(tmp_path / name, {"nominal": 0.2, "szt": 0.6})
+    write(tmp_path / "a", {"nominal": 0.9, "szt": 0.9}, seed=1)  # b lacks the seed
+    for name in "ab":
+        append_cell(tmp_path / name, Cell("adm+", "szt", "one", 2, {"dino": 0.9}))  # and clean this one
+    for rows in compare["read_folders"]([tmp_path / "a", tmp_path / "b"]).values():
+        assert rows["poisons"] == pytest.approx({"nominal": 0.2, "szt": 0.6})
+
+
+def test_the_metric_is_the_one_that_was_asked_for(compare, tmp_path, capsys):
+    write(tmp_path, {"nominal": 0.2, "szt": 0.6})
+    write(tmp_path, {"nominal": 0.1, "szt": 0.3}, ["three"], metric="attributes")
+    found = {}
+    for metric in ("dino", "attributes"):
+        compare["main"]([str(tmp_path), "--metric", metric])
+        lines = capsys.readouterr().out.splitlines()
+        (line,) = [line for line in lines if f"{tmp_path}, poisons" in line]
+        found[metric] = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    columns = [compare["DEFENCES"].index(defence) for defence in ("nominal", "szt")]
+    assert {metric: [cells[i] for i in columns] for metric, cells in found.items()} == {
+        "dino": ["0.20", "0.60"], "attributes": ["0.10", "0.30"]}
 
 
 def test_a_folder_of_several_settings_is_refused(compare, tmp_path):

@@ -239,6 +239,23 @@ def test_a_concept_can_go_without_a_defence_of_the_command_line(tiny_model, entr
     assert without["concepts"] == "concepts.json"  # and not this machine's folder
 
 
+def test_epochs_that_do_not_count_are_no_obstacle(entries, tmp_path):
+    """With --max_train_steps, that is."""
+    arguments = [*map(str, together("model", tmp_path, entries, num_train_epochs=2))]
+    _, concepts = textual_inversion_szt.read_settings(textual_inversion_szt.parse_args(arguments), arguments)
+    assert len(concepts) == len(entries)
+
+
+def test_zero_is_a_value_and_null_is_a_default(entries, tmp_path):
+    entry = {**entries[0], "t_min": 0, "seed": 0, "output_dir": None}
+    arguments = [*map(str, together("model", tmp_path, [], t_min=500, seed=3))]
+    (tmp_path / "concepts.json").write_text(json.dumps([entry]))
+    _, (concept,) = textual_inversion_szt.read_settings(textual_inversion_szt.parse_args(arguments),
+                                                        arguments)
+    assert (concept.seed, concept.zone_flags["t_min"]) == (0, 0)
+    assert concept.output_dir == str(tmp_path / "star")
+
+
 @pytest.mark.parametrize("content, message", [
     ("no json", "not valid JSON"), ("{}", "must hold a list"), ("[]", "must hold a list"),
     ("[1]", "must hold a list"),
@@ -261,7 +278,8 @@ def test_a_file_that_cannot_be_used(tiny_model, tmp_path, content, message):
 
 
 @pytest.mark.parametrize("changes", [{"num_train_epochs": 2, "max_train_steps": None},
-                                     {"validation_epochs": 1}, {"hub_model_id": "me/it"}])
+                                     {"validation_epochs": 1}, {"hub_model_id": "me/it"},
+                                     {"dataset_name": "me/set"}])
 def test_flags_that_would_mean_another_thing_for_each(tiny_model, entries, tmp_path, changes, capsys):
     with pytest.raises(SystemExit) as caught:
         run_here(together(tiny_model, tmp_path, entries, **changes))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import build_tiny_sdxl, run_script
 from PIL import Image
 
 from szt_utils import pocket
-from szt_utils.diagnosis import read_calibration
+from szt_utils.diagnosing import _known_signals
+from szt_utils.diagnosis import SIGNALS, read_calibration
 from szt_utils.files import write_json
 from szt_utils.fingerprint import identity
 from szt_utils.pixel_signals import SIGNALS as PIXEL_SIGNALS
@@ -147,6 +149,27 @@ def test_without_a_model_a_mistake_leaves_no_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_records_of_signals_that_are_no_finite_numbers_are_not_known():
+    good = {"sha256": "a", **dict.fromkeys(SIGNALS, 0.5)}
+    bad = [{**good, "sha256": "b", SIGNALS[-1]: value} for value in (math.nan, math.inf, None, "1", 1)]
+    assert _known_signals([good, *bad]) == {"a": [0.5] * len(SIGNALS)}
+    assert _known_signals([good, {**bad[0], "sha256": "a"}]) == {}  # the last record counts
+
+
+def test_the_seed_is_the_models_and_signals_that_are_not_finite_are_refused(tiny_model, folders, tmp_path,
+                                                                           monkeypatch):
+    def measure(model, pixels, seed):
+        seeds.append(seed)
+        return [0.5] * (len(SIGNALS) - 1) + [math.nan]
+
+    seeds = []
+    monkeypatch.setattr("szt_utils.diagnosing.image_signals", measure)
+    with pytest.raises(SystemExit, match="The signals of '.*' are not finite; use --mixed_precision bf16"):
+        here("--pretrained_model_name_or_path", tiny_model, "--image_dir", folders / "set", "--clean_dir",
+             folders / "clean", "--output_dir", tmp_path / "out", "--seed", 5)
+    assert seeds == [5]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--clean_dir", "few"], "at least 10 clean images, but there are 5"),
     (["--clean_dir", "none"], "'none' does not exist"),
@@ -158,7 +181,7 @@ def test_without_a_model_a_mistake_leaves_no_folder(tmp_path):
 def test_one_sentence_per_mistake(tiny_model, concept_folder, folders, tmp_path, monkeypatch, arguments,
                                   message):
     monkeypatch.chdir(tmp_path)
-    for name, source in (("few", concept_folder[0]), ("enough", folders / "clean"),
+    for name, source in (("few/within", concept_folder[0]), ("enough", folders / "clean"),
                          ("broken", folders / "clean")):
         shutil.copytree(source, name)
     (tmp_path / "broken" / "broken.png").write_text("not an image")

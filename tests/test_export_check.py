@@ -143,10 +143,12 @@ TRAPS = [
                                                train_batch_size=None), "spread over all timesteps"),
     ("simpletuner", "sdxl", "config.json", put(timestep_bias_strategy=None), "is not range"),
     ("simpletuner", "sdxl", "config.json", put(timestep_bias_begin=0), "timestep_bias_begin is 0"),
-    ("simpletuner", "sdxl", "config.json", put(timestep_bias_multiplier=2), "drawn too often"),
+    ("simpletuner", "sdxl", "config.json", put(timestep_bias_multiplier=999), "drawn too often"),
     ("simpletuner", "sdxl", "config.json", put(flow_custom_timesteps="620,1000"), "is ignored for Stable"),
     ("simpletuner", "flux", "config.json", put(flow_custom_timesteps=None), "is not set"),
     ("simpletuner", "flux", "config.json", put(flow_custom_timesteps="[0.5, 0.8]"), "begins at 500"),
+    ("simpletuner", "flux", "config.json", put(flow_custom_timesteps="1.0; 0.5"), "begins at 500"),
+    ("simpletuner", "flux", "config.json", put(flow_custom_timesteps=[400, 1000]), "begins at 400"),
     ("simpletuner", "flux", "config.json", put(timestep_bias_strategy="range"), "is ignored for FLUX.1"),
     ("simpletuner", "sdxl", "multidatabackend.json", put(0, conditioning_data=None),
      (NO_MASKS, "is not used as masks")),
@@ -190,9 +192,13 @@ def add(*path, **entry):
     ("kohya", "dataset.toml", add("datasets", resolution=128, subsets=[
         {"image_dir": "prior", "is_reg": True, "caption_extension": ".txt"}])),
     ("ai-toolkit", "config.yaml", add(*IMAGES[:-1], folder_path="prior", is_reg=True)),
-    ("kohya", "dataset.toml", put(*DATA, conditioning_data_dir=None, alpha_mask=True))],
+    ("kohya", "dataset.toml", put(*DATA, conditioning_data_dir=None, alpha_mask=True)),
+    ("simpletuner", "multidatabackend.json", put(0, conditioning_data=["masks"])),
+    ("onetrainer", "config.json", put(min_noising_strength=0.8, timestep_shift=0.9)),
+    ("onetrainer", "config.json", put(timestep_distribution="SIGMOID", timestep_shift=0.5))],
     ids=["a concept that is off", "a data set that is off", "a block of regularization images",
-         "a data set of regularization images", "masks in alpha channels"])
+         "a data set of regularization images", "masks in alpha channels", "a list of data sets of masks",
+         "a shift that leaves a range in the zone", "a distribution that is not shifted"])
 def test_what_looks_like_a_trap_and_is_none(check_edited, trainer, name, edit):
     assert check_edited(trainer, "sdxl", **{Path(name).stem: edit}) == []
 
@@ -252,8 +258,22 @@ def test_a_trap_in_a_command_line_is_found(exported, tmp_path, line, messages):
     assert_found(check_with(folder, "flux", line, tmp_path), messages)
 
 
-def test_cached_latents_keep_their_captions_in_the_script_of_sdxl(exported, tmp_path):
-    assert check_with(exported("diffusers", "sdxl"), "sdxl", "--cache_latents", tmp_path) == []
+@pytest.mark.parametrize("model, messages", [("sdxl", ()), ("sd3", "the caption of another one"),
+                                             ("qwen-image", ())])
+def test_cached_latents_keep_their_captions_in_some_scripts(exported, tmp_path, model, messages):
+    assert_found(check_with(exported("diffusers", model), model, "--cache_latents", tmp_path), messages)
+
+
+def test_a_command_line_without_a_resolution_is_one_all_the_same(exported, tmp_path):
+    folder = exported("diffusers", "sdxl")
+    (tmp_path / "run.sh").write_text(f"python train.py --train_data_dir {folder / 'images'} --t_min 300 "
+                                     f"--loss_mask_dir {folder / 'masks'}\n")
+    assert_found(check_folder(folder, "diffusers", "sdxl", [tmp_path / "run.sh"], resolution=128),
+                 "--t_min is 300, so training reaches timesteps below 500")
+
+
+def test_ai_toolkits_weighted_timesteps_are_at_the_same_places(check_edited):
+    assert check_edited("ai-toolkit", "flux", config=put(*TRAIN, timestep_type="weighted")) == []
 
 
 def test_a_command_line_of_kohya(exported, tmp_path):

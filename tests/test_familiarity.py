@@ -32,6 +32,11 @@ def test_directions_of_least_variance_have_variance_1():
     assert fitted["directions"].shape == (2, 4)
     assert torch.allclose(fitted["directions"].abs() * scales, torch.eye(4)[[1, 3]], atol=0.1)
     assert ((spreads - fitted["mean"]) @ fitted["directions"].T).std(0) == pytest.approx([1, 1], abs=1e-3)
+    flat = spreads * torch.tensor([1, 0, 1, 1])  # a feature that never varies
+    directions = fit(flat, count=1, floor=0.01)["directions"]
+    assert directions.isfinite().all() and directions.abs().argmax() == 1
+    assert directions.abs().max().item() == pytest.approx(
+        (0.01 * torch.cov(flat.T).trace().item() / 4)**-0.5, rel=1e-3)
     assert spread(torch.tensor([[[1.0, 3.0]], [[2.0, 2.0]]])).tolist() == pytest.approx([2 ** 0.5, 0])
 
 

@@ -130,6 +130,37 @@ def test_fig6_compares_relative_reductions(module):
     assert found["clean: outside's reduction over inside's"]["high"] == pytest.approx(0.2)
 
 
+def test_fig6_measures_both_sides_of_the_mask_from_the_initializer_on(module, monkeypatch, data_dir,
+                                                                      tiny_model):
+    figure, common = module("fig6"), module("common")
+    mask = torch.zeros(8, 8)
+    mask[2:5, 1:7] = 1
+
+    def losses(mask, **given):
+        monkeypatch.setattr(common, "load_mask", lambda *_: mask)
+        settings = figure.Settings(str(tiny_model), (data_dir,), CONCEPTS[:1], (1,), 2, **given)
+        return np.array(figure.measure(settings, "clean")["losses"])[0]
+
+    found = losses(mask)
+    assert found == pytest.approx(losses(1 - mask)[:, ::-1])
+    assert (np.abs(found[:, 0] / found[:, 1] - 1) > 1e-3).all()
+    another = losses(mask, initializer="star")
+    assert (another[0] != found[0]).all() and np.array_equal(another[1], found[1])
+
+
+def test_fig5_averages_over_draws_of_their_own(module, monkeypatch, data_dir, tiny_model):
+    figure = module("fig5")
+    image_paths = figure.Settings.image_paths
+    monkeypatch.setattr(figure.Settings, "image_paths", lambda *given: image_paths(*given)[:1])
+
+    def norms(draws, seed):
+        settings = figure.Settings(str(tiny_model), (data_dir,), CONCEPTS[:1], 3, draws, seed=seed)
+        return np.array(figure.measure(settings, "clean")["norms"])
+
+    one, two = norms(1, 0), norms(1, 1)
+    assert norms(2, 0) == pytest.approx((one + two) / 2, rel=1e-4) and not np.allclose(one, two, rtol=1e-2)
+
+
 def test_fig7_moments_of_a_histogram_are_those_of_its_values(module):
     from szt_utils.statistics import bimodality, excess_kurtosis
 
@@ -138,11 +169,43 @@ def test_fig7_moments_of_a_histogram_are_those_of_its_values(module):
     assert module("fig7").moments(counts) == pytest.approx((excess_kurtosis(values), bimodality(values)))
 
 
-def test_the_area_under_the_roc_curve_of_two_diagnoses(module, tmp_path, capsys):
+def test_fig7_counts_what_lies_at_the_ends_of_the_budget(module):
+    """One side may be cut off by the range of pixels."""
+    counts = np.zeros((2, 129), int)
+    for change, count in ((-16, 10), (-13, 20), (0, 30), (14, 50), (15, 90)):
+        counts[:, 64 + change] = count
+    counts[1, 64 + 16] = 1000
+    after = np.zeros((2, 129), int)
+    after[:, [64, 64 + 17]] = 3, 1
+    names = ["cup/a", "dog/a"]
+    found = module("fig7").claims({"adm-": {"before": counts.tolist(), "after": after.tolist(),
+                                            "names": names}})
+    ends = {when: found[f"adm- {when} JPEG: share within 2 levels of the budget's ends"]
+            for when in ("before", "after")}
+    assert ends["before"]["value"] == pytest.approx((150 + 1150) / (200 + 1200)) and ends["before"]["n"] == 2
+    assert ends["after"]["value"] == pytest.approx(1 / 4)
+    assert "clean before JPEG: excess kurtosis" not in found and len(found) == 6
+
+
+def test_an_interval_is_of_concepts_and_needs_two(module):
+    estimate = module("common").estimate
+    names = ["few/cup/1", "few/cup/2", "few/dog/1"]
+    several = estimate([1.0, 2.0, 6.0], names=names)
+    assert (several["value"], several["n"]) == (3, 2) and several["low"] < 3 < several["high"]
+    alone = estimate([1.0, 2.0], names=names[:2])
+    assert (alone["value"], alone["n"], alone["low"], alone["high"]) == (1.5, 1, None, None)
+    assert None not in estimate([1.0, 2.0]).values() and estimate([1.0])["low"] is None
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+def test_the_area_under_the_roc_curve_of_two_diagnoses(module, tmp_path, capsys, has_model):
+    """The model's scores count where there are any."""
     for name, scores in (("clean", [1, 2, 3, 4]), ("ea", [2.5, 5, 6, 7])):
         (tmp_path / name).mkdir()
-        images = {f"photo-{i}.png": {"score": score} for i, score in enumerate(scores)}
-        (tmp_path / name / "diagnosis.json").write_text(json.dumps({"images": images}))
+        images = {f"photo-{i}.png": {"score": score} for i, score in enumerate([*scores, None])}
+        pixels = {"images": {path: {"score": 0} for path in images}}
+        (tmp_path / name / "diagnosis.json").write_text(json.dumps(
+            {**pixels, "model": {"images": images}} if has_model else {"images": images}))
     module("roc").main(["--clean", str(tmp_path / "clean"), "--poisoned", str(tmp_path / "ea"),
                         "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "roc.json").read_text())
@@ -209,9 +272,9 @@ def test_results_are_kept_for_the_same_concepts_and_images(module, tmp_path):
         measured.append(data)
         return {"concepts": settings.concepts_in(data)}
 
-    def run(names=None):
+    def run(names=None, model="model"):
         measured.clear()
-        results = common.measured(tmp_path / "figure.json", common.Settings("model", (home,), None), measure,
+        results = common.measured(tmp_path / "figure.json", common.Settings(model, (home,), None), measure,
                                   names, common.DATA)
         return measured.copy(), [result["concepts"] for result in results.values()]
 
@@ -224,6 +287,12 @@ def test_results_are_kept_for_the_same_concepts_and_images(module, tmp_path):
     assert run()[0] == ["adm+"]
     add("clean/dog/2")  # others are compared with it
     assert run()[0] == ["clean", "adm+"] and run()[0] == []
+    add("masks/cup/1")
+    assert run()[0] == ["clean", "adm+"] and run()[0] == []
+    (home / "learned/adm+/cup").mkdir(parents=True)
+    (home / "learned/adm+/cup/learned_embeds.safetensors").write_bytes(b"x")
+    assert run()[0] == ["adm+"] and run()[0] == []
+    assert run(model="another")[0] == ["clean", "adm+"] and run()[0] == ["clean", "adm+"]
     with pytest.raises(InputError, match="The data set 'ea' in .* has none of the images of 'clean'"):
         run(["clean", "ea"])
 

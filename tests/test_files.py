@@ -17,6 +17,7 @@ from szt_utils.files import (
     read_text,
     truncate_stats,
     write_json,
+    write_text,
     write_torch,
 )
 
@@ -34,6 +35,14 @@ def test_atomic_path_replaces_only_when_the_block_ends_well(tmp_path):
             temporary.write_text("half")
             raise KeyError
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.txt", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, path.exists())))
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert synced == [(3, False)] and path.read_text() == "new"
 
 
 def test_a_failed_write_names_the_file_that_was_meant(tmp_path):
@@ -55,6 +64,11 @@ def test_write_json(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {(1, 2): 3})
     assert (tmp_path / "a.json").read_text() == text
+
+
+def test_text_may_hold_the_bytes_of_any_file_name(tmp_path):
+    write_text(tmp_path / "a.txt", os.fsdecode("\u00e4".encode() + b"\xff"))
+    assert (tmp_path / "a.txt").read_bytes() == "\u00e4".encode() + b"\xff"
 
 
 def test_write_torch(tmp_path):

@@ -160,6 +160,19 @@ def test_a_result_that_was_changed_by_hand_is_kept_and_named(tmp_path, capsys):
     assert to_do(tmp_path) == "b"
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_file_without_a_record_is_kept_where_people_make_results_too(tmp_path, capsys, keeps):
+    do_all(tmp_path)
+    (tmp_path / "out" / "stats.jsonl").unlink()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "out" / name).unlink()
+    run = run_in(tmp_path)
+    run.keeps_unrecorded = keeps
+    with run:
+        assert batches_of(run) == ([["a"], ["b"]] if keeps else [["a"], ["c"], ["d"], ["b"]])
+    assert ("kept (2): c.png, d.png" in capsys.readouterr().out) == keeps
+
+
 def test_a_folder_of_version_0_1_is_continued(folder, capsys):
     """Its records have no hash of the results, which count as untouched."""
     (folder / "a.png").write_text("as it was, or not")
@@ -251,6 +264,31 @@ def test_images_that_fail_stop_neither_others_nor_later_runs(tmp_path):
         tried, reason = [], "Not wanted."
 
 
+@pytest.mark.parametrize("has_results, first", [(True, "Not wanted."), (False, "Damaged.")])
+def test_a_run_goes_on_where_the_images_are_to_blame(tmp_path, has_results, first):
+    """That is, where there are results, or where not all have failed for one reason."""
+    if has_results:
+        do_all(tmp_path)
+    tried = []
+
+    def fail(batch: list[str]) -> list[tuple[dict, Image.Image]]:
+        tried.extend(batch)
+        raise InputError(first if batch == ["e"] else "Not wanted.")
+
+    with run_in(tmp_path) as run, pytest.raises(InputError) as caught:
+        run.work([["e"], ["f"], ["g"], ["h"], ["i"]], fail, Path)
+    assert "".join(tried) == "efghi" and "not tried" not in str(caught.value)
+
+
+def test_the_seconds_of_a_record_are_those_of_one_image(tmp_path, monkeypatch):
+    clock = iter(range(0, 100, 8))
+    monkeypatch.setattr(folder_run.time, "perf_counter", lambda: next(clock))
+    with run_in(tmp_path) as run:
+        run.begin()
+        run.work([["a", "c"], ["d"]], make, Path)
+    assert [record["seconds"] for record in run.records] == [4, 4, 8]
+
+
 def test_a_run_ends_when_no_image_can_be_made_and_its_settings_may_change(tmp_path):
     tried = []
 
@@ -279,6 +317,10 @@ def test_results_of_images_that_are_gone_are_named(tmp_path, capsys):
     with run_in(tmp_path) as run:
         run.batches("ab", lambda job: f"{job}.png", lambda job: (f"hash of {job}", SHAPES[job]))
     assert "no longer there are kept (2): c.png, d.png." in capsys.readouterr().out
+    do_all(tmp_path / "drawn")  # of no image
+    with run_in(tmp_path / "drawn") as run:
+        run.batches("ab", lambda job: f"{job}.png", lambda job: (f"hash of {job}", SHAPES[job]))
+    assert "no longer there" not in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_used_stops_the_run_before_any_work(tmp_path):

@@ -37,6 +37,9 @@ def test_seeds_of_points_and_a_box():
     assert (outside == BACKGROUND).all() and (seeds[60, 20:100] != BACKGROUND).all()
     assert seeds[21, 21] == module.PROBABLY_BACKGROUND and seeds[60, 90] == module.PROBABLY_CONCEPT
     assert (seeds_of(SamPrompt(((0, 0),)), SIZE) == CONCEPT).any()  # in a corner, too
+    assert (seeds_of(SamPrompt(((4, 4),)), (8, 8)) == CONCEPT).sum() == 4  # in a small image, too
+    both = seeds_of(SamPrompt(((50, 60),), ((50, 60),)), SIZE)
+    assert both[60, 50] == BACKGROUND and not (both == CONCEPT).any()
 
 
 @needs_opencv
@@ -60,6 +63,23 @@ def test_parts_without_a_certain_pixel_are_left_out(disc):
     two.paste(image, (160, 0))
     found = np.asarray(grabcut(two, seeds_of(SamPrompt(((230, 60),)), two.size)))
     assert not found[:, :150].any() and overlap(found[:, 160:], mask) > 0.95
+
+
+@needs_opencv
+def test_small_parts_and_holes_are_noise():
+    mask = np.zeros((40, 60), bool)
+    mask[5:35, 5:35] = True
+    clean = mask.copy()
+    mask[10:12, 10:12] = False  # of 900 pixels, 2 % are 18
+    mask[20, 50] = True
+    assert np.array_equal(module._largest_parts(mask, mask & False), clean)
+    for part in (np.s_[20:26, 20:26], np.s_[10:16, 45:51]):  # a true hole, and a second part
+        clean[part] = mask[part] = ~clean[part]
+    assert np.array_equal(module._largest_parts(mask, mask & False), clean)
+    certain = np.zeros_like(mask)
+    certain[30, 30] = True
+    clean[10:16, 45:51] = False
+    assert np.array_equal(module._largest_parts(mask, certain), clean)
 
 
 @needs_opencv

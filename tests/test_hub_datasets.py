@@ -49,6 +49,23 @@ def test_a_data_set_becomes_a_folder_of_its_files_once(cache, image_folder, tmp_
         assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+def test_images_with_other_captions_are_another_folder(cache, image_folder):
+    alone, captioned = (dataset_folder(str(image_folder), caption_column=column) for column in (None, "text"))
+    assert len(list_images(alone)) == len(list_images(captioned)) == 5
+    assert not list(alone.glob("*.txt")) and len(list(captioned.glob("*.txt"))) == 5
+
+
+def test_files_keep_a_suffix_that_is_an_images(cache, image_folder, tmp_path):
+    content = list_images(image_folder)[0].read_bytes()
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list([{"image": {"bytes": content, "path": name}} for name in (
+        "a.JPG", "a.webp", "a.img", "a")]).cast_column("image", datasets.Image()).to_parquet(
+        tmp_path / "set" / "train.parquet")
+    folder = dataset_folder(str(tmp_path / "set"))
+    assert sorted(path.name for path in folder.iterdir()) == ["000000.jpg", "000001.webp", "000002.png",
+                                                              "000003.png"]
+
+
 @pytest.fixture
 def write_rows(image_folder, tmp_path):
     """Writes a data set of these captions, the first `images` of which have an image."""
@@ -69,6 +86,7 @@ def test_a_row_without_an_image_or_with_several_captions_is_named(cache, write_r
                                                                   message):
     with pytest.raises(InputError, match=message):
         dataset_folder(write_rows(captions, images), caption_column="text")
+    assert not list((cache / "szt").iterdir())
 
 
 def test_an_image_without_a_caption_gets_no_caption_file(cache, write_rows):

@@ -52,6 +52,17 @@ def test_a_folder_of_nothing_else_says_why_it_is_empty(tmp_path, no_heif):
         list_images(tmp_path)
 
 
+@pytest.mark.parametrize("name, is_installed, is_hinted", [
+    ("a.HIF", False, True), ("a.heic", True, False), ("a.cr2", False, False)])
+def test_pillow_heif_is_recommended_where_it_helps(tmp_path, monkeypatch, name, is_installed, is_hinted):
+    module = types.SimpleNamespace(register_heif_opener=lambda: None) if is_installed else None
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"Not read: {name}; convert") as caught:
+        list_images(tmp_path)
+    assert ("pillow-heif" in str(caught.value)) == is_hinted
+
+
 def test_other_suffixes_of_jpeg_and_png_are_read(tmp_path):
     for name, kind in (("a.jfif", "JPEG"), ("b.JPE", "JPEG"), ("c.apng", "PNG")):
         (tmp_path / name).write_bytes(content(kind))
@@ -79,5 +90,6 @@ def test_heic_is_read(tmp_path):
 def test_masks_beside_images_are_no_images(tmp_path):
     for name in ("a.png", "a-masklabel.png", "b-masklabel.png"):
         (tmp_path / name).write_bytes(content("PNG"))
-    assert [path.name for path in list_images(tmp_path)] == ["a.png"]
-    assert len(list_images(tmp_path, masks=True)) == 3
+    (tmp_path / "c-masklabel-2.png").write_bytes(content("PNG"))  # an image, whatever its name reminds of
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "c-masklabel-2.png"]
+    assert len(list_images(tmp_path, masks=True)) == 4

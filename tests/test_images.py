@@ -120,6 +120,7 @@ def test_hidden_folders_are_not_listed(tmp_path):
     for name in (".trash/a.png", "sub/.trash/a.png", "sub/b.png", "c.png"):
         save_png(Image.fromarray(RGB), tmp_path / name)
     assert list_images(tmp_path, recursive=True) == [tmp_path / "c.png", tmp_path / "sub" / "b.png"]
+    assert list_images(tmp_path / ".trash") == [tmp_path / ".trash" / "a.png"]  # asked for by its name
 
 
 def test_a_folder_that_is_missing_or_has_no_images_is_named(tmp_path):
@@ -277,6 +278,8 @@ def test_the_limit_is_a_flag_of_every_script(tmp_path, monkeypatch, recwarn):
         read_image(path)
     with pytest.raises(InputError, match="--resolution of 16 has more than 239"):
         crop_and_resize(Image.fromarray(RGB), 16)
+    parse("240")
+    assert read_image(path).size == (20, 12)
     parse("10000000000")
     assert read_image(path).size == (20, 12)
     assert Image.MAX_IMAGE_PIXELS == 10**10 and not recwarn
@@ -293,6 +296,11 @@ def test_a_resolution_beyond_the_limit_is_refused():
 def test_whatever_a_decoder_raises_names_the_file(tmp_path, error):
     with pytest.raises(InputError, match="a.png' cannot be read \\(x\\)"), reading(tmp_path / "a.png"):
         raise error
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_file(tmp_path):
+    with pytest.raises(MemoryError), reading(tmp_path / "a.png"):
+        raise MemoryError
 
 
 def test_names_of_any_bytes_and_length(tmp_path):

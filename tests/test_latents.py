@@ -96,11 +96,12 @@ def test_every_image_is_read_once_per_flip_and_the_vae_can_go(tiny_model, image)
 
 
 def test_a_large_cache_lives_in_a_file_that_goes_with_it(encode, image, tmp_path):
-    small = MomentCache(encode, image, COUNT, 2, memory_limit=10**6, folder=tmp_path)
+    size = COUNT * 2 * 8 * 8 * 8 * 4
+    small = MomentCache(encode, image, COUNT, 2, memory_limit=size, folder=tmp_path)
     assert not list(tmp_path.iterdir()), "what fits stays in memory"
-    large = MomentCache(encode, image, COUNT, 2, memory_limit=COUNT * 2 * 8 * 8 * 8 * 4 - 1, folder=tmp_path)
+    large = MomentCache(encode, image, COUNT, 2, memory_limit=size - 1, folder=tmp_path)
     (file,) = tmp_path.iterdir()
-    assert file.stat().st_size == COUNT * 2 * 8 * 8 * 8 * 4
+    assert file.stat().st_size == size
     assert torch.equal(large.moments, small.moments)
     for ours, theirs in zip(seeded(large, [3, 1], [True, False]), seeded(small, [3, 1], [True, False]),
                             strict=True):

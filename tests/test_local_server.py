@@ -105,6 +105,9 @@ def test_the_pages_own_requests_are_answered(server):
     # Through a tunnel, the port is another one; a link may lead to the page.
     assert ask(server, "save", b"{}", Origin="http://localhost:9", Host="localhost:9")[0] == 200
     assert ask(server, Sec_Fetch_Site="cross-site")[0] == 200
+    assert ask(server, "", b"{}", Sec_Fetch_Site="cross-site")[0] == 403
+    largest = b"[]".ljust(local_server.LARGEST_BODY)
+    assert json.loads(ask(server, "save", largest)[2]) == {"path": "save", "content": []}
 
 
 @pytest.mark.parametrize("body, status", [

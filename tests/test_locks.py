@@ -21,6 +21,10 @@ def test_a_second_command_is_refused_while_the_first_works(tmp_path):
                 with (pytest.raises(InputError, match=f"out' is in use by another command{process}; wait"),
                       lock_folder(tmp_path / "out")):
                     pass
+    with lock_folder(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").write_text("no number")
+        with pytest.raises(InputError, match="another command; wait"), lock_folder(tmp_path / "out"):
+            pass
     with lock_folder(tmp_path / "one"), lock_folder(tmp_path / "two"):
         pass
 

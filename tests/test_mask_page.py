@@ -17,7 +17,7 @@ from szt_utils import pocket
 from szt_utils.errors import InputError
 from szt_utils.images import crop_and_resize
 from szt_utils.local_server import Conflict
-from szt_utils.mask_page import MaskPage, PageImage, SavedMask
+from szt_utils.mask_page import LARGEST_SIDE, MaskPage, PageImage, SavedMask
 from szt_utils.safe_zone import SafeZone
 from szt_utils.segment import load_segmenter
 
@@ -336,6 +336,7 @@ def test_a_painted_mask_is_saved_as_it_is_and_resized_to_its_image(page):
     page.post("save", {"images": {"0": {"painted": painted(full), "version": ""}}})
     assert np.array_equal(np.asarray(masks[0].mask) > 0, full)
     assert masks[0].clicks == {"include": (), "exclude": ()}
+    assert page.post("mask", {"image": 0, "painted": painted(np.ones((8, LARGEST_SIDE), bool))})["area"] == 1
 
 
 @pytest.mark.parametrize("url", [
@@ -365,8 +366,20 @@ def test_grabcut_on_the_page_takes_a_box_and_strokes(page):
                   {"concept": painted(inner), "background": painted(outer), "box": None}):
         found = decoded(page.post("mask", {"image": 1, **entry})["layers"]["mask"])[..., 3] > 0
         assert (found & true).sum() / (found | true).sum() > 0.7, entry.keys()
+    # A pixel in both strokes is background.
+    both = {"concept": painted(inner | outer), "background": painted(outer)}
+    found = decoded(page.post("mask", {"image": 1, **both})["layers"]["mask"])[..., 3] > 0
+    assert found[inner].mean() > 0.9 and not found[outer].any()
     with pytest.raises(InputError, match="left, top, right, bottom"):
         page.post("mask", {"image": 1, "box": [5, 5, 1, 1]})
+
+
+def test_an_image_is_embedded_at_its_first_click_alone(page, monkeypatch):
+    page, embed, embedded = page[0], page[0].segmenter.embed, []
+    monkeypatch.setattr(page.segmenter, "embed", lambda image: embedded.append(1) or embed(image))
+    for x in (60, 64, 68):
+        page.post("mask", {"image": 0, "include": [[x, 64]]})
+    assert embedded == [1]
 
 
 def test_without_a_model_there_are_no_clicks(page):

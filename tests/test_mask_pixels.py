@@ -47,7 +47,8 @@ COLORS = "colors on black"
     *(("a.png", value * BITS.astype(np.uint16), f"{LABELS} {value}") for value in (1, 255)),
     ("a.tif", BITS.astype(np.int32), f"{LABELS} 1"), ("a.tif", BITS.astype(np.float32), ""),
     ("a.tif", 255 * BITS.astype(np.float32), ""), ("a.png", 65535 * BITS.astype(np.uint16), ""),
-    ("a.png", DISC, ""), ("a.png", 255 * BITS, ""),
+    ("a.png", DISC, ""), ("a.png", 255 * BITS, ""), ("a.png", 200 * BITS, ""),
+    ("a.png", np.dstack([PHOTO, 100 + 155 * BITS]), "transparent surroundings"),
     ("a.png", indexed((0, 0, 0), (120, 0, 0)), COLORS), ("a.png", indexed((9, 9, 9), (255, 255, 255)), ""),
     ("a.png", indexed((0, 0, 0), (0, 0, 0)), f"{LABELS} 1"),
     ("a.png", indexed((0, 0, 40), (0, 0, 0), bits=1 - BITS), COLORS),
@@ -57,7 +58,7 @@ COLORS = "colors on black"
     ("a.png", np.dstack([painted((200, 0, 0)), 255 * BITS]), COLORS),
     ("a.png", np.dstack([painted((0, 0, 0)), 255 * BITS]), "transparent surroundings"),
     *(("a.png", np.dstack([photo, 255 * BITS]), "transparent surroundings") for photo in (
-        PHOTO, GRAY, np.dstack([GRAY] * 3), GRAY // 4, 200 + GRAY // 8)),
+        PHOTO, GRAY, np.dstack([GRAY] * 3), GRAY // 4, 200 + GRAY // 8, np.where(YX[0] > 0, 255, GRAY))),
     ("a.png", np.dstack([255 * BITS, np.uint8(255 * (YX[0] < 28))]), "")])
 def test_what_marks_the_concept(tmp_path, capsys, name, image, note):
     assert np.array_equal(read(tmp_path / name, image), DISC)
@@ -72,6 +73,13 @@ def test_soft_edges_and_jpegs_lose_their_edge_alone(tmp_path):
                         ("a.png", (65535 * SOFT).astype(np.uint16))):
         wrong = read(tmp_path / name, image) != DISC
         assert not wrong[np.abs(DISTANCE - 20) > 3].any()
+
+
+def test_a_little_black_is_the_background_of_colors(tmp_path):
+    hole = DISTANCE < 8  # 5 % of the image
+    image = np.where(hole[..., None], 0, np.array((0, 0, 255))).astype(np.uint8)
+    wrong = read(tmp_path / "a.jpg", image) != ~hole
+    assert not wrong[np.abs(DISTANCE - 8) > 3].any()
 
 
 def test_soft_edges_of_a_cut_out_are_judged_as_what_they_are_the_edges_of(tmp_path):

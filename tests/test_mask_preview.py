@@ -25,6 +25,7 @@ def test_shows_the_trainings_own_mask_in_its_place(size, center_crop):
     assert share == pytest.approx(cells.mean().item()) and 0 < share < 1
     for shown, values in ((dilated, expected), (grid, cells)):
         assert shown.mode == "L" and np.array_equal(np.asarray(shown) / 255, values[0, 0].numpy())
+    assert trained_masks(mask, zone, 64, center_crop, 16)[1].size == (4, 4)
     # On the sheet: the tile of 160 pixels of an image of 64 or 96, whose height is 64.
     tile = mask_sheet([("a.png", Image.new("RGB", size, (90, 180, 30)), mask)], zone, 64,
                       center_crop).crop((4, 400, 164, 560))

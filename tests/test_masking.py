@@ -9,9 +9,11 @@ from conftest import ROOT
 from PIL import Image
 
 import precompute_masks
+from szt_utils.consensus import Choice
 from szt_utils.errors import InputError
 from szt_utils.images import read_image
 from szt_utils.mask_page import SavedMask
+from szt_utils.mask_preview import mask_sheet
 from szt_utils.masking import (
     WAYS,
     MaskingSettings,
@@ -69,7 +71,7 @@ def test_an_image_without_a_mask_stops_no_other(folder, monkeypatch, capsys):
         done.append(embedded)
         if len(done) == 1:
             raise InputError("Nothing was found.")
-        return torch.ones(128, 128, dtype=torch.bool), None
+        return torch.ones(128, 128, dtype=torch.bool), 0.75
     done = []
     monkeypatch.setattr("szt_utils.masking.segment", refuse_one)
     made = settings(**folder | {"point": [(0.5, 0.5)]})
@@ -78,6 +80,8 @@ def test_an_image_without_a_mask_stops_no_other(folder, monkeypatch, capsys):
     images = len(read_jobs(folder["image_dir"]))
     assert len(done) == images == 2 and len(list(ROOT.joinpath(made.output_dir).glob("*.png"))) == images - 1
     assert "masks" in capsys.readouterr().out  # the report comes nevertheless
+    (record,) = map(json.loads, (ROOT / made.output_dir / "stats.jsonl").read_text().splitlines())
+    assert (record["score"], record["area"]) == (0.75, 1)
 
 
 def test_an_image_that_the_model_cannot_take_stops_no_other(folder, tmp_path):
@@ -155,6 +159,44 @@ def test_a_folder_of_version_0_1_is_finished(folder, tmp_path, capsys):
     assert "2 of them to do" in capsys.readouterr().out
 
 
+def test_the_score_of_an_automatic_mask_is_that_of_the_chosen_one(folder, tmp_path, monkeypatch):
+    def choose(candidates):
+        chosen.extend(each.merit.min().item() for each in candidates)
+        assert all(each.merit.max() - each.merit.min() > 0.01 for each in candidates)
+        return [Choice(int(each.merit.argmin()), 0.5) for each in candidates]
+
+    chosen = []
+    monkeypatch.setattr("szt_utils.masking.choose_masks", choose)
+    mask_folder(settings(**folder, auto=True, grid=4))
+    records = map(json.loads, (tmp_path / "masks" / "stats.jsonl").read_text().splitlines())
+    assert [record["score"] for record in records] == pytest.approx(chosen, abs=1e-4)
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_the_preview_and_the_page_are_given_the_settings(tmp_path, monkeypatch, center_crop):
+    """The images are foreign to the bundled model, which the page says; masks of one's own are shown."""
+    (tmp_path / "images").mkdir()
+    image = Image.effect_noise((96, 64), 60).convert("RGB")
+    mask = Image.new("L", image.size)
+    mask.paste(255, (40, 10, 60, 40))
+    image.save(tmp_path / "images" / "a.png")
+    given = settings(image_dir=str(tmp_path / "images"), output_dir=str(tmp_path / "masks"), text=None,
+                     ui=True, port=4711, resolution=64, mask_dilation=3, center_crop=center_crop,
+                     preview=True)
+    with Masks(given) as masks:
+        masks.begin()
+    mask.save(tmp_path / "masks" / "a.png")
+    served = []
+    monkeypatch.setattr("szt_utils.masking.serve_locally", lambda get, post, port, ready: served.append(
+        (port, json.loads(get("state")[1]))))
+    mask_folder(given)
+    ((port, state),) = served
+    assert port == 4711 and "paint the masks, or give --sam_model" in state["notice"]
+    assert (state["resolution"], state["dilation"], state["center_crop"]) == (64, 3, center_crop)
+    expected = mask_sheet([("a.png", image, mask)], given.zone, 64, center_crop)
+    assert Image.open(tmp_path / "masks" / "preview" / "sheet.png").tobytes() == expected.tobytes()
+
+
 def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys):
     one, two = read_jobs(folder["image_dir"])
     full = torch.ones(128, 128, dtype=torch.bool)
@@ -170,6 +212,7 @@ def test_masks_of_untypical_area_and_low_confidence_are_reported(folder, capsys)
         assert f"{one.path.name}: the mask is all black" in printed
         assert f"{two.path.name}: the mask covers 100.0% of the image" in printed
         assert f"{two.path.name}: the mask has a low confidence (0.20)" in printed
+        assert "the concept covers 50.0% of an image, from 0.0% to 100.0%." in printed
         assert masks.read(one).mask.getextrema() == (0, 0)
         assert masks.read(two).mask.getextrema() == (255, 255)
         assert masks.outdated([one, two], "auto", lambda job: [{"grid": 12}]) == [two]

@@ -1,5 +1,6 @@
 """Scripts of our own with the idioms of Diffusers' examples, patched and run; and the real ones, if given."""
 
+import argparse
 import ast
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_flux, build_tiny_sd3, build_tiny_sdxl
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,6 +20,7 @@ from szt_utils import patched
 from szt_utils.errors import InputError
 from szt_utils.images import read_image
 from szt_utils.masks import to_latent_grid
+from szt_utils.notices import notice
 from szt_utils.patch import main, patch_script
 from szt_utils.safe_zone import SafeZone
 
@@ -430,11 +433,12 @@ def test_each_flag_works_alone(folders, monkeypatch):
     assert squeezed["drawn"] == original["drawn"] and squeezed["results"] != original["results"]
     masks = ["--loss_mask_dir", folders / "masks"]
     masked = run(patched_plain, *flags, *masks)
+    first = len(batches)
     area = run(patched_plain, *flags, *masks, "--mask_normalization", "area")
     assert masked["drawn"] == area["drawn"] == original["drawn"]
-    share = to_latent_grid(batches[-1]["szt_mask"], (8, 8)).mean().item()
+    share = to_latent_grid(batches[first]["szt_mask"], (8, 8)).mean().item()
     assert masked["results"][0] < original["results"][0] and share < 1
-    assert area["results"][0] > masked["results"][0]
+    assert area["results"][0] == pytest.approx(masked["results"][0] / share)
     grey = run(patched_plain, *flags, *masks, "--mask_mode", "image")
     assert grey["drawn"] == original["drawn"]
     outside = batches[-1]["pixel_values"][batches[-1]["szt_mask"].expand(-1, 3, -1, -1) == 0]
@@ -483,6 +487,97 @@ def test_an_image_on_its_side_is_turned_upright_with_its_mask(name, orientation,
     assert (bright.float() != batches[0]["szt_mask"]).float().mean() < 0.06
 
 
+def started(*flags, scheduler=None, **args):
+    """The object of a patched script for these flags, and arguments of the script's own."""
+    parser = argparse.ArgumentParser()
+    patched.add_flags(parser)
+    args = argparse.Namespace(**vars(parser.parse_args([*map(str, flags)])), resolution=32, **args)
+    return patched.SafeZoneTraining(args, scheduler or DDPMScheduler())
+
+
+def test_a_batch_whose_masks_are_empty_has_no_loss_and_is_noted(folders, capsys):
+    notice.cache_clear()
+    for normalization in ("none", "area"):
+        szt = started("--loss_mask_dir", folders / "masks", "--mask_normalization", normalization,
+                      train_data_dir=folders / "images")
+        pair = szt.mask(torch.rand(2, 4, 8, 8), torch.rand(2, 4, 8, 8),
+                        {"szt_mask": torch.zeros(2, 1, 64, 64)})
+        assert not any(each.any() for each in pair)
+    assert capsys.readouterr().err.count("Nothing is learned from a batch whose masks are cropped away") == 1
+
+
+def test_the_frames_of_a_video_share_a_mask_and_tokens_have_none(folders):
+    szt = started("--loss_mask_dir", folders / "masks", train_data_dir=folders / "images")
+    video, batch = torch.rand(2, 4, 3, 8, 8) + 1, {"szt_mask": (torch.rand(2, 1, 64, 64) > 0.99).float()}
+    for each in szt.mask(video, video, batch):
+        for frame in range(3):
+            assert torch.equal(each[:, :, frame], szt.mask(video[:, :, frame], video[:, :, 0], batch)[0])
+    with pytest.raises(InputError, match="packs its prediction into tokens .*leave out --loss_mask_dir"):
+        szt.mask(torch.rand(2, 16, 64), torch.rand(2, 16, 64), batch)
+
+
+def test_images_are_found_wherever_the_script_reads_them(folders, tmp_path):
+    flags = ["--loss_mask_dir", folders / "masks"]
+    (tmp_path / "deep").mkdir()
+    halves = [tmp_path / "a", tmp_path / "b"]
+    for i, path in enumerate(sorted((folders / "images").iterdir())):
+        for copy in (tmp_path / "deep" / "sub" / path.name, halves[i % 2] / path.name):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    expected = {path.name for path in (folders / "masks").iterdir()}
+    for args in ({"instance_data_dir": str(folders / "images")}, {"dataset_name": str(folders / "images")},
+                 {"train_data_dir": str(tmp_path / "deep")},
+                 {"concepts_list": [{"instance_data_dir": str(half)} for half in halves]}):
+        assert {mask.name for mask in started(*flags, **args).masks.values()} == expected
+    for args in ({}, {"dataset_name": None}, {"dataset_name": "someone/images"}):
+        with pytest.raises(SystemExit, match="--loss_mask_dir needs images in a local folder"):
+            started(*flags, **args)
+
+
+@pytest.mark.parametrize("rank, is_shown", [(None, True), ("0", True), ("1", False)])
+def test_only_the_first_process_says_what_it_does(monkeypatch, capsys, rank, is_shown):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    started("--t_min", "500")
+    assert ("Safe-Zone Training: " in capsys.readouterr().out) == is_shown
+
+
+def test_class_images_draw_from_all_timesteps_in_every_way():
+    """The second half of a batch, however the script draws: a number, an index or a density."""
+    ddpm, flow = DDPMScheduler(), FlowMatchEulerDiscreteScheduler()
+    numbers = started("--t_min", "900", with_prior_preservation=True).timesteps(ddpm, 400, device=None)
+    szt = started("--t_min", "900", with_prior_preservation=True, scheduler=flow)
+    indices = flow.timesteps[szt.indices(flow, 400)]
+    density = szt.density(lambda batch_size: torch.rand(batch_size), flow)(batch_size=400)
+    for drawn in (numbers, indices, flow.timesteps[(density * 1000).long()]):
+        assert drawn[:200].min() >= 900 and drawn[200:].min() < 100
+    assert szt.instances(torch.arange(6)).tolist() == [0, 1, 2]
+    assert started("--t_min", "900").instances(torch.arange(6)).tolist() == list(range(6))
+
+
+def test_without_jpeg_and_masks_an_example_stays_as_it_is():
+    pixels = torch.rand(3, 8, 8) * 2 - 1  # between the levels of a file, as of an interpolated image
+    assert torch.equal(started("--t_min", "500").prepare(pixels, None)[0], pixels)
+    assert not torch.equal(started("--jpeg_quality", "100").prepare(pixels, None)[0], pixels)
+
+
+def test_a_data_set_has_the_attributes_of_the_scripts_own():
+    class Images:
+        num_images = 3
+
+    data = started("--jpeg_quality", "25").dataset(Images)()
+    assert data.num_images == 3
+    with pytest.raises(AttributeError, match="num_masks"):
+        data.num_masks  # noqa: B018
+
+
+def test_the_timesteps_stay_on_the_device_of_the_script():
+    assert "szt.timesteps(noise_scheduler, bsz, device='cpu')" in patch_script(PLAIN)
+    assert "szt.timesteps(noise_scheduler, bsz, device=model_input.device)" in patch_script(COLUMNS)
+    assert "bsz, device=None)" in patch_script(PLAIN.replace(', device="cpu")', ")"))
+
+
 def test_only_marked_lines_differ():
     for source in SCRIPTS.values():
         lines, old = patch_script(source).splitlines(), source.splitlines()
@@ -512,7 +607,27 @@ def test_only_marked_lines_differ():
     ("flow", "latents_cache.append(encode", "latents_cache.extend(encode", "0 places look like its cache"),
     ("plain", "import argparse", "import argparse  # SZT", "is patched already"),
     ("plain", "def encode(", "def encode((", "is not a Python script"),
-    ("flow", "for img in instance_images", "for img in all_images", "0 places look like its reading of the")])
+    ("flow", "for img in instance_images", "for img in all_images", "0 places look like its reading of the"),
+    ("plain", "timesteps = timesteps.long()",
+     "timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,))",
+     "its draw of timesteps is not found once"),
+    ("plain", "timesteps = timesteps.long()",
+     "timesteps = torch.randint(0, args.other.config.num_train_timesteps, (bsz,))",
+     "its draw of timesteps is not found once"),
+    ("flow", "noise = torch.randn_like(model_input)",
+     "places = torch.randint(0, args.other.config.num_train_timesteps, (bsz,))\n"
+     "                timesteps = args.other.timesteps[places]", "its draw of timesteps is not found once"),
+    ("plain", '(bsz,), device="cpu")', "(bsz,), generator=None)", "random whole numbers that are not known"),
+    ("plain", "F.mse_loss(model_pred.float()", "F.mse_loss(model_pred[0].float()",
+     "loss of a prediction and a target is not found"),
+    ("flow", "batch_size=bsz", "size=bsz", "density of timesteps is called in a way that is not known"),
+    ("columns", "for image in examples[image_column]]",
+     "for image in examples[image_column]] + [image for image in examples['more']]",
+     "its column of images is not found"),
+    ("plain", '"--resolution"', '"--size"', "its flags, among them --resolution, are not found"),
+    ("plain", "    noise_scheduler = DDPMScheduler(", "    later = DDPMScheduler(",
+     "'noise_scheduler' is not made before its data set"),
+    ("plain", "args = parse_args(input_args)", "flags = parse_args(input_args)", "knows no 'args'")])
 def test_a_script_whose_places_are_not_found_is_refused(name, old, new, message):
     assert SCRIPTS[name].count(old) >= 1
     with pytest.raises(InputError, match=message):

@@ -80,3 +80,41 @@ def test_a_large_image_is_sampled():
     noise = np.random.default_rng(0).normal(0, 4, (1200, 1200, 3)).astype(np.float32)
     found = signals(100 + noise)
     assert math.exp(found["floor"]) - 0.3 == pytest.approx(4 * 0.9, rel=0.05)
+
+
+def test_the_sampled_blocks_are_of_the_whole_image():
+    noise = np.random.default_rng(0).normal(0, 8, (1200, 1200, 3)).astype(np.float32)
+    noise[900:] /= 4  # the last quarter is quiet
+    assert math.exp(signals(100 + noise)["floor"]) - 0.3 == pytest.approx(2 * 0.9, rel=0.1)
+
+
+@pytest.mark.parametrize("level", [0, 2, 253, 255])
+def test_blocks_of_which_more_than_a_quarter_is_clipped_are_left_out(level):
+    image = surface() + np.random.default_rng(0).normal(0, 4, (192, 192, 3))
+    image[:, np.arange(192) % 16 < 4] = level
+    assert pixel_signals(image) is not None
+    image[0::16, 4::16] = level
+    assert pixel_signals(image) is None
+
+
+def test_quiet_signals_are_of_the_quiet_blocks_and_the_others_of_all():
+    """A quiet part of even noise of two levels, and a loud one of smooth noise."""
+    rng = np.random.default_rng(0)
+    quiet, loud = rng.choice([-4.0, 4.0], (256, 256, 3)), rng.normal(0, 60, (256, 256, 3))
+    loud = (loud + np.roll(loud, 1, 0) + np.roll(loud, 1, 1) + np.roll(loud, (1, 1), (0, 1))) / 4
+    quiet[:, 96:] = loud[:, 96:]
+    found = signals(128 + quiet.clip(-120, 120))
+    assert found["kurtosis"] == pytest.approx(0, abs=0.15)
+    assert [found["quiet_tilt_mid"], found["quiet_tilt_high"]] == pytest.approx([0, 0], abs=0.2)
+    assert found["tilt_mid"] < -0.3 and found["tilt_high"] < -0.7
+
+
+def test_the_spectrum_is_that_of_the_weakest_direction():
+    """Even noise in one direction of color, and stronger smooth noise in the others."""
+    rng, third = np.random.default_rng(0), np.array([1, 1, 1]) / math.sqrt(3)
+    others = rng.normal(0, 60, (192, 192, 3))
+    others = (others + np.roll(others, 1, 0) + np.roll(others, 1, 1) + np.roll(others, (1, 1), (0, 1))) / 4
+    others -= (others @ third)[..., None] * third
+    found = signals(128 + others + rng.normal(0, 3, (192, 192, 1)) * third)
+    even = [found[name] for name in ("quiet_tilt_mid", "quiet_tilt_high", "tilt_mid", "tilt_high")]
+    assert even == pytest.approx([0] * 4, abs=0.2)

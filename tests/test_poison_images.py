@@ -16,12 +16,13 @@ from PIL import Image
 
 import poison_images
 from szt_utils import poisoning
-from szt_utils.images import crop_and_resize, read_image
+from szt_utils.image_rng import image_generator
+from szt_utils.images import crop_and_resize, read_image, save_png
 from szt_utils.masks import read_mask
 from szt_utils.models import load_model
 from szt_utils.poison_jobs import ImageJob
-from szt_utils.poisoning import PoisonSettings, load_victim
-from szt_utils.poisons import POISONS
+from szt_utils.poisoning import PoisonSettings, load_victim, make_target, poison_batch, warn_if_failed
+from szt_utils.poisons import POISONS, measure_objective
 from szt_utils.safe_zone import SafeZone
 
 EPS, STEPS, SIDE = 3, 5, 64
@@ -299,6 +300,42 @@ def test_adaptive_szt_is_its_three_parts():
     assert settings_of("--method", "adm+").zone() == SafeZone(mask_dilation=16)
 
 
+@pytest.mark.parametrize("flags, is_adaptive", [
+    ([], False), (["--t_min", 0], False), (["--t_min", 1], True), (["--t_max", 500], False),
+    (["--mask_dir", "m"], False), (["--loss_mask_dir", "l"], True), (["--jpeg_quality", 50], True)])
+def test_an_attack_that_knows_a_part_of_a_defence_is_adaptive(flags, is_adaptive):
+    assert settings_of("--method", "adm+", *flags).is_adaptive == is_adaptive
+
+
+def test_a_target_has_the_shape_of_its_image(tmp_path):
+    half = Image.new("RGB", (40, 20), "red")
+    half.paste("blue", (0, 10, 40, 20))
+    half.save(tmp_path / "half.png")
+    target = make_target(str(tmp_path / "half.png"), 64, 32)
+    assert target.shape == (1, 3, 64, 32) and target[0, 0, :24].min() > 0.9 > 0.1 > target[0, 0, 40:].max()
+    assert make_target("pattern", 64, 32).shape == (1, 3, 64, 32)
+    assert make_target("grey", 64, 32).unique().tolist() == pytest.approx([128 / 255])
+    assert make_target("zero", 64, 32) is None
+
+
+@pytest.mark.parametrize("flags, is_warned", [([], True), (["--eps", 0], False), (["--steps", 0], False)])
+def test_an_attack_that_may_change_nothing_does_not_fail(flags, is_warned, recwarn):
+    warn_if_failed(settings_of("--method", "adm+", *flags), 0.5, 0.5, None)
+    assert ["did not rise" in str(warning.message) for warning in recwarn] == [True] * is_warned
+
+
+def test_the_objective_is_measured_on_draws_that_the_attack_does_not_see(tiny_model, image_dir):
+    settings = settings_of("--pretrained_model_name_or_path", tiny_model, "--method", "adm+", "--steps", 0,
+                           "--resolution", SIDE, "--seed", 3)
+    victim, job = load_victim(settings), ImageJob("a.png", image_dir / "a.png")
+    ((record, _),) = poison_batch(settings, victim, [job], lambda values: None, print)
+    image, seen = settings.read(job).attacked, []
+    for more in (["measure"], []):
+        generator = image_generator(image[0], 3, *more)
+        seen.append(measure_objective(POISONS["adm+"], victim, image, [generator]).item())
+    assert record["objective_before"] == record["objective_after"] == seen[0] != seen[1]
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A wide image and a mask that reaches its edge, as a job."""
@@ -525,12 +562,17 @@ def test_an_adaptive_attack_is_compared_with_the_plain_one(run, image_dir, tmp_p
     assert len(records) == 3 and all(record["objective_plain"] is None for record in records)
 
 
-def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps(run, tmp_path, monkeypatch):
-    zones, attack_batch = [], poisoning.attack_batch
-    monkeypatch.setattr(poisoning, "attack_batch", lambda settings, victim, *rest: zones.append(
-        victim.zone) or attack_batch(settings, victim, *rest))
-    run(tmp_path / "out", "--jpeg_quality", 25, "--t_max", 300, "--steps", 1)
-    assert {(zone.jpeg_quality, zone.t_max) for zone in zones} == {(25, 300), (None, 300)}
+def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps_alone(run, image_dir, tmp_path,
+                                                                                 monkeypatch):
+    victims, attack_batch = [], poisoning.attack_batch
+    monkeypatch.setattr(poisoning, "attack_batch", lambda settings, victim, *rest: victims.append(
+        victim) or attack_batch(settings, victim, *rest))
+    for path in image_dir.iterdir():
+        save_png(Image.new("L", Image.open(path).size, 255), tmp_path / "masks" / f"{path.stem}.png")
+    run(tmp_path / "out", "--jpeg_quality", 95, 25, "--t_max", 300, "--steps", 1, "--loss_mask_dir",
+        tmp_path / "masks")
+    assert {(victim.zone.jpeg_quality, victim.zone.t_max, victim.random_jpeg, victim.loss_mask is not None)
+            for victim in victims} == {(25, 300, (25, 95), True), (None, 300, None, False)}
 
 
 def test_a_strength_that_the_chain_cannot_have_is_named(tiny_model, capsys):

@@ -5,15 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_script
 from PIL import Image
 
 import purify_images
-from szt_utils.images import read_image
+from szt_utils.errors import InputError
+from szt_utils.images import crop_and_resize, read_image
 from szt_utils.jpeg import jpeg
 from szt_utils.locks import lock_folder
 from szt_utils.purify import DEFAULTS, PURIFIERS
-from szt_utils.purifying import PurifySettings, load_pipelines
+from szt_utils.purifying import PurifySettings, load_pipelines, load_purifier, purify_batch
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +135,9 @@ def test_pdmpure_takes_a_ddpm_pipeline_and_a_resolution(run, tmp_path):
     flags = ["--method", "pdmpure", "--pretrained_model_name_or_path", tmp_path / "model"]
     run(tmp_path / "out", *flags, "--resolution", 32, "--batch_size", 3)
     assert Image.open(tmp_path / "out" / "more" / "b.png").size == (32, 32)
-    with pytest.raises(SystemExit, match="no text and no second stage; leave out --prompt"):
-        run(tmp_path / "text", *flags, "--prompt", "a photo")
+    unused = ["--prompt", "a photo", "--guidance_scale", 2, "--upscaler", "x"]
+    with pytest.raises(SystemExit, match="no second stage; leave out --guidance_scale, --prompt, --upscaler"):
+        run(tmp_path / "text", *flags, *unused)
 
 
 def test_the_script_and_the_library_agree():
@@ -150,6 +153,30 @@ def test_the_script_and_the_library_agree():
         assert users == set(purify_images.USED_BY[flags.get(name, name)])
 
 
+def test_a_setting_of_zero_is_not_the_default(tiny_model):
+    settings = PurifySettings("i", "regen", pretrained_model_name_or_path=str(tiny_model), guidance_scale=0,
+                              steps=3, strength=0.5)
+    _, chosen = load_purifier(settings)
+    assert chosen == {"strength": 0.5, "steps": 3, "guidance_scale": 0, "prompt": ""}
+
+
+def test_a_resolution_is_that_of_the_central_square(run, image_dir, tmp_path):
+    run(tmp_path / "out", "--method", "jpeg", "--resolution", 32)
+    for source, name in (("a.png", "a.png"), ("more/b.jpg", "more/b.png")):
+        square = crop_and_resize(read_image(image_dir / source), 32, center_crop=True)
+        assert np.array_equal(levels(tmp_path / "out" / name), np.asarray(jpeg(square, 25)))
+
+
+def test_an_image_that_is_not_finite_is_refused(image_dir):
+    def one_nan(images, generators):
+        images = images.clone()
+        images[0, 0, 0, 0] = float("nan")
+        return images
+
+    with pytest.raises(InputError, match="turned the image into NaN; try --mixed_precision no"):
+        purify_batch(PurifySettings("i", "regen"), one_nan, [("a.png", image_dir / "a.png")])
+
+
 def test_pdmpure_says_what_it_takes(run, tiny_model, tmp_path):
     with pytest.raises(SystemExit, match="takes a DDPMPipeline or .* is a StableDiffusionPipeline"):
         run(tmp_path / "out", "--method", "pdmpure", "--pretrained_model_name_or_path", tiny_model)
@@ -161,6 +188,20 @@ def test_if_needs_an_upscaler_before_it_is_loaded(run, tmp_path):
     with pytest.raises(SystemExit, match="is IF's second stage, which needs --upscaler"):
         run(tmp_path / "out", "--method", "pdmpure", "--pretrained_model_name_or_path", tmp_path / "model")
     assert not (tmp_path / "out").exists()
+
+
+def test_revision_variant_and_precision_are_those_of_the_pipelines(tmp_path, monkeypatch):
+    """The upscaler is another model, which has no revision of that name."""
+    def read(cls, path, dtype, *files):
+        reads.append((path, dtype, files))
+        return torch.nn.Identity()
+
+    reads, model = [], str(tmp_path)
+    monkeypatch.setattr("szt_utils.purifying.read_pipeline", read)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "IFSuperResolutionPipeline"}')
+    load_pipelines(PurifySettings("i", "pdmpure", pretrained_model_name_or_path=model, revision="r",
+                                  variant="v", upscaler="other", mixed_precision="bf16"))
+    assert reads == [(model, torch.bfloat16, ("r", "v")), ("other", torch.bfloat16, ())]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,12 @@ import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.embedding_files import load_embedding, read_embedding
 from szt_utils.files import read_json, read_stats
-from szt_utils.fingerprint import compare
+from szt_utils.fingerprint import compare, hash_weights, identity
 from szt_utils.locks import lock_folder
+from szt_utils.models import load_model
+from szt_utils.outputs import upload_all
+from szt_utils.settings import ConceptSettings, TrainingSettings, public_name
+from szt_utils.training_run import Run
 
 
 @pytest.fixture
@@ -138,6 +144,29 @@ def test_images_that_came_or_went_are_named():
     with pytest.raises(ValueError, match="image 'b.png' is new"):
         compare({"images": {"a.png": None}}, {"images": {"a.png": "1", "b.png": "2"}})
     assert compare({"images": {"a.png": None}}, {"images": {"a.png": "1"}}) == [], "0.1 kept no hash"
+    assert compare({"seed": 3}, {"seed": 3, "clip_skip": 1}) == [], "it knew no such flag"
+
+
+def test_the_hash_of_a_models_weights_is_of_every_part(tiny_model):
+    model = load_model(tiny_model)
+    hashes = {hash_weights(model)}
+    for part in (model.network, model.vae, *model.text_encoders):
+        next(part.parameters()).data.view(-1)[0] += 1
+        hashes.add(hash_weights(model))
+    schedule = model.log_snr
+    model.log_snr = lambda timesteps: schedule(timesteps) + (timesteps > 900)
+    assert len(hashes | {hash_weights(model)}) == 5
+
+
+def test_a_models_identity_is_also_of_the_ends_of_large_files(tmp_path):
+    names = []
+    for folder, content in (("a", b"old"), ("b", b"old"), ("c", b"new")):
+        (tmp_path / folder).mkdir()
+        with open(tmp_path / folder / "model", "wb") as file:
+            file.seek(2**26)  # of 64 MB, which take no room on the disk
+            file.write(content)
+        names.append(identity(str(tmp_path / folder / "model")))
+    assert names[0] == names[1] != names[2]
 
 
 def test_more_steps_are_welcome_and_said(tiny_model, half_run, capsys):
@@ -279,12 +308,25 @@ def test_no_path_of_this_machine_is_in_what_is_shared(tiny_model, concept_folder
     assert options["train_data_dir"] == concept_folder[0].name and options["output_dir"] == "out"
 
 
+@pytest.mark.parametrize("path, name", [
+    ("/home/me/gone", "gone"), ("~/models/private", "private"), ("../private/gone", "gone"),
+    ("private/model", "model"), ("./private/model", "model"), ("openai/clip", "openai/clip"),
+    ("latest", "latest"), (None, None)])
+def test_of_a_path_of_this_machine_the_last_name_is_public(tmp_path, monkeypatch, path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private" / "model").mkdir(parents=True)
+    assert public_name(path) == name
+
+
 def test_a_pipeline_that_cannot_be_saved_leaves_the_old_one_and_the_embedding(tiny_model, concept_folder,
                                                                               tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
-    options = dict(save_as_full_pipeline=True, max_train_steps=1)
-    run_here(flags(tiny_model, concept_folder[0], tmp_path, **options))
+    options, moved, move = dict(save_as_full_pipeline=True, max_train_steps=1), [], Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, to: moved.append(path) or move(path, to))
+        run_here(flags(tiny_model, concept_folder[0], tmp_path, **options))
+    assert tmp_path / ".pipeline.part" / "unet" in moved and moved[-1].name == "model_index.json"
     before = {path: path.read_bytes() for path in (tmp_path / "unet").iterdir()}
 
     def full(self, folder, *_, **__):
@@ -374,3 +416,39 @@ def test_everything_is_saved_before_any_upload_and_a_failed_one_stops_no_other(t
     assert uploaded == [str(tmp_path / "b")]
     card = (tmp_path / "b" / "README.md").read_text()
     assert 'pipe.load_textual_inversion("me/b")' in card and str(tiny_model.parent) not in card
+
+
+@pytest.mark.parametrize("hub_model_id, name", [("me/it", "me/it"), (None, "out")])
+@pytest.mark.parametrize("encoders, load", [
+    (1, 'pipe.load_textual_inversion("hub/repo")'), (2, 'load_into(pipe, snapshot_download("hub/repo"))')])
+def test_an_upload_has_the_names_of_the_flags_and_no_files_of_the_training(tmp_path, monkeypatch, name, load,
+                                                                           hub_model_id, encoders):
+    import huggingface_hub
+
+    calls = []
+
+    def create_repo(name, exist_ok, token):
+        calls.append((name, exist_ok, token))
+        return SimpleNamespace(repo_id="hub/repo")
+
+    def upload_folder(repo_id, folder_path, commit_message, token, ignore_patterns):
+        paths = [path.relative_to(folder_path).as_posix() for path in (tmp_path / "out").rglob("*")]
+        calls.append((repo_id, token, sorted(huggingface_hub.utils.filter_repo_objects(
+            paths, ignore_patterns=ignore_patterns))))
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    for path in ("learned_embeds.bin", "tracked/events", "checkpoint-5/rank_0.pt", ".lock", ".latents-x",
+                 "earlier-1/learned_embeds.bin"):
+        (tmp_path / "out" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / path).touch()
+    run = Run.__new__(Run)
+    run.rank, run.one_concept, run.failures = 0, True, {}
+    run.settings = TrainingSettings("model", push_to_hub=True, hub_token="secret", hub_model_id=hub_model_id,
+                                    logging_dir="tracked")
+    concept = SimpleNamespace(settings=ConceptSettings("images", TOKEN, "star"), output_dir=tmp_path / "out")
+    upload_all(run, SimpleNamespace(path="model", text_encoders=[None] * encoders), [concept])
+    assert calls == [(name, True, "secret"), ("hub/repo", "secret", [
+        "README.md", "learned_embeds.bin", "tracked"])]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert load in card and f"`{TOKEN}`" in card and "secret" not in card

@@ -61,8 +61,11 @@ def test_hostile_tensors_are_refused(tmp_path, state, change, message):
         load_sam(tmp_path / "sam.pth")
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path, state):
-    torch.save({**state, POSITIONS: state[POSITIONS] * float("nan")}, tmp_path / "sam.pth")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, state, value):
+    positions = state[POSITIONS].clone()
+    positions[0, 0, 0, 0] = value
+    torch.save({**state, POSITIONS: positions}, tmp_path / "sam.pth")
     with pytest.raises(InputError, match=f"'{POSITIONS}' is not finite"):
         load_sam(tmp_path / "sam.pth")
 

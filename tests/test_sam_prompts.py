@@ -56,6 +56,22 @@ def test_numbers_that_are_no_pixels_are_refused(number):
             prompt_from_json(entry, (10, 10))
 
 
+@pytest.mark.parametrize("entry, message", [
+    ({"include": [[20, 10], [0, 0]]}, None), ({"include": [[20.5, 5]]}, r"\(20.5, 5\) lies outside"),
+    ({"include": [[5, 10.5]]}, "20 x 10 pixels"), ({"include": [[15, -1]]}, "outside"),
+    ({"include": [[1, 1]], "exclude": [[15, 15]]}, r"\(15, 15\) lies outside"),
+    ({"box": [0, 0, 20, 10]}, None), ({"box": [0, 0, 21, 9]}, r"\(21, 9\) lies outside"),
+    ({"box": [-1, 0, 9, 9]}, r"\(-1, 0\) lies outside"),
+    ({"box": [5, 1, 5, 9]}, "is not left, top, right, bottom"),
+    ({"box": [1, 5, 9, 5]}, "is not left, top, right, bottom")])
+def test_a_prompt_lies_in_its_image_and_a_box_has_an_area(entry, message):
+    if message is None:
+        assert prompt_to_json(prompt_from_json(entry, (20, 10))) == entry
+        return
+    with pytest.raises(InputError, match=message):
+        prompt_from_json(entry, (20, 10))
+
+
 def test_a_points_file_of_any_editor(tmp_path):
     """With a byte order mark, and names in the other Unicode form."""
     image, entry = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFD", "NFC"))

@@ -151,6 +151,28 @@ def test_one_batch_of_replacements_and_the_unchanged_prediction_once(folders, in
     assert texts == [10, 10, 10, 3]
 
 
+def test_maps_of_a_model_in_half_precision_are_float32(folders, inputs):
+    """The squares of small changes would be 0 in float16."""
+    model, (latents, noise) = load(folders["sd"], torch.bfloat16), inputs
+    prompt = tokenize_words(model, TEXT, ["star"])
+    replaced, drawn = draw_replacements(prompt, 2, vocabulary_size(model), torch.Generator().manual_seed(1))
+    maps = semantic_sensitivity(model, latents.bfloat16(), prompt, [500], noise=noise, replaced=replaced,
+                                drawn=drawn)
+    assert maps.dtype == torch.float32 and (maps.bfloat16() != maps).any()
+
+
+def test_t5_has_a_vocabulary_of_its_own_and_lacks_the_start_token(tiny_sd3):
+    model = load(tiny_sd3, torch.float32)
+    prompt = tokenize_words(model, TEXT, ["<|startoftext|>", "star"])
+    length = prompt.ids[0].shape[1]
+    assert prompt.positions[0] == [0] and prompt.t5_positions[0] == [] and prompt.t5_positions[1]
+    replaced, drawn = draw_replacements(prompt, 2000, vocabulary_size(model), torch.Generator())
+    assert not replaced[:2000, length:].any() and replaced[2000:, length:].any(1).all()
+    sizes = vocabulary_size(model), prompt.t5_size
+    assert sizes[0] != sizes[1] == model.t5.tokenizer.vocab_size
+    assert (drawn[:, :length].max() + 1, drawn[:, length:].max() + 1) == sizes
+
+
 def test_replacing_a_word_by_itself_changes_nothing(folders, inputs):
     model, (latents, noise) = load(folders["sdxl"]), inputs
     prompt = tokenize_words(model, TEXT, ["star"])
@@ -224,6 +246,9 @@ def test_cross_attention_is_what_the_layers_compute(folders, inputs, shape):
     assert maps.shape == (len(everything.words), 1, *SIZE)
     assert torch.allclose(maps.sum(0), torch.ones(1, *SIZE), atol=1e-5)
     assert maps.min() > 0
+    both, second = (cross_attention_maps(model, latents, everything, [500], noise=draws)
+                    for draws in (noise, noise[1:]))
+    assert torch.allclose(both, (maps + second) / 2, atol=1e-6)
 
     # One layer, from its weights and its inputs.
     layers = [m for name, m in model.network.named_modules() if name.endswith("attn2")]

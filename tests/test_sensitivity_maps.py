@@ -11,7 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from szt_utils import pocket
-from szt_utils.embedding_files import save_embedding
+from szt_utils.embedding_files import save_embedding, save_rows
+from szt_utils.errors import InputError
+from szt_utils.map_making import MapSettings, _tokenize_learned, image_maps
+from szt_utils.models import load_model
+from szt_utils.sensitivity import tokenize_words
 
 PROMPT, TOKENS, TIMESTEPS = "a photo of a teal striped star on grass", ["star", "teal"], [100, 500, 900]
 SCRIPT = "sensitivity_maps.py"
@@ -72,11 +76,11 @@ def test_maps_of_the_pocket_model_find_the_concept(tmp_path):
 
 def test_resolution_embeddings_and_all_words(options, tmp_path):
     save_embedding(tmp_path / "c.safetensors", "<c>", torch.randn(2, 32))
-    here(*options[:4], "--prompt", "a <c> on grass", "--timesteps", 500, "--embeddings",
+    here(*options[:4], "--prompt", "a <c> on a grass", "--timesteps", 500, "--embeddings",
          tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "out")
     maps, metadata = read(tmp_path / "out" / "maps.safetensors")
     assert maps["ssm"].shape == (4, 1, 12, 12)  # both vectors of the embedding are one word
-    assert json.loads(metadata["tokens"]) == ["a", "<c>", "on", "grass"]
+    assert json.loads(metadata["tokens"]) == ["a", "<c>", "on", "grass"]  # a repeated word has one map
     here(*options[:4], "--prompt", "a <c> on grass", "--tokens", "<c>", "--timesteps", 500, "--embeddings",
          tmp_path / "c.safetensors", "--resolution", 96, "--output_dir", tmp_path / "both")
     both, metadata = read(tmp_path / "both" / "maps.safetensors")
@@ -103,10 +107,46 @@ def test_the_text_is_read_as_the_embedding_was_trained(options, tmp_path, monkey
              tmp_path / "1.safetensors", tmp_path / "other.safetensors", "--output_dir", tmp_path / "both")
 
 
-def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
-    from szt_utils.map_making import MapSettings, _tokenize_learned
-    from szt_utils.models import load_model
+def test_an_sdxl_text_is_pooled_as_the_embedding_was_trained(tiny_sdxl, tmp_path):
+    rows = {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 24)}
+    for pooled_token in ("upstream", "end"):
+        path = tmp_path / f"{pooled_token}.safetensors"
+        save_rows(path, rows, {"pooled_token": pooled_token})
+        model = load_model(str(tiny_sdxl))
+        _tokenize_learned(model, MapSettings(str(tiny_sdxl), ["i"], "a <c>", embeddings=[str(path)]))
+        assert model.pooled_token == pooled_token
 
+
+def test_a_seed_decides_the_draws_and_a_batch_size_nothing(tiny_model):
+    model, batches = load_model(str(tiny_model)), []
+    prompt = tokenize_words(model, "a red star", ["star"])
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.network.register_forward_pre_hook(lambda network, args: batches.append(len(args[0])))
+
+    def maps(**given):
+        batches.clear()
+        settings = MapSettings(str(tiny_model), ["i"], "a red star", None, [500], 5, **given)
+        return image_maps(model, prompt, pixels, settings)["ssm"]
+
+    zero, other = maps(), maps(seed=1)
+    assert torch.equal(maps(), zero) and not torch.allclose(zero, other, rtol=0.1)
+    assert batches == [6] and torch.allclose(maps(batch_size=2), zero, rtol=1e-4) and batches == [2, 2, 2]
+
+
+def test_maps_that_are_not_finite_are_refused(tiny_model, monkeypatch):
+    def spoiled(*args, **kwargs):
+        maps = torch.ones(1, 1, 8, 8)
+        maps[0, 0, 3, 3] = float("inf")
+        return maps
+
+    monkeypatch.setattr("szt_utils.map_making.semantic_sensitivity", spoiled)
+    model = load_model(str(tiny_model))
+    settings = MapSettings(str(tiny_model), ["i"], "a star", None, [500], 1, cross_attention=True)
+    with pytest.raises(InputError, match="are not finite; use --mixed_precision bf16 or no"):
+        image_maps(model, tokenize_words(model, "a star", ["star"]), torch.zeros(1, 3, 64, 64), settings)
+
+
+def test_a_prompt_stands_for_all_vectors_as_in_a_pipeline(tiny_model):
     folder = tiny_model.parent
     save_embedding(folder / "c.safetensors", "<c>", torch.randn(3, 32))
     pipeline = pipeline_with(tiny_model, folder / "c.safetensors")

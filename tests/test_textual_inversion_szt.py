@@ -23,7 +23,9 @@ import szt_utils
 import textual_inversion_szt
 from szt_utils.checkpoints import list_checkpoints
 from szt_utils.files import read_stats
+from szt_utils.journal import Journal
 from szt_utils.models import load_model
+from szt_utils.settings import TrainingSettings
 from szt_utils.training_run import Run
 
 
@@ -217,6 +219,8 @@ def test_validation_epochs_count_epochs_and_change_nothing(tiny_model, concept_f
                    validation_prompt=f"a {TOKEN}"))
     names = sorted(path.name for path in (tmp_path / "a" / "validation").iterdir())
     assert names == [f"step-{step:05d}-{i}.png" for step in (3, 6) for i in (0, 1)]
+    first, second, *_ = sorted((tmp_path / "a" / "validation").iterdir())
+    assert first.read_bytes() != second.read_bytes()
     run_here(flags(tiny_model, concept_folder[0], tmp_path / "b"))
     assert torch.equal(embedding(tmp_path / "a"), embedding(tmp_path / "b"))
 
@@ -300,6 +304,16 @@ def test_ranks_stop_after_the_same_step(two_rank_run, own, other_asks, meanwhile
     assert two_rank_run.stopping() == is_stopping and two_rank_run.stopped == stopped
 
 
+def test_a_concept_that_fails_on_another_rank_fails_here_too(two_rank_run):
+    journal = Journal.__new__(Journal)
+    journal.run, journal.skips_steps = two_rank_run, False
+    journal.group = SimpleNamespace(step=7, rows_of=lambda concept: [torch.ones(1, 2)])
+    records = [{"step": 7, "loss": 1.0}]
+    assert journal._problem(None, records) == "Another process has failed before step 7."
+    two_rank_run.accelerator.reduce = lambda own, how: own
+    assert journal._problem(None, records) is None
+
+
 def test_the_optimizer_and_its_schedule_have_the_settings_of_the_flags(two_rank_run):
     two_rank_run.settings = SimpleNamespace(
         learning_rate=0.5, adam_beta1=0.1, adam_beta2=0.2, adam_weight_decay=0.3, adam_epsilon=0.4,
@@ -313,6 +327,14 @@ def test_the_optimizer_and_its_schedule_have_the_settings_of_the_flags(two_rank_
         optimizer.step()
         schedule.step()
     assert rates[:4] == pytest.approx(rates[4:]) and rates[0] == 0.5 > rates[1]
+
+
+@pytest.mark.parametrize("scale_lr, rate", [(False, 0.1), (True, 3.0)])
+def test_the_learning_rate_is_scaled_by_the_images_of_a_step_when_asked_for(scale_lr, rate):
+    settings = TrainingSettings("model", learning_rate=0.1, scale_lr=scale_lr, train_batch_size=3,
+                                gradient_accumulation_steps=5).resolved(7, num_ranks=2)
+    assert settings.learning_rate == pytest.approx(rate)
+    assert (settings.max_train_steps, settings.validation_steps) == (5000, 100)
 
 
 SOME_FLAGS = ["--pretrained_model_name_or_path", "model", "--placeholder_token", "<s>", "--initializer_token",
@@ -356,6 +378,7 @@ def test_masks_with_velocities_are_warned_about(tiny_velocity_model, tiny_model,
     for i, (model, more, is_given) in enumerate([
             (tiny_velocity_model, {}, True), (tiny_sd3, {}, True),
             (tiny_velocity_model, {"snr_gamma": 5}, False),
+            (tiny_velocity_model, {"mask_mode": "latent"}, False),
             (tiny_velocity_model, {"loss_mask_dir": None}, False), (tiny_model, {}, False)]):
         run_here(flags(model, concept_folder[0], tmp_path / str(i), **{
             "szt": True, "loss_mask_dir": concept_folder[1], "max_train_steps": 1, **more}))

@@ -1,6 +1,9 @@
 """Trainers: the sizes that each keeps, the noise of the families, shares of draws, and TOML."""
 
+import json
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +11,21 @@ import pytest
 import torch
 import yaml
 
+from szt_utils.errors import InputError
 from szt_utils.export import plan_for
 from szt_utils.safe_zone import PAPER_LOG_SNR, SafeZone
 from szt_utils.trainers import TRAINERS
 from szt_utils.trainers.buckets import nearest_bucket
-from szt_utils.trainers.config_files import read_config, to_toml, tomllib
+from szt_utils.trainers.config_files import Config, read_config, to_toml, tomllib
 from szt_utils.trainers.family import FAMILIES
-from szt_utils.trainers.trainer import flux_shift, read_size, share_in_zone, shifted
+from szt_utils.trainers.trainer import (
+    Source,
+    flux_shift,
+    read_size,
+    share_findings,
+    share_in_zone,
+    shifted,
+)
 
 PAIRS = [(name, model) for name, trainer in TRAINERS.items() for model in trainer.models]
 
@@ -121,6 +132,70 @@ def test_the_share_of_draws_in_the_zone_is_that_of_a_simulation():
     assert shifted(shifted(0.618, 3), 1 / 3) == pytest.approx(0.618)
 
 
+@pytest.mark.parametrize("shift, is_enough", [(30, False), (31, True)])
+def test_a_share_of_0_95_in_the_zone_is_enough(shift, is_enough):
+    plan = plan_for("data", "flux")
+    assert share_in_zone(plan, shift) == pytest.approx(0.95, abs=2e-3)
+    assert (list(share_findings(plan, shift, None, "more")) == []) == is_enough
+
+
+@pytest.mark.parametrize("shift, sigmoid_scale", [(0, None), (-1, None), (1, 0), (1, -1)])
+def test_a_shift_and_a_sigmoid_scale_are_above_0(shift, sigmoid_scale):
+    with pytest.raises(InputError, match="must be above 0"):
+        list(share_findings(plan_for("data", "flux"), shift, sigmoid_scale, "more"))
+
+
+def test_only_velocities_and_masks_together_need_min_snr():
+    for model, gamma in (("sd15", None), ("sd2", 5), ("flux", None)):
+        plan = plan_for("data", model)
+        assert plan.min_snr_gamma == gamma and replace(plan, has_masks=False).min_snr_gamma is None
+
+
+def test_simpletuners_timesteps_begin_within_twenty_above_t_min():
+    for t_min, first in ((618, 620), (800, 800), (801, 820), (999, 1000)):
+        text = TRAINERS["simpletuner"].configs(plan_for("data", "flux", t_min=t_min))["config.json"]
+        timesteps = json.loads(text)["flow_custom_timesteps"].split(",")
+        assert timesteps == [str(t) for t in range(first, 1001, 20)]
+
+
+def test_onetrainers_epochs_make_the_steps():
+    """An image counts ten times an epoch."""
+    for count, epochs in ((1, 100), (4, 25), (5, 20), (300, 1)):
+        plan = replace(plan_for("data", "sdxl"), captions={str(i): "" for i in range(count)})
+        assert json.loads(TRAINERS["onetrainer"].configs(plan)["config.json"])["epochs"] == epochs
+
+
+@pytest.mark.parametrize("trainer, documents, expected", [
+    ("onetrainer", [{"resolution": "512", "concepts": [{"path": "in"}]}], {}),
+    ("onetrainer", [{"resolution": "512"}, [{"path": "in"}]], {}),  # a file of concepts
+    ("onetrainer", [{"resolution": "512", "aspect_ratio_bucketing": False, "concepts": [{"path": "in"}]}],
+     {"is_fixed": True}),
+    ("ai-toolkit", {"folder_path": "in"}, {}), ("ai-toolkit", {"folder_path": "in", "buckets": False},
+                                                {"is_fixed": True}),
+    ("ai-toolkit", {"folder_path": "in", "alpha_mask": True}, {"has_alpha": True})])
+def test_the_images_of_a_config(trainer, documents, expected):
+    if trainer == "ai-toolkit":
+        documents = [{"config": {"process": [{"datasets": [documents]}]}}]
+    (source,) = TRAINERS[trainer].sources(plan_for("data", "sdxl"), Config(documents))
+    masks = Path("in") if trainer == "onetrainer" else None
+    assert source == Source(Path("in"), masks, (512, 512), **expected)
+
+
+@pytest.mark.parametrize("trainer, name", [("kohya", "config.toml"), ("onetrainer", "config.json"),
+                                           ("ai-toolkit", "config.yaml"), ("simpletuner", "config.json"),
+                                           ("diffusers", "train.sh")])
+def test_a_folder_with_a_space_is_one_word_of_the_command(trainer, name):
+    plan = plan_for("my data", "sdxl")
+    assert (Path.cwd() / "my data" / name).as_posix() in shlex.split(TRAINERS[trainer].command(plan))
+
+
+def test_every_process_of_ai_toolkit_needs_min_snr():
+    def has_min_snr(*processes):
+        return TRAINERS["ai-toolkit"].has_min_snr(Config([{"config": {"process": list(processes)}}]))
+    good, bad = {"train": {"min_snr_gamma": 5}}, {"train": {}}
+    assert has_min_snr(good, good) and not has_min_snr(good, bad) and not has_min_snr(bad, good)
+
+
 @pytest.mark.parametrize("trainer, model", PAIRS)
 def test_the_config_files_of_any_t_min_have_nothing_wrong_with_them(tmp_path, trainer, model):
     for t_min in (0, 1, 2, 300, 500, 618, 800, 957, 997, 998, 999):
@@ -181,6 +256,7 @@ def test_a_resolution_is_read_in_every_form():
     assert read_size(512) == read_size("512") == read_size([512, 512]) == (512, 512)
     assert read_size("512, 768") == read_size("512x768") == read_size([512, 768]) == (512, 768)
     assert read_size(None) is read_size(1.0) is read_size("0.5") is None
+    assert read_size(64) == (64, 64) and read_size(63) is read_size("512,63") is None
 
 
 def test_toml_is_read_as_it_was_written(tmp_path):
@@ -204,6 +280,18 @@ def test_the_paths_of_a_command_line_on_windows_keep_their_backslashes(tmp_path,
         "vae": "C:\\my vae\\", "masked_loss": True}
     (tmp_path / "run.sh").write_text("train --a my\\ toy \\\n --b 1")
     assert read_config([tmp_path / "run.sh"]).settings == {"a": "my toy", "b": "1"}
+
+
+def test_settings_of_any_spelling():
+    config = Config([{"--max-steps": "5", "empty": "", "none": None, "section": {"inner-name": "2.5"}}])
+    assert config.settings == {"max_steps": "5", "empty": "", "none": None, "section": {"inner-name": "2.5"},
+                               "inner_name": "2.5"}
+    assert [config.number(name, 7) for name in ("max_steps", "empty", "none", "gone", "inner_name")] == [
+        5, 7, 7, 7, 2.5]
+    for is_true, values in ((True, (True, "true", "True", "1", 1, "yes")),
+                            (False, (False, "false", "0", 0, "no", ""))):
+        assert all(Config([{"flag": value}]).flag("flag", not is_true) == is_true for value in values)
+    assert Config([]).flag("flag", True) and not Config([]).flag("flag")
 
 
 def test_the_flags_of_a_command_line(tmp_path):
