@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from table_plan import CellSettings, Flags, Table
 
 from szt_utils import pocket
-from szt_utils.arguments import directory, number, script_parser, seed
+from szt_utils.arguments import local_path, number, script_parser, seed
 from szt_utils.datasets import DatasetConcept, read_concepts
 from szt_utils.devices import best_device
 from szt_utils.embeddings import NewRows, add_placeholder, train_rows
@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--method", choices=["textual_inversion", *METHODS], required=True)
-    add("--output_dir", type=directory, default=Path("methods"))
+    add("--output_dir", type=local_path, default=Path("methods"))
     add("--preset", choices=["drift"], help="what keeps low timesteps as they were, for LoRA")
     add("--data", nargs="+", choices=DATA, help="(all; with --preset, clean and adm+)")
     add("--defences", nargs="+", choices=[*DEFENCES, *(name for name in DRIFT if name not in DEFENCES)],

@@ -24,7 +24,7 @@ from cells import make_table
 from table_plan import CellSettings, Table
 
 from szt_utils import pocket
-from szt_utils.arguments import directory, number, script_parser, seed, user_path
+from szt_utils.arguments import local_path, number, script_parser, seed, user_path
 from szt_utils.captions import read_prompt_templates
 from szt_utils.datasets import READERS, read_concepts
 from szt_utils.errors import InputError, exit_on_input_error
@@ -88,10 +88,10 @@ SETTINGS["customconcept101"] = replace(SETTINGS["dreambooth"], steps=2500)
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--output_dir", type=directory, default=Path("table1"))
+    add("--output_dir", type=local_path, default=Path("table1"))
     add("--dataset", choices=READERS, default="pocket")
-    add("--dataset_dir", type=directory, help="folder of a dreambooth or customconcept101 data set")
-    add("--mask_dir", type=directory,
+    add("--dataset_dir", type=local_path, help="folder of a dreambooth or customconcept101 data set")
+    add("--mask_dir", type=local_path,
         help="its masks, <concept>/<stem>.png, for lm, jpeg+lm, szt and adaptive poisons")
     for name, text in {
             "pretrained_model_name_or_path": "the model (pocket: the bundled one)",

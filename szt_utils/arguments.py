@@ -61,7 +61,7 @@ def user_path(text: str) -> str:
     return path if not shorter or shorter.endswith(":") else shorter  # the root, also of a drive
 
 
-def directory(text: str) -> Path:
+def local_path(text: str) -> Path:
     """An argparse type: `user_path` as a Path."""
     return Path(user_path(text))
 

@@ -307,7 +307,7 @@ class Group:
         for i, concept in enumerate(concepts):
             concept.row_slice = slice(i * count, (i + 1) * count)
             concept.caption_ids = {template: self._caption_ids(concept, caption, vocabulary_sizes,
-                                                                   model.t5)
+                                                                       model.t5)
                                    for template, caption in concept.captions(count).items()}
 
     @property

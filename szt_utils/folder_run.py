@@ -160,9 +160,9 @@ class FolderRun:
              title: str | None = None) -> None:
         """Call `make(batch)` for every batch; save its images and records, with the seconds per image.
 
-        An image for which `make` raises an InputError is left out, and an InputError at the end names its
-        `path` and the reason. When the first images of a new folder all fail for one reason, the rest is not
-        tried. With a `title`, a progress bar counts the images.
+        An image for which `make` raises an InputError is left out. An InputError at the end gives each
+        reason and the `path`s of the first images that failed for it. When the first images of a new folder
+        all fail for one reason, the rest is not tried. With a `title`, a progress bar counts the images.
         """
         work, made, untried = collections.deque(batches), 0, 0
         failures: dict[str, list[str]] = collections.defaultdict(list)  # the images of every reason

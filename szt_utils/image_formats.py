@@ -68,5 +68,4 @@ def describe_skipped(skipped: Sequence[Path]) -> str:
         return ""
     heif = any(path.suffix.lower() in _HEIF_SUFFIXES for path in skipped)
     hint = ", or install pillow-heif for HEIC" if heif and not _reads_heif() else ""
-    return (f"Not read: {some_of(skipped)}; convert what is an image to PNG or JPEG"
-            f"{hint}.")
+    return f"Not read: {some_of(skipped)}; convert what is an image to PNG or JPEG{hint}."

@@ -149,9 +149,10 @@ def load_victim(settings: PoisonSettings) -> Victim:
 def notice_strength(settings: PoisonSettings) -> None:
     """Say so when the chain's whole steps make another strength than the one asked for."""
     steps = round(settings.chain_steps / settings.strength)
-    if abs(settings.chain_steps / steps - settings.strength) > 0.005:
-        notice(f"da runs the last {settings.chain_steps} of {steps} steps, a strength of "
-               f"{settings.chain_steps / steps:.3g} instead of {settings.strength}.")
+    strength = settings.chain_steps / steps
+    if abs(strength - settings.strength) > 0.005:
+        notice(f"da runs the last {settings.chain_steps} of {steps} steps, a strength of {strength:.3g} "
+               f"instead of {settings.strength}.")
 
 
 def aim(victim: Victim, batch: list[AttackInput], settings: PoisonSettings) -> Victim:

@@ -42,8 +42,8 @@ class Victim:
     (B, 1, H, W), dilated already, counts errors only where it is 1. `target` (1, 3, H, W) in [0, 1] is for EA
     and DA; None is, for EA, the latent of zeros. Every gradient averages `draws` draws of noise and timestep.
     `one_graph` holds the graphs of the encoder and the network together, which saves an encoding
-    (`image_gradient`). DA takes the last `chain_steps` of chain_steps / strength denoising
-    steps, with `guidance_scale` against the condition `empty`, of batch 1.
+    (`image_gradient`). DA takes the last `chain_steps` of chain_steps / strength denoising steps, with
+    `guidance_scale` against the condition `empty`, of batch 1.
     """
 
     model: Model
@@ -120,8 +120,9 @@ class Poison:
 def sample_noise_and_timesteps(latents: torch.Tensor, generators: list[torch.Generator], zone: SafeZone,
                                num_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise like `latents` and the zone's timesteps, long (B,), of each image's own CPU generator."""
-    zone_range = zone.timestep_distribution(num_timesteps)
-    timesteps = torch.cat([sample_timesteps(1, *zone_range, generator=generator) for generator in generators])
+    distribution = zone.timestep_distribution(num_timesteps)
+    timesteps = torch.cat([sample_timesteps(1, *distribution, generator=generator)
+                           for generator in generators])
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     return noise.to(latents), timesteps.to(latents.device)
 

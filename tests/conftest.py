@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from szt_utils.arguments import command_line
 from szt_utils.embedding_files import load_embedding
@@ -64,6 +65,14 @@ def run_here(arguments: list) -> None:
 
     AcceleratorState._reset_state(True)  # a process has one; a test has its own
     textual_inversion_szt.main([*map(str, arguments)])
+
+
+def white_masks(image_dir: Path, mask_dir: Path) -> Path:
+    """A new folder of white masks of the images of another one."""
+    mask_dir.mkdir()
+    for path in image_dir.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(mask_dir / f"{path.stem}.png")
+    return mask_dir
 
 
 def pipeline_with(model, embedding):

@@ -10,14 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, white_masks
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 import poison_images
 from szt_utils import poisoning
 from szt_utils.image_rng import image_generator
-from szt_utils.images import crop_and_resize, read_image, save_png
+from szt_utils.images import crop_and_resize, read_image
 from szt_utils.masks import read_mask
 from szt_utils.models import load_model
 from szt_utils.poison_jobs import ImageJob
@@ -390,9 +390,7 @@ def another_schedule(request, tiny_sd3, tiny_velocity_model, tmp_path):
 def test_adaptive_szt_and_its_number_for_stable_diffusion_are_two_runs(run, image_dir, tmp_path, capsys,
                                                                        another_schedule):
     """For another model, t_min 500 is another attack than the paper's, whatever the arguments say."""
-    (tmp_path / "masks").mkdir()
-    for path in image_dir.iterdir():
-        Image.new("L", Image.open(path).size, 255).save(tmp_path / "masks" / f"{path.stem}.png")
+    white_masks(image_dir, tmp_path / "masks")
     model, t_min = another_schedule
     adaptive = ["--pretrained_model_name_or_path", model, "--adaptive", "szt", "--loss_mask_dir",
                 tmp_path / "masks", "--steps", 1]
@@ -567,8 +565,7 @@ def test_the_plain_attack_of_the_comparison_keeps_the_end_of_the_timesteps_alone
     victims, attack_batch = [], poisoning.attack_batch
     monkeypatch.setattr(poisoning, "attack_batch", lambda settings, victim, *rest: victims.append(
         victim) or attack_batch(settings, victim, *rest))
-    for path in image_dir.iterdir():
-        save_png(Image.new("L", Image.open(path).size, 255), tmp_path / "masks" / f"{path.stem}.png")
+    white_masks(image_dir, tmp_path / "masks")
     run(tmp_path / "out", "--jpeg_quality", 95, 25, "--t_max", 300, "--steps", 1, "--loss_mask_dir",
         tmp_path / "masks")
     assert {(victim.zone.jpeg_quality, victim.zone.t_max, victim.random_jpeg, victim.loss_mask is not None)
@@ -606,10 +603,7 @@ def test_a_weaker_adaptive_attack_is_named(run, tmp_path, monkeypatch, capsys):
 
 def test_a_folder_of_version_0_1_is_continued(run, image_dir, tmp_path, capsys):
     """Its options.json names a mask dilation without masks, and the numbers of --adaptive szt."""
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    for path in image_dir.iterdir():
-        Image.new("L", Image.open(path).size, 255).save(masks / f"{path.stem}.png")
+    masks = white_masks(image_dir, tmp_path / "masks")
     adaptive = ["--adaptive", "szt", "--loss_mask_dir", masks, "--steps", 1]
     for name, more, old in (("plain", [], {"mask_dilation": 16}),
                             ("szt", adaptive, {"mask_dilation": 2, "t_min": 500, "jpeg_quality": [25]})):
@@ -639,10 +633,7 @@ def test_sdxl_is_poisoned_as_well(run, image_dir, tiny_sdxl, tmp_path, method):
 
 
 def test_an_adaptive_attack_on_sdxl(run, image_dir, tiny_sdxl, tmp_path):
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    for path in image_dir.iterdir():
-        Image.new("L", Image.open(path).size, 255).save(masks / f"{path.stem}.png")
+    masks = white_masks(image_dir, tmp_path / "masks")
     run(tmp_path / "out", "--pretrained_model_name_or_path", tiny_sdxl, "--adaptive", "szt",
         "--loss_mask_dir", masks, "--steps", 2)
     options = json.loads((tmp_path / "out" / "options.json").read_text())
@@ -654,9 +645,7 @@ def test_the_documented_poison_of_ones_own_runs(image_dir, tiny_model, tmp_path,
     code = (ROOT / "docs" / "poisons.md").read_text().split("```python\n")[1].split("```")[0]
     small = code.replace('adaptive="szt"', 'adaptive="szt", steps=8, resolution=64')
     shutil.copytree(image_dir, tmp_path / "images")
-    (tmp_path / "masks").mkdir()
-    for path in image_dir.iterdir():
-        Image.new("L", Image.open(path).size, 255).save(tmp_path / "masks" / f"{path.stem}.png")
+    white_masks(image_dir, tmp_path / "masks")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("szt_utils.poisons.POISONS", {**POISONS})  # the snippet registers one
     exec(small, {"model": str(tiny_model)})

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TOKEN, embedding, flags, run_here, run_script, two_ranks
+from conftest import ROOT, SCRIPT, TOKEN, embedding, flags, run_here, run_script, two_ranks, white_masks
 from PIL import Image
 from safetensors.torch import load_file
 from upstream import upstream
@@ -185,10 +185,7 @@ def test_safe_zone_training_in_bf16_records_what_it_did(tiny_model, concept_fold
 def test_a_loss_mask_hides_everything_outside(tiny_model, concept_folder, tmp_path):
     """Literal Eq. 7: the learned row is that of the hand-made loss, and a full mask changes nothing."""
     images, masks = concept_folder
-    white = tmp_path / "white"
-    white.mkdir()
-    for path in sorted(masks.iterdir()):
-        Image.new("L", Image.open(path).size, 255).save(white / path.name)
+    white = white_masks(masks, tmp_path / "white")
     plain, full, masked = tmp_path / "plain", tmp_path / "full", tmp_path / "masked"
     run_here(flags(tiny_model, images, plain))
     run_here(flags(tiny_model, images, full, loss_mask_dir=white))
@@ -496,10 +493,7 @@ def test_the_loss_inside_and_outside_the_masks_is_recorded(tiny_model, concept_f
 
 def test_mask_modes_differ_and_a_white_mask_changes_nothing(tiny_model, concept_folder, tmp_path):
     images, masks = concept_folder
-    white = tmp_path / "white"
-    white.mkdir()
-    for path in sorted(masks.iterdir()):
-        Image.new("L", Image.open(path).size, 255).save(white / path.name)
+    white = white_masks(masks, tmp_path / "white")
 
     def losses(**changes):
         run_here(flags(tiny_model, images, tmp_path / "out", max_train_steps=2, **changes))

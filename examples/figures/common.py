@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from szt_utils import pocket
-from szt_utils.arguments import directory, script_parser
+from szt_utils.arguments import local_path, script_parser
 from szt_utils.devices import best_device
 from szt_utils.embedding_files import ANY_ENCODER, read_embedding
 from szt_utils.embeddings import NewRows
@@ -209,9 +209,9 @@ def run_figure(name: str, doc: str, measure: Callable, claims: Callable, plot: C
     parser = script_parser(doc)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=pocket.model_path(), help="the model (the pocket model)")
-    add("--data_dir", type=directory, nargs="+", default=[Path("figures")],
+    add("--data_dir", type=local_path, nargs="+", default=[Path("figures")],
         help="folders that make_data.py made; embeddings and masks are taken from the first (figures)")
-    add("--output_dir", type=directory, default=Path("results/figures"),
+    add("--output_dir", type=local_path, default=Path("results/figures"),
         help=f"folder for {name}.json, {name}.png and {name}_claims.json (results/figures)")
     add("--data", nargs="+", choices=data, help="data sets (all that --data_dir has)")
     add("--concepts", nargs="+", help="concepts (all)")

@@ -16,7 +16,7 @@ from common import DATA, TOKEN
 import poison_images
 import textual_inversion_szt
 from szt_utils import pocket
-from szt_utils.arguments import command_line, directory, script_parser
+from szt_utils.arguments import command_line, local_path, script_parser
 from szt_utils.datasets import read_concepts, write_images
 from szt_utils.errors import exit_on_input_error
 from szt_utils.files import write_json
@@ -26,9 +26,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=pocket.model_path(), help="the model (the pocket model)")
-    add("--output_dir", type=directory, default=Path("figures"))
-    add("--clean_dir", type=directory, help="folder with a folder of images per concept (the pocket world's)")
-    add("--mask_dir", type=directory, help="folder with a folder of masks per concept (the pocket world's)")
+    add("--output_dir", type=local_path, default=Path("figures"))
+    add("--clean_dir", type=local_path,
+        help="folder with a folder of images per concept (the pocket world's)")
+    add("--mask_dir", type=local_path, help="folder with a folder of masks per concept (the pocket world's)")
     add("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets to make (all)")
     add("--concepts", nargs="+", help="concepts (all)")
     add("--images", type=int, default=5, help="images of each pocket concept (5)")

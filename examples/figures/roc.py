@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from szt_utils.arguments import directory, script_parser
+from szt_utils.arguments import local_path, script_parser
 from szt_utils.errors import exit_on_input_error
 from szt_utils.files import write_json
 from szt_utils.plots import COLORS, save_figure, subplots
@@ -70,11 +70,11 @@ def plot(clean: list[float], poisoned: dict[str, dict[str, float]], path: Path) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--clean", type=directory, required=True,
+    parser.add_argument("--clean", type=local_path, required=True,
                         help="folder of the clean images' diagnosis")
-    parser.add_argument("--poisoned", type=directory, nargs="+", required=True,
+    parser.add_argument("--poisoned", type=local_path, nargs="+", required=True,
                         help="folders named after poisons")
-    parser.add_argument("--output_dir", type=directory, default=Path("results/figures"))
+    parser.add_argument("--output_dir", type=local_path, default=Path("results/figures"))
     args = parser.parse_args(argv)
     with exit_on_input_error():
         clean = scores(args.clean)

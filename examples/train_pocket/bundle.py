@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from szt_utils.arguments import directory, script_parser
+from szt_utils.arguments import local_path, script_parser
 from szt_utils.pocket import WEIGHTS
 
 
@@ -25,7 +25,7 @@ def halve(path: Path) -> None:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--work_dir", type=directory, default=Path("pocket_training"))
+    parser.add_argument("--work_dir", type=local_path, default=Path("pocket_training"))
     args = parser.parse_args()
     for name, source in {"diffusion": "model", "sdxl": "model-sdxl", "flow-2": "model-flow", "dino": "dino",
                          "clip": "clip", "pixel": "pixel"}.items():

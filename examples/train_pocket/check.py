@@ -27,7 +27,7 @@ import poison_images
 import precompute_masks
 import textual_inversion_szt
 from szt_utils import pocket
-from szt_utils.arguments import command_line, directory, number, script_parser
+from szt_utils.arguments import command_line, local_path, number, script_parser
 from szt_utils.attributes import WORDS, read_attributes
 from szt_utils.evaluation import evaluate_embedding
 from szt_utils.files import write_json
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=count, default=Settings.images, help="generation: number of images (256)")
     add("--steps", type=count, default=Settings.steps, help="inversion: training steps (600)")
     add("--count", type=count, default=Settings.count, help="classifier, masks: images of each concept (5)")
-    add("--output", type=directory, default=Path("pocket_check.json"))
+    add("--output", type=local_path, default=Path("pocket_check.json"))
     args = parser.parse_args(argv)
     figures = json.loads(args.output.read_text()) if args.output.exists() else {}
     outside = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from szt_utils.arguments import directory, script_parser
+from szt_utils.arguments import local_path, script_parser
 from szt_utils.pocket.scenes import SIZE, Attributes, Scene, attributes_of, draw_scene
 
 TRAINING_SEEDS = 1_000_000  # scene seeds from here on are for training
@@ -25,7 +25,7 @@ def training_parser(doc: str, steps: int, batch_size: int, lr: float) -> argpars
     """A parser with the flags that all training scripts share."""
     parser = script_parser(doc)
     add = parser.add_argument
-    add("--work_dir", type=directory, default=Path("pocket_training"))
+    add("--work_dir", type=local_path, default=Path("pocket_training"))
     add("--scenes", type=int, default=20_000, help="number of training scenes")
     add("--steps", type=int, default=steps)
     add("--batch_size", type=int, default=batch_size)

@@ -5,11 +5,10 @@
 An encoder as small as the pocket world's is attacked through low frequencies, which JPEG leaves. Encoders
 that were trained on photographs are moved further, and JPEG removes a part of the shift. So every step
 attacks crops, by few steps of the attack that check.py measures with many, and compares the shift and what
-JPEG leaves of it with theirs (`jpeg_response.LEFT`). Fine color is removed by JPEG of every
-quality, so that an encoder could meet the curve with attacks of fine color. Real poisons have less of it, so
-the answer to it is kept small.
-The decoder learns to follow. The latents of clean images stay near the first ones, because the U-Net starts
-from a trained one.
+JPEG leaves of it with theirs (`jpeg_response.LEFT`). Fine color is removed by JPEG of every quality, so that
+an encoder could meet the curve with attacks of fine color. Real poisons have less of it, so the answer to it
+is kept small. The decoder learns to follow. The latents of clean images stay near the first ones, because the
+U-Net starts from a trained one.
 """
 
 import copy

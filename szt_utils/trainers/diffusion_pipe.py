@@ -98,7 +98,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
             default = flux_shift(plan.resolution) if config.flag("flux_shift", among=model) else 1
             scale = config.number("sigmoid_scale", 1, model) if sampling == "logit_normal" else None
             yield from share_findings(plan, config.number("shift", default, model), scale,
-                                   _sampling(plan))
+                                      _sampling(plan))
 
 
 DIFFUSION_PIPE = Trainer(

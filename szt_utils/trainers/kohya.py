@@ -111,8 +111,8 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     yield from _check_data(config)
     if plan.family.name in _HAS_RANGE:
         yield from range_findings(plan, config.number("min_timestep", 0),
-                               config.number("max_timestep", plan.family.num_timesteps),
-                               ("min_timestep", "max_timestep"))
+                                  config.number("max_timestep", plan.family.num_timesteps),
+                                  ("min_timestep", "max_timestep"))
         return
     for name in sorted({"min_timestep", "max_timestep"} & set(config.settings)):
         yield f"{name} is ignored for {plan.family.title}; set {_sampling(plan)} instead."

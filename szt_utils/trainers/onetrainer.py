@@ -91,7 +91,7 @@ def _check(plan: Plan, config: Config) -> Iterator[str]:
     steps = plan.family.num_timesteps
     low = config.number("min_noising_strength", 0)
     found = list(range_findings(plan, low, config.number("max_noising_strength", 1),
-                             ("min_noising_strength", "max_noising_strength"), steps))
+                                ("min_noising_strength", "max_noising_strength"), steps))
     yield from found
     if config.flag("dynamic_timestep_shifting"):
         yield "dynamic_timestep_shifting moves the range of timesteps; turn it off."

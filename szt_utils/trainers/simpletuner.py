@@ -129,8 +129,8 @@ def _check_timesteps(plan: Plan, config: Config) -> Iterator[str]:
                f"to {_WEIGHT:g}.")
         return
     yield from range_findings(plan, config.number("timestep_bias_begin", 0),
-                           config.number("timestep_bias_end", plan.family.num_timesteps),
-                           ("timestep_bias_begin", "timestep_bias_end"))
+                              config.number("timestep_bias_end", plan.family.num_timesteps),
+                              ("timestep_bias_begin", "timestep_bias_end"))
     weight = config.number("timestep_bias_multiplier", 1)
     if weight < 1000:
         yield (f"timestep_bias_multiplier is {weight:g}, so timesteps below {t_min} are drawn too often; set "

@@ -181,7 +181,7 @@ def read_size(value: Any) -> tuple[float, float] | None:
 
 
 def range_findings(plan: Plan, low: float, high: float, names: tuple[str, str],
-                scale: float = 1) -> Iterator[str]:
+                   scale: float = 1) -> Iterator[str]:
     """Findings about a range of timesteps [low, high), in units of `scale` timesteps."""
     t_min = plan.zone.t_min
     if high * scale <= t_min:
