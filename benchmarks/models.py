@@ -1,9 +1,11 @@
 """The models that are timed: the bundled pocket model, or the architectures of Stable Diffusion 1.5 and
 SDXL with random weights, which are as fast and as large as learned ones."""
 
+import contextlib
 import json
 import string
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,26 @@ def big_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
+@contextlib.contextmanager
+def random_weights(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """For a while, networks are made with weights of this dtype, drawn where that is fastest."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with DEVICE:
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def make_sdxl(folder: Path) -> None:
     """Write an SDXL with random weights in bfloat16, in Diffusers format: 7 GB."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    torch.manual_seed(0)
     tokenizer = big_tokenizer(folder / "vocabulary")
     ids = dict(vocab_size=len(tokenizer), bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with random_weights(torch.bfloat16):
         unet = UNet2DConditionModel(
             sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
             transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, use_linear_projection=True,
@@ -70,8 +82,6 @@ def make_sdxl(folder: Path) -> None:
             CLIPTextModelWithProjection(CLIPTextConfig(
                 hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
                 projection_dim=1280, hidden_act="gelu", **ids))]
-    finally:
-        torch.set_default_dtype(torch.float32)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False)
     StableDiffusionXLPipeline(vae, *encoders, tokenizer, tokenizer, unet, scheduler,
@@ -83,14 +93,15 @@ def make_sd15(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.manual_seed(0)
     tokenizer = big_tokenizer(folder / "vocabulary")
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # Diffusers' defaults are SD 1.5's
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407))
+    with random_weights():
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # else the defaults
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, bos_token_id=49_406, eos_token_id=49_407, pad_token_id=49_407))
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False)
     StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,

@@ -3,17 +3,19 @@
     python benchmarks/training_step.py --batch_size 1
     python benchmarks/training_step.py --batch_size 1 --compile
     python benchmarks/training_step.py --size sd15 --precision bf16 --image_size 4000
+    python benchmarks/training_step.py --size sdxl --precision bf16 --rounds 2 --steps 10
 
 upstream: the loop of the Diffusers example in plain code, tests/upstream.py. At every step it reads and
 resizes the images, sends the pixels through the VAE, runs AdamW on the whole embedding matrix and restores
 the old rows. bare: text encoder and U-Net forward and backward on prepared tensors, and nothing else. ours:
-the training script.
+the training script. On a GPU it also measures the memory of upstream and ours at their peak.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from unittest import mock
@@ -22,7 +24,7 @@ import torch
 from accelerate.state import AcceleratorState
 from models import DEVICE, DTYPES, model_folder
 from PIL import Image
-from timing import alternate, medians, ratio, report, seconds, synchronize
+from timing import added_memory, alternate, medians, ratio, report, seconds, synchronize
 
 import textual_inversion_szt
 from szt_utils.arguments import command_line, script_parser
@@ -33,6 +35,7 @@ from szt_utils.training_run import Run
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from upstream import upstream as upstream_loop
+from upstream import upstream_sdxl
 
 WARMUP = 3  # steps of every training that are not timed
 
@@ -41,7 +44,7 @@ WARMUP = 3  # steps of every training that are not timed
 class Settings:
     """A training to measure; each field is a flag."""
 
-    size: str = "pocket"
+    size: str = "pocket"  # of the model
     batch_size: int = 1
     steps: int = 20  # of a round
     rounds: int = 7
@@ -52,7 +55,7 @@ class Settings:
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("--size", choices=["pocket", "sd15"], default="pocket")
+        add("--size", choices=["pocket", "sd15", "sdxl"], default="pocket", help="of the model")
         add("--batch_size", type=int, default=1)
         add("--steps", type=int, default=20, help="steps of a round")
         add("--rounds", type=int, default=7)
@@ -91,10 +94,10 @@ class StepClock:
 def upstream(settings: Settings, folder: Path) -> float:
     """Seconds per step of upstream's loop on a folder of images."""
     path, resolution = model_folder(settings.size)
-    clock = StepClock(settings)
-    upstream_loop(path, folder, token="<new>", initializer="object", batch_size=settings.batch_size,
-                  steps=settings.all_steps, repeats=100, lr=1e-4, resolution=resolution,
-                  mixed_precision=settings.precision, on_step=clock)
+    clock, loop = StepClock(settings), upstream_sdxl if settings.size == "sdxl" else upstream_loop
+    loop(path, folder, token="<new>", initializer="object", batch_size=settings.batch_size,
+         steps=settings.all_steps, repeats=100, lr=1e-4, resolution=resolution,
+         mixed_precision=settings.precision, on_step=clock)
     return clock.seconds_per_step
 
 
@@ -124,13 +127,14 @@ class Bare:
         path, resolution = model_folder(settings.size)
         self.model, self.steps = load_model(path, dtype=DTYPES[settings.precision], device=DEVICE,
                                             text_dtype=torch.float32), settings.steps
-        (tokenizer,), (encoder,) = self.model.tokenizers, self.model.text_encoders
-        add_placeholder(tokenizer, encoder, "<new>", "object")
-        train_rows(encoder, 1)
-        encoder.to(DEVICE).train()
+        for tokenizer, encoder in zip(self.model.tokenizers, self.model.text_encoders, strict=True):
+            add_placeholder(tokenizer, encoder, "<new>", "object")
+            train_rows(encoder, 1)
+            encoder.to(DEVICE).train()
+            if settings.compile:
+                encoder.compile()
         if settings.compile:
             self.model.network.compile()
-            encoder.compile()
         size, side = settings.batch_size, resolution // self.model.vae_scale_factor
         self.noise = torch.randn(size, 4, side, side, device=DEVICE, dtype=self.model.dtype)
         self.timesteps = torch.randint(0, 1000, (size,), device=DEVICE)
@@ -159,9 +163,16 @@ def main() -> None:
     Settings.add_flags(parser)
     settings = Settings.of(parser.parse_args())
     with tempfile.TemporaryDirectory() as folder:
-        images = write_images(settings, Path(folder))
-        sides = {"upstream": lambda: upstream(settings, images), "ours": lambda: ours(settings, images),
-                 "bare": Bare(settings).run}
+        images, peaks = write_images(settings, Path(folder)), {}
+
+        def timed(train: Callable[[Settings, Path], float]) -> float:
+            if not torch.cuda.is_available():
+                return train(settings, images)
+            result = []
+            peaks[train.__name__] = added_memory(lambda: result.append(train(settings, images)))
+            return result[0]
+
+        sides = {"upstream": lambda: timed(upstream), "ours": lambda: timed(ours), "bare": Bare(settings).run}
         if settings.compile:
             sides["bare eager"] = Bare(replace(settings, compile=False)).run
         durations = alternate(sides, settings.rounds)
@@ -169,10 +180,13 @@ def main() -> None:
               "ours / bare": ratio(durations, "ours", "bare")}
     if settings.compile:
         ratios["bare eager / ours"] = ratio(durations, "bare eager", "ours")
+    content = {"options": asdict(settings), "seconds per step": medians(durations), "ratios": ratios}
+    if peaks:
+        content["bytes at the peak"] = peaks
     name = "_".join(["training_step", settings.size, f"batch{settings.batch_size}", settings.precision,
                      *(["compiled"] if settings.compile else []),
                      *([f"{settings.image_size}px"] if settings.image_size != 128 else [])])
-    report(name, {"options": asdict(settings), "seconds per step": medians(durations), "ratios": ratios})
+    report(name, content)
 
 
 if __name__ == "__main__":

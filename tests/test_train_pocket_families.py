@@ -30,6 +30,7 @@ SCENES = [Attributes("red", "plain", "star", "sand"), Attributes("teal", "dotted
 KINDS = {  # flags, folder, pipeline
     "sdxl": (["--family", "sdxl"], "model-sdxl", "StableDiffusionXLPipeline"),
     "flow": (["--family", "flow"], "model-flow", "StableDiffusion3Pipeline"),
+    "fine flow": (["--family", "flow", "--patch", "1"], "model-flow", "StableDiffusion3Pipeline"),
     "velocity": (["--prediction_type", "v_prediction"], "model-v", "StableDiffusionPipeline")}
 
 
@@ -45,6 +46,10 @@ def kind(request):
 
 def noised(count=3):
     return torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def captions(model, seed=0):
+    return train_diffusion.draw_captions(model.tokenizers[0], SCENES, np.random.default_rng(seed))
 
 
 @torch.no_grad()
@@ -85,7 +90,7 @@ def test_new_inputs_of_a_grown_sdxl_learn_from_the_first_steps(first):
     optimizer = recipe.Muon(grown.network.parameters(), 1e-3)
     for step in range(2):
         torch.manual_seed(step)
-        loss = train_diffusion.batch_loss(grown, noised(2), SCENES, np.random.default_rng(step))["loss"]
+        loss = train_diffusion.batch_loss(grown, noised(2), captions(grown, step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -150,6 +155,20 @@ def test_a_training_resumes_and_writes_a_pipeline(kind, tiny_model, tmp_path, mo
     check_pipeline(tmp_path / "once" / folder, pipeline_class)
 
 
+def test_captions_that_workers_draw_ahead_change_no_result(tiny_model, tmp_path):
+    for workers in (0, 2):
+        draw_noise(tmp_path / str(workers))
+        train(tmp_path / str(workers), "flow", tiny_model, steps=3, workers=workers)
+    alone, ahead = (load_file(weights_file(tmp_path / name / "model-flow")) for name in "02")
+    assert alone.keys() == ahead.keys() and all(torch.equal(alone[name], ahead[name]) for name in alone)
+
+
+def test_a_new_flow_model_has_the_patches_that_were_asked_for(first):
+    for patch in (1, 2):
+        network = grow.grow_flow(first, heads=1, layers=1, patch=patch).network
+        assert network.pos_embed(noised(1)).shape == (1, (16 // patch) ** 2, 32)
+
+
 def weights_file(folder: Path) -> Path:
     network = "transformer" if (folder / "transformer").is_dir() else "unet"
     return folder / network / "diffusion_pytorch_model.safetensors"
@@ -180,7 +199,7 @@ def test_a_velocity_model_is_trained_on_velocities_up_to_pure_noise(first, tmp_p
         seen.append(timesteps)
         return a.sqrt() * (z - a.sqrt() * z0) / (1 - a).sqrt() - (1 - a).sqrt() * z0
     model.predict = velocity
-    assert train_diffusion.batch_loss(model, z0, SCENES, np.random.default_rng(0))["loss"] < 1e-8
+    assert train_diffusion.batch_loss(model, z0, captions(model))["loss"] < 1e-8
     assert model.log_snr(torch.tensor([999])) == -torch.inf
     grow.write(model, tmp_path)
     written = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path).scheduler
@@ -192,7 +211,7 @@ def test_a_velocity_model_is_trained_on_velocities_up_to_pure_noise(first, tmp_p
 def test_a_flow_model_is_trained_on_velocities_at_logit_normal_sigmas(first):
     model, z0 = grow.grow_flow(first, heads=1, layers=1), noised(2)
     model.predict = lambda z, timesteps, condition: (z - z0) / model.sigmas(timesteps).view(-1, 1, 1, 1)
-    assert train_diffusion.batch_loss(model, z0, SCENES, np.random.default_rng(0))["loss"] < 1e-8
+    assert train_diffusion.batch_loss(model, z0, captions(model))["loss"] < 1e-8
     sigmas = model.sigmas(train_diffusion.draw_timesteps(model, 4000))
     assert sigmas.logit().isfinite().any() and 0 < sigmas.min() and sigmas.max() <= 1
     quantiles = sigmas.quantile(torch.tensor([0.1587, 0.5, 0.8413])).logit()

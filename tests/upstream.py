@@ -110,7 +110,8 @@ def upstream(model, images: Path, *, token: str = "<star>", initializer: str = "
 def upstream_sdxl(model, images: Path, *, token: str = "<star>", initializer: str = "star",
                   batch_size: int = 4, steps: int = 6, accumulation: int = 1, seed: int = 3, repeats: int = 2,
                   num_vectors: int = 1, lr: float = 5e-2, resolution: int = 64, t_min: int = 0,
-                  mixed_precision: str = "no") -> list[torch.Tensor]:
+                  mixed_precision: str = "no", on_step: Callable[[int], None] = lambda step: None,
+                  ) -> list[torch.Tensor]:
     """The rows that upstream's loop for SDXL learns, (num_vectors, D) of both text encoders.
 
     As upstream does, it holds the second text encoder in half precision when that is asked for.
@@ -123,7 +124,7 @@ def upstream_sdxl(model, images: Path, *, token: str = "<star>", initializer: st
 
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
+    device, dtype = accelerator.device, {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
     set_seed(seed)
     tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder=name)
                   for name in ("tokenizer", "tokenizer_2")]
@@ -134,6 +135,8 @@ def upstream_sdxl(model, images: Path, *, token: str = "<star>", initializer: st
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype).requires_grad_(False)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype)
     unet.requires_grad_(False)
+    for network in (vae, unet, *encoders):
+        network.to(device)
     tokens = [token] + [f"{token}_{i}" for i in range(1, num_vectors)]
     ids, weights = [], []
     for tokenizer in tokenizers:
@@ -159,24 +162,29 @@ def upstream_sdxl(model, images: Path, *, token: str = "<star>", initializer: st
                 latents = vae.encode(batch["pixels"].to(dtype)).latent_dist.sample()
                 latents = latents * vae.config.scaling_factor
                 noise = torch.randn_like(latents)
-                timesteps = torch.randint(t_min, scheduler.config.num_train_timesteps, (len(latents),))
+                timesteps = torch.randint(t_min, scheduler.config.num_train_timesteps, (len(latents),),
+                                          device=device)
                 with accelerator.autocast():
                     first, second = (encoder(batch[key], output_hidden_states=True)
                                      for encoder, key in zip(encoders, ("ids", "ids_2"), strict=True))
                 states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1).to(dtype)
-                target_size = torch.tensor([[resolution, resolution]] * len(latents))
+                target_size = torch.tensor([[resolution, resolution]] * len(latents), device=device)
                 time_ids = torch.cat([batch["size"], torch.zeros_like(target_size), target_size], dim=1)
                 prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states,
                                   added_cond_kwargs={"text_embeds": second[0].to(dtype),
                                                      "time_ids": time_ids.to(dtype)}).sample
-                accelerator.backward(F.mse_loss(prediction.float(), noise.float()))
+                loss = F.mse_loss(prediction.float(), noise.float())
+                accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 for weight, original, new in zip(weights, originals, ids, strict=True):
                     frozen = torch.ones(len(weight), dtype=torch.bool)
                     frozen[new] = False
                     weight.data[frozen] = original[frozen]
-            step += accelerator.sync_gradients
+            loss.detach().item()
+            if accelerator.sync_gradients:
+                step += 1
+                on_step(step)
             if step >= steps:
                 break
     return [weight.data[new].clone() for weight, new in zip(weights, ids, strict=True)]

@@ -235,13 +235,15 @@ def shortened(model: SD3) -> ShortSD3:
                     model.scheduler)
 
 
-def new_transformer(states: int, pooled: int, heads: int = 5, layers: int = 5) -> SD3Transformer2DModel:
-    """A transformer on 8 x 8 patches, with heads of 32 channels; it predicts zeros at first."""
+def new_transformer(states: int, pooled: int, heads: int, layers: int, patch: int) -> SD3Transformer2DModel:
+    """A transformer on patches of `patch` x `patch` latents, with heads of 32 channels; it predicts zeros at
+    first."""
     width = 32 * heads
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=32,
-        num_attention_heads=heads, joint_attention_dim=states, caption_projection_dim=width,
-        pooled_projection_dim=pooled, pos_embed_max_size=8, qk_norm="rms_norm")
+        sample_size=16, patch_size=patch, in_channels=4, out_channels=4, num_layers=layers,
+        attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=states,
+        caption_projection_dim=width, pooled_projection_dim=pooled, pos_embed_max_size=16 // patch,
+        qk_norm="rms_norm")
     for name, module in transformer.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
             torch.nn.init.zeros_(module.weight)
@@ -249,7 +251,7 @@ def new_transformer(states: int, pooled: int, heads: int = 5, layers: int = 5) -
     return transformer
 
 
-def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5) -> SD3:
+def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5, patch: int = 2) -> SD3:
     """A new transformer, which is given what goes into the text encoder's last layer and what comes out.
 
     A model of Stable Diffusion 3 itself is taken as it is.
@@ -259,7 +261,7 @@ def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5) -> SD3:
     (encoder,) = first.text_encoders
     encoders = [deepened(encoder, 0), deepened(encoder, 1)]
     width = encoder.config.hidden_size
-    transformer = new_transformer(2 * width, 2 * width, heads, layers)
+    transformer = new_transformer(2 * width, 2 * width, heads, layers, patch)
     first.vae.register_to_config(shift_factor=0.0)  # the pipeline needs a number
     return shortened(SD3(first.path, first.tokenizers * 2, encoders, first.vae, transformer,
                          FlowMatchEulerDiscreteScheduler()))

@@ -13,14 +13,15 @@ train it further when it is of their own family. The whole model, in Diffusers f
 import argparse
 import contextlib
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import grow
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from recipe import TRAINING_SEEDS, Average, Muon, pixels, scenes, train, training_parser
+from torch.utils.data import DataLoader, Dataset
 
 from szt_utils import pocket
 from szt_utils.images import to_vae_range
@@ -76,27 +77,48 @@ def blended(attributes, rng) -> tuple[str, list[tuple[float, str, str]]]:
     return caption, changes
 
 
-def draw_captions(model: Model, attributes: list[Attributes], rng) -> tuple[torch.Tensor, Callable]:
-    """Token ids (B, L) of `blended` captions, and a hook that changes the embeddings of their words."""
-    tokenizer, device = model.tokenizers[0], model.device
-    captions, changes = zip(*(blended(each, rng) for each in attributes), strict=True)
-    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+class Captions(NamedTuple):
+    """Token ids (B, L) of `blended` captions, and the N changes of the embeddings of their words."""
+
+    ids: torch.Tensor
+    places: torch.Tensor  # row and column of the word to change, (2, N)
+    words: torch.Tensor  # ids of the words to add (N,)
+    weights: torch.Tensor  # times these (N,)
+
+    def to(self, device: torch.device) -> "Captions":
+        return Captions(*(part.to(device, non_blocking=True) for part in self))
+
+    def blend(self, module: torch.nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        """A forward hook of a token embedding."""
+        added = module.weight[self.words] * self.weights[:, None]
+        return embedded.index_put(tuple(self.places), added, accumulate=True)
+
+
+def draw_captions(tokenizer: Any, attributes: list[Attributes], rng: np.random.Generator) -> Captions:
+    texts, changes = zip(*(blended(each, rng) for each in attributes), strict=True)
+    ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
     def number(word):
         return tokenizer.convert_tokens_to_ids(f"{word}{END_OF_WORD}")
-    rows, places, weights, added_words = [], [], [], []
-    for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True)):
-        for weight, word, place in own:
-            rows.append(row)
-            places.append(tokens.index(number(place)))
-            weights.append(weight)
-            added_words.append(number(word))
+    columns = [(row, tokens.index(number(place)), number(word), weight)
+               for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True))
+               for weight, word, place in own]
+    rows, places, words, weights = zip(*columns, strict=True) if columns else ((),) * 4
+    return Captions(ids, torch.tensor([rows, places], dtype=torch.long),
+                    torch.tensor(words, dtype=torch.long), torch.tensor(weights, dtype=torch.float32))
 
-    def blend(module, inputs, embedded):
-        where = torch.tensor([rows, places], device=device)
-        added = module.weight[added_words] * torch.tensor(weights, device=device)[:, None]
-        return embedded.index_put(tuple(where), added, accumulate=True)
-    return ids, blend
+
+class Batches(Dataset):
+    """The batch of every step: numbers of scenes, and their captions."""
+
+    def __init__(self, tokenizer: Any, attributes: list[Attributes], size: int):
+        self.tokenizer, self.attributes, self.size = tokenizer, attributes, size
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, Captions]:
+        rng = np.random.default_rng([step, 1])
+        index = rng.integers(len(self.attributes), size=self.size)
+        captions = draw_captions(self.tokenizer, [self.attributes[i] for i in index], rng)
+        return torch.from_numpy(index), captions
 
 
 def draw_timesteps(model: Model, count: int) -> torch.Tensor:
@@ -121,17 +143,18 @@ def loss_weight(model: Model, timesteps: torch.Tensor) -> torch.Tensor:
     return model.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].rsqrt().view(-1, 1, 1, 1)
 
 
-def batch_loss(model: Model, z0: torch.Tensor, attributes: list[Attributes], rng) -> dict[str, torch.Tensor]:
-    """The loss of latents (B, 4, 16, 16) of scenes with these attributes, and what to log beside it."""
-    ids, blend = draw_captions(model, attributes, rng)
+def batch_loss(model: Model, z0: torch.Tensor, captions: Captions) -> dict[str, torch.Tensor]:
+    """The loss of latents (B, 4, 16, 16) of scenes with these captions, and what to log beside it."""
     timesteps = draw_timesteps(model, len(z0))
     with contextlib.ExitStack() as stack:
         for encoder in model.text_encoders:
-            stack.enter_context(encoder.get_input_embeddings().register_forward_hook(blend))
-        condition = model.condition([ids] * len(model.tokenizers))
-    error = residual(model, z0, torch.randn_like(z0), timesteps, condition).square()
+            stack.enter_context(encoder.get_input_embeddings().register_forward_hook(captions.blend))
+        condition = model.condition([captions.ids] * len(model.tokenizers))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        error = residual(model, z0, torch.randn_like(z0), timesteps, condition).square()
+    is_high = (timesteps >= 500).view(-1, 1, 1, 1)  # sums, as a GPU would wait for a selection
     return {"loss": (loss_weight(model, timesteps) * error).mean(), "unweighted": error.mean().detach(),
-            "high_t": error[timesteps >= 500].mean().detach()}
+            "high_t": ((error * is_high).mean() / is_high.float().mean()).detach()}
 
 
 def build(args: argparse.Namespace, folder: Path) -> tuple[StableDiffusion, dict[str, torch.nn.Module]]:
@@ -150,7 +173,7 @@ def build(args: argparse.Namespace, folder: Path) -> tuple[StableDiffusion, dict
     if args.family == "sd":
         model = grow.grow_velocity(first)
     else:
-        model = {"sdxl": grow.grow_sdxl, "flow": grow.grow_flow}[args.family](first)
+        model = grow.grow_sdxl(first) if args.family == "sdxl" else grow.grow_flow(first, patch=args.patch)
         grow.balance(model)
     for part in (*model.text_encoders, model.network):
         part.requires_grad_(part is model.network)
@@ -165,6 +188,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="v_prediction: on a noise schedule that ends in pure noise, from a trained model (sd only)")
     add("--start_from", help="grow from this Stable Diffusion model, or train one of the family further "
                              "(default for all but the first model: the bundled Stable Diffusion)")
+    add("--patch", type=int, choices=(1, 2), default=2, help="side of a new flow model's patches, in latents")
+    add("--workers", type=int, default=0, help="processes that draw captions ahead, for a fast GPU")
     args = parser.parse_args(argv)
     if args.family != "sd" and args.prediction_type != "epsilon":
         parser.error(f"--prediction_type is of --family sd; a model of --family {args.family} has its own")
@@ -184,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     model.network.to(device, memory_format=torch.channels_last)
     weights = Path(model.path, "vae", "diffusion_pytorch_model.safetensors").read_bytes()
     name = f"latents-{args.scenes}-{hashlib.sha256(weights).hexdigest()[:8]}.pt"
-    latents = cached_latents(model.vae, images, args.work_dir / name, device)
+    latents = cached_latents(model.vae, images, args.work_dir / name, device).to(device)
     trained = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
     # Rows of a table of tokens or positions are no matrix.
     tables = [p for name, p in trained if "token_embedding" in name or "position_embedding" in name]
@@ -194,11 +219,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         model.network.compile()
 
+    batches, ahead = Batches(model.tokenizers[0], attributes, args.batch_size), None
+
     def step_loss(step):
-        rng = np.random.default_rng([step, 1])
-        index = rng.integers(len(latents), size=args.batch_size)
-        z0 = latents[index].to(device).float().contiguous(memory_format=torch.channels_last)
-        return batch_loss(model, z0, [attributes[i] for i in index], rng)
+        nonlocal ahead
+        if ahead is None:  # the loader has a generator of its own, as the step's draws are seeded
+            ahead = iter(DataLoader(batches, None, sampler=range(step, args.steps), num_workers=args.workers,
+                                    pin_memory=device.type == "cuda", generator=torch.Generator()))
+        index, captions = next(ahead)
+        z0 = latents[index.to(device)].float().contiguous(memory_format=torch.channels_last)
+        return batch_loss(model, z0, captions.to(device))
 
     train(f"diffusion{kind}", args, modules, optimizer, step_loss, averages)
     for average in averages.values():
