@@ -176,7 +176,7 @@ def test_the_committed_cells_of_an_earlier_version_give_its_tables(tmp_path, cap
     ("v_prediction", 60, ["--data", "clean", "adm+", "sds+", "ea", "--defences", "nominal", "jpeg+t600",
                           "szt"]),
     ("v_prediction", 80, ["--preset", "parts"]),
-    ("table1", 700, []),
+    ("table1", 1400, ["--seeds", "0", "1"]),
     ("table1", 42, ["--preset", "timesteps", "--data", "clean", "adm+", "ea", "--concepts",
                     "teal-striped-star", "red-dotted-heart", "--defences", "nominal", "t300", "t400", "t500",
                     "t600", "t700", "t800"]),
