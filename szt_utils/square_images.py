@@ -31,8 +31,11 @@ def resolution_for(model: Model, resolution: int | None = None) -> int:
 
 def check_size(model: Model, height: int, width: int) -> None:
     """InputError for an image in pixels that has more patches a side than the model has positions for."""
-    positions = getattr(model.network.config, "pos_embed_max_size", None)  # of Stable Diffusion 3
-    side = model.vae_scale_factor * model.patch
-    if positions is not None and max(height, width) > positions * side:
-        raise InputError(f"The model takes at most {positions * side} pixels a side, but would get "
+    config = model.network.config
+    positions = getattr(config, "pos_embed_max_size", None)  # of Stable Diffusion 3
+    if positions is None:
+        return
+    most = positions * config.patch_size * model.vae_scale_factor
+    if max(height, width) > most:
+        raise InputError(f"The model takes at most {most} pixels a side, but would get "
                          f"{width} x {height}; give a smaller --resolution.")

@@ -132,8 +132,9 @@ def test_lab_pixels_are_converted(tmp_path):
     assert np.abs(read(tmp_path / "a.tif", lab) - flat).max() <= 3
 
 
-@pytest.mark.parametrize("data", [SRGB, profile(gray=True), b"", b"junk", SRGB[:300],
-                                  bytes(200) + SRGB[200:], SRGB.replace(b"RGB ", b"CMYK", 1)])
+# The profiles hold the second in which they were made: as names of tests they would differ among processes.
+@pytest.mark.parametrize("data", [SRGB, profile(gray=True), b"", b"junk", SRGB[:300], bytes(200) + SRGB[200:],
+                                  SRGB.replace(b"RGB ", b"CMYK", 1)], ids=range(7))
 def test_srgb_and_useless_profiles_leave_every_pixel_as_it_is(tmp_path, data):
     assert np.array_equal(read(tmp_path / "a.png", COLORS, icc_profile=data), COLORS)
 

@@ -19,7 +19,7 @@ from conftest import (
     run_here,
     two_ranks,
 )
-from diffusers import AutoencoderKL, AutoPipelineForImage2Image, FluxPipeline
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, FluxPipeline, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -42,6 +42,7 @@ from szt_utils.sensitivity import (
     semantic_sensitivity,
     tokenize_words,
 )
+from szt_utils.square_images import check_size
 from szt_utils.training_run import Run
 
 PROMPT = "a photo of a star"
@@ -440,6 +441,24 @@ def test_sensitivity_maps(folder, name, images, tmp_path):
     if name == "sd3":  # which has 16 positions a side
         with pytest.raises(SystemExit, match="takes at most 256 pixels a side, but would get 272 x 272"):
             main(sensitivity_maps, *arguments[:-1], tmp_path / "large", "--resolution", 272)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_most_pixels_are_those_that_the_network_has_positions_for(patch):
+    network = SD3Transformer2DModel(sample_size=8, patch_size=patch, in_channels=4, num_layers=1,
+                                    attention_head_dim=8, num_attention_heads=1, caption_projection_dim=8,
+                                    pos_embed_max_size=8)
+    model = SimpleNamespace(network=network, vae_scale_factor=8)
+    for side in range(64 * patch, 64 * patch + 33, 16):
+        latents = torch.zeros(1, 4, side // 8, side // 8)
+        if side == 64 * patch:
+            check_size(model, side, 64)
+            network.pos_embed(latents)
+        else:
+            with pytest.raises(InputError, match=f"at most {64 * patch} pixels a side, .* 64 x {side}"):
+                check_size(model, side, 64)
+            with pytest.raises(ValueError):
+                network.pos_embed(latents)
 
 
 def test_an_image_too_wide_for_stable_diffusion_3_stops_no_other(folders, tmp_path):
