@@ -30,7 +30,7 @@ SCENES = [Attributes("red", "plain", "star", "sand"), Attributes("teal", "dotted
 KINDS = {  # flags, folder, pipeline
     "sdxl": (["--family", "sdxl"], "model-sdxl", "StableDiffusionXLPipeline"),
     "flow": (["--family", "flow"], "model-flow", "StableDiffusion3Pipeline"),
-    "fine flow": (["--family", "flow", "--patch", "1"], "model-flow", "StableDiffusion3Pipeline"),
+    "coarse flow": (["--family", "flow", "--patch", "2"], "model-flow", "StableDiffusion3Pipeline"),
     "velocity": (["--prediction_type", "v_prediction"], "model-v", "StableDiffusionPipeline")}
 
 

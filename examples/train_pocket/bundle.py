@@ -27,7 +27,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--work_dir", type=local_path, default=Path("pocket_training"))
     args = parser.parse_args()
-    for name, source in {"diffusion": "model", "sdxl": "model-sdxl", "flow-2": "model-flow", "dino": "dino",
+    for name, source in {"diffusion": "model", "sdxl": "model-sdxl", "flow-3": "model-flow", "dino": "dino",
                          "clip": "clip", "pixel": "pixel"}.items():
         if (args.work_dir / source).is_dir():
             shutil.rmtree(WEIGHTS / name, ignore_errors=True)
@@ -35,7 +35,7 @@ def main() -> None:
     if (args.work_dir / "sam.pth").exists():
         (WEIGHTS / "sam").mkdir(exist_ok=True)
         shutil.copy(args.work_dir / "sam.pth", WEIGHTS / "sam")
-    for name in ("diffusion", "sdxl", "flow-2", "pixel"):
+    for name in ("diffusion", "sdxl", "flow-3", "pixel"):
         for path in (WEIGHTS / name).glob("*/*.safetensors"):
             halve(path)
     for path in WEIGHTS.rglob("config.json"):  # without paths of the machine that trained them

@@ -251,7 +251,7 @@ def new_transformer(states: int, pooled: int, heads: int, layers: int, patch: in
     return transformer
 
 
-def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5, patch: int = 2) -> SD3:
+def grow_flow(first: StableDiffusion, heads: int = 5, layers: int = 5, patch: int = 1) -> SD3:
     """A new transformer, which is given what goes into the text encoder's last layer and what comes out.
 
     A model of Stable Diffusion 3 itself is taken as it is.

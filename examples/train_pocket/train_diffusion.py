@@ -188,7 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="v_prediction: on a noise schedule that ends in pure noise, from a trained model (sd only)")
     add("--start_from", help="grow from this Stable Diffusion model, or train one of the family further "
                              "(default for all but the first model: the bundled Stable Diffusion)")
-    add("--patch", type=int, choices=(1, 2), default=2, help="side of a new flow model's patches, in latents")
+    add("--patch", type=int, choices=(1, 2), default=1, help="side of a new flow model's patches, in latents")
     add("--workers", type=int, default=0, help="processes that draw captions ahead, for a fast GPU")
     args = parser.parse_args(argv)
     if args.family != "sd" and args.prediction_type != "epsilon":
@@ -199,6 +199,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     kind = {"sd": "" if args.prediction_type == "epsilon" else "-v"}.get(args.family, f"-{args.family}")
     folder = args.work_dir / f"model{kind}"
     images, attributes = scenes(args.scenes, TRAINING_SEEDS, args.work_dir)

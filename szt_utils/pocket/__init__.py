@@ -32,7 +32,7 @@ def model_path(network: str = "diffusion") -> str:
 
     "diffusion" is a Stable Diffusion model, "sdxl" an SDXL one, "flow" a Stable Diffusion 3 model without T5.
     """
-    return _bundled({"flow": "flow-2"}.get(network, network))
+    return _bundled({"flow": "flow-3"}.get(network, network))
 
 
 def is_bundled(path: str | Path | None) -> bool:
