@@ -94,7 +94,8 @@ class StepClock:
 def upstream(settings: Settings, folder: Path) -> float:
     """Seconds per step of upstream's loop on a folder of images."""
     path, resolution = model_folder(settings.size)
-    clock, loop = StepClock(settings), upstream_sdxl if settings.size == "sdxl" else upstream_loop
+    clock = StepClock(settings)
+    loop = upstream_sdxl if settings.size == "sdxl" else upstream_loop
     loop(path, folder, token="<new>", initializer="object", batch_size=settings.batch_size,
          steps=settings.all_steps, repeats=100, lr=1e-4, resolution=resolution,
          mixed_precision=settings.precision, on_step=clock)

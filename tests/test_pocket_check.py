@@ -19,9 +19,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples" / "train_pocket"
 
 @pytest.fixture(scope="module")
 def check():
-    sys.path.insert(0, str(FOLDER))
-    yield runpy.run_path(str(FOLDER / "check.py"))
-    sys.path.remove(str(FOLDER))
+    return runpy.run_path(str(FOLDER / "check.py"))
 
 
 @pytest.fixture(scope="module")

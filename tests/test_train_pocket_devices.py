@@ -5,14 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+import train_encoder
+import train_sam
 from segment_anything.modeling import PromptEncoder
-
-sys.path.insert(0, str(ROOT / "examples" / "train_pocket"))
-import train_encoder  # noqa: E402
-import train_sam  # noqa: E402
-
-sys.path.pop(0)
 
 
 @pytest.mark.parametrize("layout", train_sam.LAYOUTS)

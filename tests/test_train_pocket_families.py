@@ -2,15 +2,17 @@
 
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bundle
 import diffusers
+import grow
 import numpy as np
 import pytest
+import recipe
 import torch
-from conftest import ROOT
+import train_diffusion
 from safetensors.torch import load_file
 
 from szt_utils import pocket
@@ -18,13 +20,6 @@ from szt_utils.generation import generate, load_pipeline
 from szt_utils.models import find_family, load_model, tokenize
 from szt_utils.pocket.scenes import Attributes
 
-sys.path.insert(0, str(ROOT / "examples" / "train_pocket"))
-import bundle  # noqa: E402
-import grow  # noqa: E402
-import recipe  # noqa: E402
-import train_diffusion  # noqa: E402
-
-sys.path.pop(0)
 PROMPTS = ["a photo of a teal striped star on sand", "", "a close-up photo of the red heart"]
 SCENES = [Attributes("red", "plain", "star", "sand"), Attributes("teal", "dotted", "house", "night")]
 KINDS = {  # flags, folder, pipeline

@@ -1,16 +1,10 @@
 """The optimizer of the pocket trainings: orthogonal updates of matrices, Adam for the rest."""
 
 import copy
-import sys
 
 import pytest
+import recipe
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "examples" / "train_pocket"))
-import recipe  # noqa: E402
-
-sys.path.pop(0)
 
 
 def gradient(parameter, step):

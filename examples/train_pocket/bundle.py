@@ -35,9 +35,8 @@ def main() -> None:
     if (args.work_dir / "sam.pth").exists():
         (WEIGHTS / "sam").mkdir(exist_ok=True)
         shutil.copy(args.work_dir / "sam.pth", WEIGHTS / "sam")
-    for name in ("diffusion", "sdxl", "flow-3", "pixel"):
-        for path in (WEIGHTS / name).glob("*/*.safetensors"):
-            halve(path)
+    for path in WEIGHTS.glob("*/*/*.safetensors"):  # those of pipelines
+        halve(path)
     for path in WEIGHTS.rglob("config.json"):  # without paths of the machine that trained them
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))

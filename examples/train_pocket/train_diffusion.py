@@ -100,12 +100,11 @@ def draw_captions(tokenizer: Any, attributes: list[Attributes], rng: np.random.G
 
     def number(word):
         return tokenizer.convert_tokens_to_ids(f"{word}{END_OF_WORD}")
-    columns = [(row, tokens.index(number(place)), number(word), weight)
-               for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True))
-               for weight, word, place in own]
-    rows, places, words, weights = zip(*columns, strict=True) if columns else ((),) * 4
-    return Captions(ids, torch.tensor([rows, places], dtype=torch.long),
-                    torch.tensor(words, dtype=torch.long), torch.tensor(weights, dtype=torch.float32))
+    rows = [(row, tokens.index(number(place)), number(word), weight)
+            for row, (own, tokens) in enumerate(zip(changes, ids.tolist(), strict=True))
+            for weight, word, place in own]
+    table = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 4)
+    return Captions(ids, table[:, :2].T.long(), table[:, 2].long(), table[:, 3].float())
 
 
 class Batches(Dataset):
